@@ -1,0 +1,154 @@
+"""Identity of artifacts: manifests, fingerprints, atomic writes, and checks on load.
+
+Every file that passes from one stage to the next says what it is: kind, schema version, package version, and whatever
+shaped it. In safetensors the manifest is one sorted-JSON value under the single metadata key `nspo` (several keys make
+the bytes of the file depend on hash order); beside folders and Parquet datasets it is the file `manifest.json`.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nspo.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SCHEMA_VERSION = 1
+METADATA_KEY = "nspo"
+MANIFEST_NAME = "manifest.json"
+
+
+def dumps(value: Any) -> str:
+    """JSON with sorted keys and no spaces that vary: equal values give equal bytes."""
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False)
+
+
+def make_manifest(kind: str, **fields: Any) -> dict[str, Any]:
+    """The identity of an artifact of `kind`: schema and package version, then the stage's own `fields`."""
+    return {"kind": kind, "schema": SCHEMA_VERSION, "nspo_version": version("nspo"), **fields}
+
+
+def check_manifest(manifest: Mapping[str, Any], kind: str, path: Path) -> None:
+    """Refuse a manifest of another kind or of a newer schema.
+
+    Raises:
+        UserError: naming the file, what it is and what was expected.
+    """
+    if manifest.get("kind") != kind:
+        raise UserError(f"{path} holds {manifest.get('kind')!r}, expected {kind!r}: point the setting at a {kind} artifact")
+    if manifest.get("schema") != SCHEMA_VERSION:
+        raise UserError(
+            f"{path} has schema {manifest.get('schema')}, this nspo reads schema {SCHEMA_VERSION}: rebuild the file or "
+            f"install the nspo that wrote it ({manifest.get('nspo_version')})"
+        )
+
+
+@contextmanager
+def atomic_path(path: Path | str) -> Iterator[Path]:
+    """Yield a scratch path beside `path`; on success it takes `path`'s place, on failure it is removed.
+
+    Works for a file or a folder (create whichever you need at the yielded path). A reader never sees half an artifact.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch_dir = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    scratch = scratch_dir / path.name
+    try:
+        yield scratch
+        if path.is_dir():
+            shutil.rmtree(path)
+        os.replace(scratch, path)
+    finally:
+        shutil.rmtree(scratch_dir, ignore_errors=True)
+
+
+def write_json(path: Path | str, value: Any) -> None:
+    """Write `value` atomically as indented JSON with sorted keys."""
+    with atomic_path(path) as scratch:
+        scratch.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path | str) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        UserError: when the file is missing or is not JSON.
+    """
+    path = Path(path)
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist: run the stage that makes it") from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not valid JSON ({error}): delete it and rerun the stage that makes it") from error
+
+
+def save_tensors(path: Path | str, tensors: Mapping[str, "Tensor"], manifest: Mapping[str, Any]) -> None:
+    """Write `tensors` and their `manifest` atomically as safetensors; equal content gives equal bytes."""
+    from safetensors.torch import save_file
+
+    with atomic_path(path) as scratch:
+        save_file({k: v.contiguous() for k, v in tensors.items()}, scratch, metadata={METADATA_KEY: dumps(manifest)})
+
+
+def read_tensor_manifest(path: Path | str, kind: str) -> dict[str, Any]:
+    """The manifest in a safetensors header, read without touching the tensors.
+
+    Raises:
+        UserError: when the file is missing, truncated, without an nspo manifest, or of another kind or schema.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: expected a {kind} file (safetensors)")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+    except SafetensorError as error:
+        raise UserError(f"{path} is not a whole safetensors file ({error}): delete it and rerun the stage that makes it") from error
+    if METADATA_KEY not in metadata:
+        raise UserError(f"{path} carries no nspo manifest: expected a {kind} file written by nspo")
+    manifest = json.loads(metadata[METADATA_KEY])
+    check_manifest(manifest, kind, path)
+    return manifest
+
+
+def fingerprint(value: Any) -> str:
+    """16 hex digits that identify a JSON-like value."""
+    return hashlib.sha256(dumps(value).encode()).hexdigest()[:16]
+
+
+def fingerprint_files(paths: Iterable[Path]) -> str:
+    """16 hex digits over the names and contents of `paths`, in sorted order."""
+    digest = hashlib.sha256()
+    for path in sorted(paths, key=lambda p: p.name):
+        digest.update(path.name.encode() + b"\0")
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
+def fingerprint_model(folder: Path | str) -> dict[str, str]:
+    """`{"weights": ..., "tokenizer": ...}` for a model folder: safetensors shards, and tokenizer with chat template.
+
+    Raises:
+        UserError: when the folder holds no safetensors weights.
+    """
+    folder = Path(folder)
+    weights = list(folder.glob("*.safetensors"))
+    if not weights:
+        raise UserError(f"{folder} holds no *.safetensors weights: expected a Hugging Face model folder (`model.source`)")
+    names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+    return {
+        "weights": fingerprint_files(weights),
+        "tokenizer": fingerprint_files(folder / name for name in names if (folder / name).is_file()),
+    }
