@@ -43,7 +43,9 @@ def check_manifest(manifest: Mapping[str, Any], kind: str, path: Path) -> None:
         UserError: naming the file, what it is and what was expected.
     """
     if manifest.get("kind") != kind:
-        raise UserError(f"{path} holds {manifest.get('kind')!r}, expected {kind!r}: point the setting at a {kind} artifact")
+        raise UserError(
+            f"{path} holds {manifest.get('kind')!r}, expected {kind!r}: point the setting at a {kind} artifact"
+        )
     if manifest.get("schema") != SCHEMA_VERSION:
         raise UserError(
             f"{path} has schema {manifest.get('schema')}, this nspo reads schema {SCHEMA_VERSION}: rebuild the file or "
@@ -114,7 +116,9 @@ def read_tensor_manifest(path: Path | str, kind: str) -> dict[str, Any]:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
     except SafetensorError as error:
-        raise UserError(f"{path} is not a whole safetensors file ({error}): delete it and rerun the stage that makes it") from error
+        raise UserError(
+            f"{path} is not a whole safetensors file ({error}): delete it and rerun the stage that makes it"
+        ) from error
     if METADATA_KEY not in metadata:
         raise UserError(f"{path} carries no nspo manifest: expected a {kind} file written by nspo")
     manifest = json.loads(metadata[METADATA_KEY])
@@ -146,7 +150,9 @@ def fingerprint_model(folder: Path | str) -> dict[str, str]:
     folder = Path(folder)
     weights = list(folder.glob("*.safetensors"))
     if not weights:
-        raise UserError(f"{folder} holds no *.safetensors weights: expected a Hugging Face model folder (`model.source`)")
+        raise UserError(
+            f"{folder} holds no *.safetensors weights: expected a Hugging Face model folder (`model.source`)"
+        )
     names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
     return {
         "weights": fingerprint_files(weights),

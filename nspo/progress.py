@@ -1,0 +1,44 @@
+"""Progress of long work: a bar with rate and remaining time on a terminal, plain lines with the same in a log file."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from tqdm import tqdm
+
+LOG_SECONDS = 10.0
+
+
+class _LogLines:
+    """A stream for tqdm that turns each redrawn bar into a line of its own."""
+
+    def write(self, text: str) -> None:
+        line = text.strip("\r\n ")
+        if line:
+            sys.stderr.write(line + "\n")
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
+@contextmanager
+def track(description: str, total: int, unit: str, start: int = 0) -> Iterator["tqdm[None]"]:
+    """A progress bar; call `.update(n)` on it. `start` counts work that an earlier, interrupted run had done."""
+    terminal = sys.stderr.isatty()
+    with tqdm(
+        desc=description,
+        total=total,
+        initial=start,
+        unit=unit,
+        file=sys.stderr if terminal else _LogLines(),
+        mininterval=0.1 if terminal else LOG_SECONDS,
+        maxinterval=LOG_SECONDS,
+        dynamic_ncols=terminal,
+        ascii=not terminal,
+    ) as bar:
+        yield bar
+
+
+def say(message: str) -> None:
+    """One plain line on standard error, above any bar."""
+    tqdm.write(message, file=sys.stderr)

