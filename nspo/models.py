@@ -38,6 +38,11 @@ def prepare_model(source: Source, wheels_dir: Path, out: Path) -> None:
     Raises:
         UserError: the source cannot be loaded, or the tokenizer has no chat template.
     """
+    if source.kind == "tiny":
+        from nspo.tiny import tiny_model, tiny_tokenizer
+
+        _write_model(tiny_model(), tiny_tokenizer(), source, out)
+        return
     options: dict[str, Any] = {"revision": source.revision} if source.kind == "hub" else {}
     location = Path(source.location) if source.kind == "hub" else resolve(source, wheels_dir)
     if location.suffix == ".gguf":
@@ -51,8 +56,12 @@ def prepare_model(source: Source, wheels_dir: Path, out: Path) -> None:
         raise UserError(f"model.source: {location} has no chat template: expected an instruction-tuned model")
     if "gguf_file" in options:
         loaded = _dequantized(loaded)
+    _write_model(loaded, tokenizer, source, out)
+
+
+def _write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: Source, out: Path) -> None:
     with atomic_path(out) as scratch:
-        loaded.save_pretrained(scratch)
+        model.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
         identity = {"source": source.location, "revision": source.revision, **fingerprint_model(scratch)}
         write_json(scratch / MANIFEST_NAME, make_manifest("model", model=identity))

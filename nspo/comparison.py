@@ -1,0 +1,226 @@
+"""Who beats whom, and at what safety: paired differences on the same prompts, and the sentence that follows from them.
+
+Methods are compared at equal held-out safety, never at equal learning rate or step: projection shrinks the step, so a
+constrained run that merely moved less would otherwise look gentle. Differences are paired (both methods answered the
+same prompts; answers of several seeds are averaged per prompt first), with a bootstrap interval over prompts.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from nspo.config import Config
+from nspo.evaluation.drift import token_weights
+from nspo.evaluation.statistics import paired_difference
+
+UNCONSTRAINED = "grpo_no_kl"
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One column of the comparison: a score of metrics.json, and the column of responses.parquet behind it."""
+
+    axis: str
+    name: str
+    domain: str
+    title: str
+    column: str
+    lower_is_better: bool
+    role: str
+    drift: bool = False  # one of the four drift figures of the headline
+    first_tokens: int | None = None  # mean over answer tokens, weighted; None: mean over prompts
+
+    @property
+    def unit(self) -> str:
+        """`nats` or `rate`."""
+        return "nats" if self.name.startswith("kl") else "rate"
+
+
+def measures(config: Config) -> list[Measure]:
+    """The headline columns, left to right: safety, over-refusal, ability, drift."""
+    harmful = [config.data.harmful.name or "harmful", *config.data.harmful_heldout]
+    benign = config.data.benign.name or "benign"
+    first = config.evaluation.first_tokens
+
+    def moved(name: str, title: str, lower_is_better: bool, drift: bool, tokens: int | None) -> Measure:
+        return Measure("drift", name, "all", title, name, lower_is_better, "general", drift, tokens)
+
+    return [
+        *(Measure("safety", "unsafe_rate", d, f"Unsafe rate, {d}", "unsafe", True, "harmful") for d in harmful),
+        Measure("over_refusal", "refusal_rate", benign, "Over-refusal", "refused", True, "benign", drift=True),
+        Measure("ability", "accuracy", "all", "Ability", "correct", False, "general"),
+        moved("kl_per_token", "KL per token", True, True, first),
+        moved("kl_first_tokens", "KL, first tokens", True, True, first),
+        moved("exact_match", "Exact match", False, True, None),
+        moved("top1_agreement", "Top-1 agreement", False, False, first),
+    ]
+
+
+class Value(NamedTuple):
+    """One prompt's value, and its weight in the mean."""
+
+    value: float
+    weight: float
+
+
+def per_prompt(responses: Iterable[Sequence[Mapping[str, Any]]], measure: Measure) -> dict[tuple[str, str], Value]:
+    """(domain, prompt id) -> the measure's value, averaged over seeds; prompts without one (unmarked) are left out."""
+    found: dict[tuple[str, str], list[Value]] = {}
+    for rows in responses:
+        for row in rows:
+            counts = row["role"] == measure.role and measure.domain in ("all", row["domain"])
+            if counts and row.get(measure.column) is not None:
+                weight = 1.0
+                if measure.first_tokens is not None:
+                    weight = token_weights([row["reference_tokens"]], measure.first_tokens)[measure.column][0]
+                found.setdefault((row["domain"], row["id"]), []).append(Value(float(row[measure.column]), weight))
+    return {key: Value(sum(v.value for v in vs) / len(vs), vs[0].weight) for key, vs in found.items()}
+
+
+def paired(ours: Mapping[tuple[str, str], Value], theirs: Mapping[tuple[str, str], Value]) -> dict[str, Any] | None:
+    """Difference of means over the prompts both answered, with a 95% interval; None for fewer than two prompts."""
+    shared = sorted(ours.keys() & theirs.keys())
+    if len(shared) < 2:
+        return None
+    a, b = ([side[key].value for key in shared] for side in (ours, theirs))
+    weights = [ours[key].weight for key in shared]
+    difference = paired_difference(a, b, weights=weights)
+    return {
+        "ours": _mean(a, weights),
+        "theirs": _mean(b, weights),
+        **difference._asdict(),
+        "n": len(shared),
+    }
+
+
+def _mean(values: Sequence[float], weights: Sequence[float]) -> float:
+    return sum(v * w for v, w in zip(values, weights, strict=True)) / sum(weights)
+
+
+def reading(difference: Mapping[str, Any], lower_is_better: bool) -> str:
+    """`better`, `worse`, or `no clear difference` when the interval holds zero."""
+    if difference["low"] <= 0 <= difference["high"]:
+        return "no clear difference"
+    return "better" if (difference["value"] < 0) == lower_is_better else "worse"
+
+
+def compare(
+    responses: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], ours: str, theirs: str, columns: Sequence[Measure]
+) -> dict[str, Any]:
+    """All paired differences between two methods, and whether they meet at equal safety.
+
+    Args:
+        responses: method (or `base`) -> the rows of responses.parquet, one list per seed.
+
+    Returns:
+        `ours`, `theirs`, `rows` (measure, difference, reading), and `equal_safety`: no unsafe rate differs clearly.
+    """
+    rows: list[dict[str, Any]] = []
+    for measure in columns:
+        difference = paired(per_prompt(responses[ours], measure), per_prompt(responses[theirs], measure))
+        if difference:
+            read = reading(difference, measure.lower_is_better)
+            rows.append({"measure": measure, "difference": difference, "reading": read})
+    safety = [row["reading"] for row in rows if row["measure"].name == "unsafe_rate"]
+    equal = bool(safety) and set(safety) == {"no clear difference"}
+    return {"ours": ours, "theirs": theirs, "rows": rows, "equal_safety": equal}
+
+
+def comparisons(
+    config: Config, responses: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], columns: Sequence[Measure]
+) -> list[dict[str, Any]]:
+    """Every method against its unconstrained twin, constrained methods first.
+
+    With several unconstrained methods the twin is the hardest to beat: among those at equal safety the one with the
+    lowest KL per token; if none is, the one nearest in unsafe rate.
+    """
+    objectives = {name: method.objective for name, method in config.policy.methods.items() if name in responses}
+    twins = [name for name, objective in objectives.items() if objective == UNCONSTRAINED]
+    found = []
+    for name in sorted(objectives, key=lambda name: objectives[name] != "nspo"):
+        if objectives[name] != UNCONSTRAINED and twins:
+            found.append(min((compare(responses, name, twin, columns) for twin in twins), key=_hardest))
+    return found
+
+
+def _hardest(comparison: Mapping[str, Any]) -> tuple[bool, float]:
+    rows = {row["measure"].name: row["difference"] for row in reversed(comparison["rows"])}  # the first of a name stays
+    if comparison["equal_safety"]:
+        return False, rows["kl_per_token"]["theirs"] if "kl_per_token" in rows else 0.0
+    return True, abs(rows["unsafe_rate"]["value"]) if "unsafe_rate" in rows else 0.0
+
+
+def verdict(found: Mapping[str, Any] | None, against_base: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The result in sentences, the first of which says it all; every one follows from the intervals.
+
+    Args:
+        found: the comparison of the constrained method with its twin; None when one of them was not evaluated.
+        against_base: the comparisons of both with the base model.
+    """
+    if found is None:
+        return ["There is no verdict: it takes a constrained method and its unconstrained twin, both evaluated."]
+    rows = {(row["measure"].name, row["measure"].domain): row for row in found["rows"]}
+    ours, theirs = found["ours"], found["theirs"]
+    unsafe = [row for row in found["rows"] if row["measure"].name == "unsafe_rate"]
+    rates = ", ".join(f"{_both(row)} on {row['measure'].domain}" for row in unsafe) or "not measured"
+    kl = rows.get(("kl_per_token", "all"))
+    kl_said = _kl(ours, theirs, kl) if kl else f"KL per token of {ours} and {theirs} was not measured"
+    if found["equal_safety"]:
+        sentences = [f"At equal held-out safety (unsafe rate {rates}; no clear difference), {kl_said}."]
+    elif unsafe:
+        safer = {row["reading"] for row in unsafe} - {"no clear difference"}
+        which = {("better",): "safer", ("worse",): "less safe"}.get(
+            tuple(safer), "safer on one set, less safe on another"
+        )
+        sentences = [
+            f"Not at equal held-out safety: {ours} is {which} than {theirs} (unsafe rate {rates}), so their drift "
+            f"cannot be compared fairly; as they stand, {kl_said}."
+        ]
+    else:
+        sentences = [f"Held-out safety was not measured, so no fair comparison is possible; as they stand, {kl_said}."]
+    groups: dict[str, list[str]] = {"better": [], "worse": [], "no clear difference": []}
+    for row in found["rows"]:
+        if row["measure"].drift:
+            groups[row["reading"]].append(_lower_first(row["measure"].title))
+    said = {"better": "is better on", "worse": "is worse on", "no clear difference": "shows no clear difference on"}
+    parts = [f"{said[key]} {_and(names)}" for key, names in groups.items() if names]
+    if parts:
+        total = sum(map(len, groups.values()))
+        sentences.append(f"Of the {total} drift figures, {ours} {'; it '.join(parts)}.")
+    for comparison in against_base:
+        change = [row for row in comparison["rows"] if row["measure"].name == "unsafe_rate"]
+        if change and not any(row["reading"] == "better" for row in change):
+            sentences.append(f"{comparison['ours']} is not measurably safer than the base model on any held-out set.")
+        for row in comparison["rows"]:
+            if row["measure"].name == "refusal_rate" and row["reading"] == "worse":
+                refused = f"{_rate(row['difference']['ours'])} of harmless prompts"
+                sentences.append(
+                    f"{comparison['ours']} refuses {refused}, the base model {_rate(row['difference']['theirs'])}."
+                )
+    return sentences
+
+
+def _kl(ours: str, theirs: str, row: Mapping[str, Any]) -> str:
+    a, b = row["difference"]["ours"], row["difference"]["theirs"]
+    values = f"({a:.2g} against {b:.2g} nats)"
+    if row["reading"] == "no clear difference" or min(a, b) <= 0:
+        return f"{ours}'s KL per token is not clearly different from {theirs}'s {values}"
+    times, word = (b / a, "lower") if b > a else (a / b, "higher")
+    return f"{ours}'s KL per token is {times:.1f} times {word} than {theirs}'s {values}"
+
+
+def _both(row: Mapping[str, Any]) -> str:
+    return f"{_rate(row['difference']['ours'])} against {_rate(row['difference']['theirs'])}"
+
+
+def _rate(value: float) -> str:
+    return f"{100 * value:.1f}%"
+
+
+def _lower_first(title: str) -> str:
+    return title if title.startswith("KL") else title[0].lower() + title[1:]
+
+
+def _and(names: Sequence[str]) -> str:
+    names = [name.replace(",", " of the") for name in names]
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

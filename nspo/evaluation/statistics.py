@@ -1,0 +1,88 @@
+"""Intervals and paired tests for scores on a fixed set of prompts, all from scipy. Levels are 95%.
+
+Rates get Wilson's interval, which stays sensible at 0 and 1; means get a percentile bootstrap over prompts, because
+tokens of one answer are not independent. Two methods on the same prompts are compared pairwise.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from scipy import stats
+
+from nspo.errors import UserError
+
+LEVEL = 0.95
+RESAMPLES = 2000
+
+
+class Estimate(NamedTuple):
+    """A value with the ends of its 95% interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def wilson(successes: int, n: int) -> Estimate:
+    """The rate `successes` / `n` with Wilson's score interval.
+
+    Raises:
+        UserError: when there is nothing to take a rate of.
+    """
+    if n == 0:
+        raise UserError("a rate over 0 prompts: expected at least one, look at the prompt sets of the evaluation")
+    interval = stats.binomtest(successes, n).proportion_ci(LEVEL, method="wilson")
+    return Estimate(successes / n, float(interval.low), float(interval.high))
+
+
+def bootstrap_mean(values: Sequence[float], seed: int = 0, weights: Sequence[float] | None = None) -> Estimate:
+    """The mean over prompts with a percentile interval from resampled prompts.
+
+    Args:
+        values: one per prompt.
+        seed: of the resampling; equal input gives an equal interval.
+        weights: tokens per prompt, for a mean over tokens: sum(w v) / sum(w), prompts resampled whole.
+
+    Raises:
+        UserError: for fewer than two prompts, whose mean has no interval.
+    """
+    if len(values) < 2:
+        raise UserError(
+            f"a mean over {len(values)} prompts has no interval, expected at least 2: evaluate more prompts"
+        )
+    shares = np.ones(len(values)) if weights is None else np.asarray(weights, dtype=float)
+    data = np.asarray(values, dtype=float)
+    interval = stats.bootstrap(
+        (data, shares),
+        _weighted_mean,
+        paired=True,
+        vectorized=True,
+        n_resamples=RESAMPLES,
+        confidence_level=LEVEL,
+        method="percentile",
+        rng=seed,
+    ).confidence_interval
+    return Estimate(float(_weighted_mean(data, shares)), float(interval.low), float(interval.high))
+
+
+def paired_difference(
+    ours: Sequence[float], theirs: Sequence[float], seed: int = 0, weights: Sequence[float] | None = None
+) -> Estimate:
+    """Mean of `ours` - `theirs` on the same prompts in the same order, with its bootstrap interval over prompts."""
+    return bootstrap_mean([a - b for a, b in zip(ours, theirs, strict=True)], seed, weights)
+
+
+def mcnemar(ours: Sequence[bool], theirs: Sequence[bool]) -> float:
+    """Two-sided p-value of McNemar's exact test: do two methods' verdicts on the same prompts differ in rate?
+
+    Only prompts on which the verdicts differ count; without any, the p-value is 1.
+    """
+    only_ours = sum(a and not b for a, b in zip(ours, theirs, strict=True))
+    only_theirs = sum(b and not a for a, b in zip(ours, theirs, strict=True))
+    discordant = only_ours + only_theirs
+    return float(stats.binomtest(only_ours, discordant).pvalue) if discordant else 1.0
+
+
+def _weighted_mean(values: np.ndarray, weights: np.ndarray, axis: int = -1) -> np.ndarray:
+    return (values * weights).sum(axis=axis) / weights.sum(axis=axis)

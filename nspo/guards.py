@@ -1,0 +1,92 @@
+"""Refusals: where the guarantee of the constraint would not hold, training stops before it starts, in one line."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from nspo.errors import UserError
+from nspo.linears import canonical_name, is_transposed
+
+_UNSUPPORTED_OPTIMIZERS = re.compile(r"schedulefree|lomo|layerwise", re.IGNORECASE)
+
+
+def refuse_engines(model: nn.Module, optimizer: Any) -> None:
+    origins = [f"{cls.__module__}.{cls.__name__}".lower() for it in (model, optimizer) for cls in type(it).__mro__]
+    if any("deepspeed" in origin for origin in origins) or any(hasattr(p, "ds_id") for p in model.parameters()):
+        raise UserError(
+            "the model or optimizer belongs to DeepSpeed, which steps on flat partitions: train with FSDP2 "
+            "(fsdp_version: 2) or DDP instead"
+        )
+    flat = any(type(parameter).__name__ == "FlatParameter" for parameter in model.parameters())
+    if flat or any(cls.__name__ == "FullyShardedDataParallel" for m in model.modules() for cls in type(m).__mro__):
+        raise UserError(
+            "the model is wrapped in FSDP1, which discards writes to its weights: use FSDP2 (`fully_shard`, "
+            "fsdp_version: 2)"
+        )
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise UserError(
+            f"optimizer is a {type(optimizer).__name__}, expected a torch.optim.Optimizer: pass the optimizer itself"
+        )
+    averaged = any(
+        "train_mode" in group for group in optimizer.param_groups
+    )  # how schedule-free optimizers mark theirs
+    if averaged or _UNSUPPORTED_OPTIMIZERS.search(type(optimizer).__name__):
+        raise UserError(
+            f"optimizer {type(optimizer).__name__} does not do all its writing in step(): use AdamW, SGD or another "
+            "optimizer that does (no schedule-free, LOMO or layer-wise optimizers)"
+        )
+
+
+def refuse_late_freeze(model: nn.Module, modules: Mapping[str, nn.Linear]) -> None:
+    covered = {id(module.weight) for module in modules.values()}
+    trainable = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in covered]
+    if trainable and any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
+        raise UserError(
+            f"{len(trainable)} parameters outside the bases are trainable under DDP, which cannot freeze them now: "
+            "call nspo.projection.freeze_uncovered(model, bases) before wrapping, or pass freeze_rest=False"
+        )
+
+
+def refuse_weights(
+    model: nn.Module, modules: Mapping[str, nn.Linear], optimizer: torch.optim.Optimizer, freeze_rest: bool
+) -> None:
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(canonical_name(name))
+    for name, module in modules.items():
+        weight, bias = module.weight, getattr(module, "bias", None)
+        others = sorted({other for other in names.get(id(weight), []) if other != f"{name}.weight"})
+        if others:
+            raise UserError(
+                f"layer {name} shares its weight with {others[0]}, expected its own: untie them or leave it out"
+            )
+        if weight.dtype != torch.float32:
+            raise UserError(
+                f"layer {name} has {str(weight.dtype).removeprefix('torch.')} weights, expected float32 master "
+                "weights: load the model in float32 and use autocast (bf16=True) for speed"
+            )
+        if not weight.requires_grad:
+            raise UserError(
+                f"layer {name} is frozen, expected a trainable weight: unfreeze it or leave it out of the bases"
+            )
+        if isinstance(weight, DTensor):
+            for dim, placement in enumerate(weight.placements):
+                columns = placement.is_shard(0 if is_transposed(module) else 1)
+                if weight.device_mesh.size(dim) > 1 and (columns or placement.is_partial()):
+                    raise UserError(
+                        f"layer {name} is sharded as {placement} on its input dimension, expected whole rows per rank: "
+                        "shard the output dimension (the default of fully_shard) or replicate"
+                    )
+        if id(weight) not in held:
+            raise UserError(
+                f"the optimizer does not hold the weight of layer {name}: build it from the prepared model's parameters"
+            )
+        if bias is not None and bias.requires_grad and not freeze_rest:
+            raise UserError(
+                f"layer {name} has a trainable bias, which no basis can constrain: freeze it or pass freeze_rest=True"
+            )

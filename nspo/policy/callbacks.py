@@ -1,0 +1,136 @@
+"""What nspo adds to TRL's trainer: the constraint, the probes and the logs, as callbacks and nothing else."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from nspo.bases import NullSpaceBases
+from nspo.policy.probes import Probe
+from nspo.policy.rewards import SafetyReward
+from nspo.progress import say
+from nspo.projection import Constraint, constrain
+
+
+class ConstraintCallback(TrainerCallback):
+    """Attach the public `constrain` once the trainer has prepared model and optimizer; check it at every save."""
+
+    def __init__(self, bases: NullSpaceBases, base_folder: Path) -> None:
+        self.bases, self.base_folder = bases, base_folder
+        self.constraint: Constraint | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Anchor at the base checkpoint, not at the weights in memory: after a resume those are no longer the base."""
+        self.constraint = constrain(kwargs["model"], kwargs["optimizer"], self.bases, anchor=self.base_folder)
+        say(self.constraint.describe())
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Refuse to go on from weights that left the null space."""
+        assert self.constraint is not None
+        self.constraint.verify()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Verify the final weights and detach, so that the saved model is the constrained one."""
+        assert self.constraint is not None
+        self.constraint.verify()
+        self.constraint.remove()
+
+
+class JsonLines:
+    """Rows appended to a file as they come, so that an interrupted run keeps them."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def rows(self) -> list[dict[str, Any]]:
+        """All whole rows; a last line cut off by a kill is left out."""
+        if not self.path.is_file():
+            return []
+        lines = self.path.read_text().split("\n")[:-1]
+        return [json.loads(line) for line in lines]
+
+    def append(self, rows: list[dict[str, Any]]) -> None:
+        """Add rows at the end."""
+        with self.path.open("a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+
+    def rewind(self, step: int) -> None:
+        """Forget what came after `step`: a resumed run does it again."""
+        kept = [row for row in self.rows() if row["step"] <= step]
+        self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+
+
+METRICS = {
+    "loss": "loss",
+    "reward": "reward",
+    "cost": "cost",
+    "unsafe": "unsafe",
+    "helpfulness": "helpfulness",
+    "kl": "kl_in_loss",
+    "clip_ratio/region_mean": "clip_fraction",
+    "frac_reward_zero_std": "zero_variance_groups",
+    "completions/mean_length": "completion_length",
+    "entropy": "entropy",
+    "grad_norm": "grad_norm_clipped_from",
+    "learning_rate": "learning_rate",
+    "step_time": "seconds",
+}
+
+
+class LogCallback(TrainerCallback):
+    """Keep one row per optimizer step and the scored samples of each rollout."""
+
+    def __init__(self, folder: Path, reward: SafetyReward, constraint: ConstraintCallback | None, every: int) -> None:
+        self.steps, self.samples = JsonLines(folder / "training.jsonl"), JsonLines(folder / "samples.jsonl")
+        self.reward, self.constraint, self.every = reward, constraint, every
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Drop what an interrupted run logged after the checkpoint it resumes from."""
+        self.steps.rewind(state.global_step)
+        self.samples.rewind(state.global_step - 1)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
+        """Translate TRL's metric names to ours and add what the projection did to the gradient."""
+        row: dict[str, Any] = {ours: logs[theirs] for theirs, ours in METRICS.items() if theirs in logs}
+        if "loss" not in row:
+            return
+        if self.constraint is not None and self.constraint.constraint is not None:
+            row |= self.constraint.constraint.step_stats()
+        self.steps.append([{"step": state.global_step, **row}])
+        self.samples.append(self.reward.samples)
+        self.reward.samples = []
+        if state.global_step % self.every == 0:
+            shown = ("reward", "cost", "unsafe", "helpfulness", "seconds")
+            say(f"step {state.global_step}: " + ", ".join(f"{k} {row[k]:.3f}" for k in shown if k in row))
+
+
+class ProbeCallback(TrainerCallback):
+    """Probe before the first step and every `every` steps; stop at the target unsafe rate."""
+
+    def __init__(self, probe: Probe, folder: Path, every: int, target: float) -> None:
+        self.probe, self.every, self.target = probe, every, target
+        self.log = JsonLines(folder / "probes.jsonl")
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Measure the starting point, or forget probes later than the checkpoint that is resumed."""
+        self.log.rewind(state.global_step)
+        if state.global_step == 0:
+            self._measure(state, kwargs["model"])
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        """Probe when due; a checkpoint follows the probe, so a resumed run never repeats it."""
+        if state.global_step % self.every and state.global_step != state.max_steps:
+            return control
+        row = self._measure(state, kwargs["model"])
+        if row["unsafe_rate"] <= self.target:
+            say(f"step {state.global_step}: unsafe rate {row['unsafe_rate']:.3f} meets the target {self.target}: done")
+            control.should_training_stop = True
+        control.should_save = True
+        return control
+
+    def _measure(self, state: Any, model: Any) -> dict[str, Any]:
+        row = {"step": state.global_step, **self.probe.measure(model)}
+        self.log.append([row])
+        say("probe " + ", ".join(f"{k} {v:.4g}" for k, v in row.items()))
+        return row

@@ -1,0 +1,63 @@
+"""The reward of a rollout: safe on harmful prompts, helpful on harmless ones.
+
+On a harmful prompt the reward is -max(cost, -margin): the cost model's score, flat once an answer is safe by the margin.
+On a benign prompt it is min(reward, margin), the reward model's score, flat once an answer clearly does what was asked.
+A group whose answers all sit on the flat part has zero variance, hence zero advantage: a policy that is already safe and
+helpful is left alone. (The authors' judge sees the answer without its prompt, scores an unreadable verdict as safe, and
+has no benign prompts, so refusing everything is optimal there.)
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nspo.preference import PreferenceModel
+
+
+def safety_reward(cost: Tensor, reward: Tensor, harmful: Tensor, margin: float) -> Tensor:
+    """Reward (B,) float32 from cost (B,), helpfulness (B,) and the mask (B,) bool of harmful prompts."""
+    return torch.where(harmful, -cost.clamp(min=-margin), reward.clamp(max=margin))
+
+
+class SafetyReward:
+    """TRL reward function that owns the cost and reward models and keeps each step's scored samples.
+
+    Call it as TRL does, with conversational prompts and completions and the data set's `role` column.
+    """
+
+    __name__ = "safety"
+
+    def __init__(self, cost: PreferenceModel, reward: PreferenceModel, margin: float) -> None:
+        self.cost, self.reward, self.margin = cost, reward, margin
+        self.samples: list[dict[str, Any]] = []
+
+    def __call__(
+        self, prompts: list[Any], completions: list[Any], role: list[str], trainer_state: Any, log_metric: Any, **_: Any
+    ) -> list[float]:
+        """One reward per completion; logs mean cost, helpfulness and the share of unsafe answers."""
+        asked = [turns[-1]["content"] for turns in prompts]
+        answers = [turns[-1]["content"] for turns in completions]
+        harmful = torch.tensor([r == "harmful" for r in role])
+        cost = self._score(self.cost, asked, answers, harmful)
+        reward = self._score(self.reward, asked, answers, ~harmful)
+        total = safety_reward(cost, reward, harmful, self.margin)
+        if harmful.any():
+            log_metric("cost", cost[harmful].mean().item())
+            log_metric("unsafe", (cost[harmful] > 0).float().mean().item())
+        if not harmful.all():
+            log_metric("helpfulness", reward[~harmful].mean().item())
+        self.samples = [
+            {"step": trainer_state.global_step, "role": r, "prompt": p, "answer": a, "score": s}
+            for r, p, a, s in zip(role, asked, answers, total.tolist(), strict=True)
+        ]
+        return total.tolist()
+
+    @staticmethod
+    def _score(model: PreferenceModel, asked: list[str], answers: list[str], where: Tensor) -> Tensor:
+        """Scores at the positions of the mask `where`, zero elsewhere: each model reads only what it judges."""
+        scores = torch.zeros(len(asked))
+        index = where.nonzero().flatten().tolist()
+        if index:
+            scores[where] = model.score([asked[i] for i in index], [answers[i] for i in index]).cpu()
+        return scores

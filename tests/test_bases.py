@@ -1,0 +1,358 @@
+"""bases.py: spectra and selection rules on matrices with a known answer, the file, and the check against a model."""
+
+import math
+import warnings
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from nspo.artifacts import make_manifest, save_tensors
+from nspo.bases import NullSpaceBases, compute_basis, random_like
+from nspo.errors import UserError
+from nspo.linears import canonical_name, layer_norms
+from nspo.spectra import contrast_split, protected_rank, symmetric_eigh
+
+TOKENS = 10_000
+
+
+def rotation(d: int, seed: int = 0) -> torch.Tensor:
+    return torch.linalg.qr(torch.randn(d, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64))[0]
+
+
+def gram_of(spectrum: list[float], seed: int = 0) -> torch.Tensor:
+    q = rotation(len(spectrum), seed)
+    return q @ torch.diag(torch.tensor(spectrum, dtype=torch.float64)) @ q.T
+
+
+def share(directions: torch.Tensor, gram: torch.Tensor) -> float:
+    return float((directions.T @ gram @ directions).trace() / gram.trace())
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 6, bias=False), nn.Linear(6, 4))
+
+
+@pytest.fixture
+def bases(model) -> NullSpaceBases:
+    sites = [
+        compute_basis("in", ["0"], gram_of([8, 7, 6, 5, 4, 3, 2, 1]), TOKENS, "rank", 3),
+        compute_basis("mid", ["1"], gram_of([8, 4, 2, 1, 0.5, 0.2]), TOKENS, "rank", 5),
+    ]
+    return NullSpaceBases(sites, layer_norms(model, ["0", "1"]), model={"weights": "abc"}, seed=1)
+
+
+# ------------------------------------------------------------------------------------------- eigendecomposition
+
+
+def test_eigh_is_descending_and_rebuilds_the_matrix():
+    gram = gram_of([3, 1, 2])
+    values, vectors = symmetric_eigh(gram.float())
+    torch.testing.assert_close(values, torch.tensor([3.0, 2.0, 1.0], dtype=torch.float64), atol=1e-6, rtol=0)
+    torch.testing.assert_close(vectors @ values.diag() @ vectors.T, gram, atol=1e-6, rtol=0)
+
+
+def test_eigh_symmetrises_and_clips_rounding_below_zero():
+    gram = gram_of([1, 1e-18, 0])
+    gram[0, 1] += 1e-9
+    values, _ = symmetric_eigh(gram)
+    assert (values >= 0).all()
+
+
+def test_eigh_refuses_nan_and_non_square():
+    with pytest.raises(UserError, match="1 NaN or Inf"):
+        symmetric_eigh(torch.tensor([[1.0, math.nan], [0.0, 1.0]]))
+    with pytest.raises(UserError, match=r"\(2, 3\), expected a square"):
+        symmetric_eigh(torch.zeros(2, 3))
+
+
+# ------------------------------------------------------------------------------------------- rules
+
+SPECTRUM = torch.tensor([100.0, 10.0, 1.0, 0.1, 0.0], dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("rule", "threshold", "rank"),
+    [
+        ("relative", 0.1, 2),
+        ("relative", 0.05, 2),
+        ("relative", 1.0, 1),
+        ("relative", 0.0, 5),
+        ("absolute", 1.0, 3),
+        ("absolute", 1e3, 0),
+        ("absolute", 0.0, 5),
+        ("energy", 0.0, 0),
+        ("energy", 0.9, 1),
+        ("energy", 0.95, 2),
+        ("energy", 1.0, 4),  # the fifth direction holds nothing
+        ("rank", 0, 0),
+        ("rank", 3, 3),
+        ("rank", 99, 5),
+        ("fraction", 0.0, 0),
+        ("fraction", 0.4, 2),
+        ("fraction", 1.0, 5),
+    ],
+)
+def test_rule_on_a_known_spectrum(rule, threshold, rank):
+    assert protected_rank(SPECTRUM, rule, threshold) == rank
+
+
+def test_energy_meets_a_share_that_lies_exactly_on_an_edge():
+    assert protected_rank(torch.tensor([9.0, 1.0], dtype=torch.float64), "energy", 0.9) == 1
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**16), st.floats(0.0, 1.0))
+def test_leakage_rule_equals_brute_force(seed, threshold):
+    generator = torch.Generator().manual_seed(seed)
+    kept, heldout = (torch.randn(6, 9, generator=generator, dtype=torch.float64) for _ in range(2))
+    values, vectors = symmetric_eigh(kept @ kept.T)
+    norms = [(heldout - vectors[:, :r] @ vectors[:, :r].T @ heldout).norm() / heldout.norm() for r in range(7)]
+    expected = next(r for r, norm in enumerate(norms) if norm <= threshold + 1e-9)
+    gram = heldout @ heldout.T
+    assert protected_rank(values, "leakage", threshold, vectors=vectors, heldout_gram=gram) == expected
+
+
+@pytest.mark.parametrize(
+    ("rule", "threshold", "message"),
+    [
+        ("magic", 0.5, "'magic', expected one of relative"),
+        ("energy", 1.5, "1.5 for rule 'energy', expected a number from 0 to 1"),
+        ("rank", 2.5, "2.5 for rule 'rank', expected a whole number"),
+        ("fraction", math.nan, "nan for rule 'fraction'"),
+        ("leakage", 0.1, "found no held-out inputs"),
+        ("contrast", 0.1, "use contrast_split"),
+    ],
+)
+def test_rule_refusals(rule, threshold, message):
+    with pytest.raises(UserError, match=message):
+        protected_rank(SPECTRUM, rule, threshold)
+
+
+# ------------------------------------------------------------------------------------------- contrast
+
+
+def planted() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """General and harmful second moments in d = 24; harmful inputs use directions 4, 5, 6 eleven times as much."""
+    q = rotation(24)
+    general = torch.tensor([1.0] * 4 + [0.05] * 3 + [0.045 * 0.99**i for i in range(17)], dtype=torch.float64)
+    harmful = general.clone()
+    harmful[4:7] += 0.5
+    return q @ general.diag() @ q.T, q @ harmful.diag() @ q.T, q[:, 4:7]
+
+
+def test_contrast_frees_planted_directions_and_beats_the_plain_null_space():
+    general, harmful, directions = planted()
+    budget = 0.04
+    protected, free = contrast_split(general, harmful, budget)
+    assert torch.linalg.matrix_norm(free.T @ directions) ** 2 == pytest.approx(3, abs=1e-6)  # all three are inside
+    assert share(free, general) <= budget + 1e-9
+    both = torch.cat([protected, free], 1)
+    torch.testing.assert_close(both.T @ both, torch.eye(24).double())
+    plain = compute_basis("s", ["a"], general, TOKENS, "energy", 1 - budget, harmful_gram=harmful)
+    ours = compute_basis("s", ["a"], general, TOKENS, "contrast", budget, harmful_gram=harmful)
+    assert ours.harmful_energy > 5 * plain.harmful_energy
+    assert ours.ratio > 5 * plain.ratio
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e6])
+def test_contrast_ignores_the_scale_of_either_sample(scale):
+    general, harmful, _ = planted()
+    free, scaled = contrast_split(general, harmful, 0.04)[1], contrast_split(general, harmful * scale, 0.04)[1]
+    torch.testing.assert_close(free @ free.T, scaled @ scaled.T, atol=1e-8, rtol=0)
+
+
+def test_contrast_no_rotated_split_of_equal_cost_holds_more_harmful_energy():
+    """Optimality: against the ratio form H u = lambda G u, which the docstring says is worse."""
+    general, harmful = gram_of([1.5**-i for i in range(16)], 1), gram_of([1.4**-i for i in range(16)], 2)
+    free = contrast_split(general, harmful, 0.1)[1]
+    ridge = general + 1e-3 * general.trace() / 16 * torch.eye(16, dtype=torch.float64)
+    whiten = torch.linalg.inv(torch.linalg.cholesky(ridge))
+    ratio = torch.linalg.qr(whiten.T @ torch.linalg.eigh(whiten @ harmful @ whiten.T)[1].flip(1))[0]
+    count = max(k for k in range(17) if share(ratio[:, :k], general) <= share(free, general))
+    assert share(free, harmful) > share(ratio[:, :count], harmful)
+
+
+def test_contrast_uses_its_budget_and_grows_with_it():
+    general, harmful = gram_of([1.5**-i for i in range(16)], 1), gram_of([1.4**-i for i in range(16)], 2)
+    held = []
+    for budget in (0.0, 0.02, 0.1, 0.5, 1.0):
+        free = contrast_split(general, harmful, budget)[1]
+        assert 0.9 * budget <= share(free, general) <= budget + 1e-9
+        held.append(share(free, harmful))
+    assert held == sorted(held)
+
+
+def test_contrast_protects_everything_when_nothing_is_selective():
+    general = gram_of([4, 3, 2, 1])
+    protected, free = contrast_split(general, 2 * general, 0.1)
+    assert free.shape == (4, 0)
+    assert protected.shape == (4, 4)
+
+
+# ------------------------------------------------------------------------------------------- one site
+
+
+@pytest.mark.parametrize(
+    ("rank", "kind", "columns"), [(0, "range", 0), (2, "range", 2), (3, "null", 2), (5, "null", 0)]
+)
+def test_the_thinner_side_is_kept(rank, kind, columns):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        site = compute_basis("s", ["a"], gram_of([5, 4, 3, 2, 1]), TOKENS, "rank", rank)
+    assert (site.kind, site.basis.shape, site.basis.dtype) == (kind, (5, columns), torch.float32)
+    assert site.null_dim == 5 - rank
+    assert site.energy_kept == pytest.approx(sum([5, 4, 3, 2, 1][:rank]) / 15)
+
+
+def test_heldout_leakage_and_harmful_energy_are_measured():
+    general, heldout, harmful = (
+        torch.diag(torch.tensor([4.0, 1, 0])),
+        torch.diag(torch.tensor([3.0, 0, 1])),
+        torch.eye(3),
+    )
+    site = compute_basis("s", ["a"], general, TOKENS, "rank", 1, heldout, harmful)
+    assert site.leakage == pytest.approx(0.5)
+    assert site.harmful_energy == pytest.approx(2 / 3)
+    assert site.ratio == pytest.approx((2 / 3) / 0.25)
+
+
+def test_warns_of_too_few_tokens_and_of_no_free_direction():
+    with pytest.warns(UserWarning, match="s: 19 tokens for width 5, at least 20 are needed"):
+        compute_basis("s", ["a"], torch.eye(5), 19, "rank", 2)
+    with pytest.warns(UserWarning, match="protects all 5 directions"):
+        compute_basis("s", ["a"], torch.eye(5), 20, "rank", 5)
+
+
+def test_compute_basis_refuses_unusable_moments():
+    with pytest.raises(UserError, match=r"s: the general second moment is \(4, 4\) with trace 0"):
+        compute_basis("s", ["a"], torch.zeros(4, 4), TOKENS, "rank", 2)
+    with pytest.raises(UserError, match=r"the harmful second moment is \(3, 3\).*expected \(4, 4\)"):
+        compute_basis("s", ["a"], torch.eye(4), TOKENS, "rank", 2, harmful_gram=torch.eye(3))
+    with pytest.raises(UserError, match="found no harmful inputs"):
+        compute_basis("s", ["a"], torch.eye(4), TOKENS, "contrast", 0.1)
+
+
+# ------------------------------------------------------------------------------------------- the file
+
+
+def test_round_trip_and_equal_bytes(bases, tmp_path):
+    bases.save(tmp_path / "a.safetensors")
+    loaded = NullSpaceBases.load(tmp_path / "a.safetensors")
+    loaded.save(tmp_path / "b.safetensors")
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+    assert loaded.manifest == bases.manifest
+    assert loaded.manifest["model"] == {"weights": "abc"}
+    assert loaded.summary() == bases.summary()
+    assert torch.equal(loaded.for_layer("module.0").basis, bases["in"].basis)
+    assert loaded.for_layer("1").kind == "null"
+
+
+def test_load_refuses_truncated_other_kind_and_missing(bases, tmp_path):
+    path = tmp_path / "bases.safetensors"
+    with pytest.raises(UserError, match="does not exist"):
+        NullSpaceBases.load(path)
+    bases.save(path)
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(UserError, match=r"bases\.safetensors is not a whole safetensors file"):
+        NullSpaceBases.load(path)
+    save_tensors(path, {"x": torch.zeros(1)}, make_manifest("reward"))
+    with pytest.raises(UserError, match="holds 'reward', expected 'bases'"):
+        NullSpaceBases.load(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.update({"in/basis": t["in/basis"] * 1.01}), "site in is not orthonormal"),
+        (
+            lambda t: t.update({"in/basis": t["in/basis"][:, :2]}),
+            r"site in holds .* shape \(8, 2\), expected \(8, 3\)",
+        ),
+        (lambda t: t["in/basis"].fill_(math.nan), "site in holds NaN"),
+        (lambda t: t.pop("mid/eigenvalues"), "lacks 'mid/eigenvalues'"),
+    ],
+)
+def test_load_refuses_a_damaged_basis(bases, tmp_path, change, message):
+    tensors = {f"{n}/{k}": getattr(s, k).clone() for n, s in bases.items() for k in ("basis", "eigenvalues")}
+    change(tensors)
+    save_tensors(tmp_path / "bases.safetensors", tensors, bases.manifest)
+    with pytest.raises(UserError, match=message):
+        NullSpaceBases.load(tmp_path / "bases.safetensors")
+
+
+def test_bases_refuse_all_empty_duplicate_layers_and_missing_norms():
+    with pytest.warns(UserWarning, match="cannot move"):
+        full = compute_basis("s", ["a"], torch.eye(4), TOKENS, "rank", 4)
+    half = [compute_basis(name, ["a"], torch.eye(4), TOKENS, "rank", 2) for name in "st"]
+    with pytest.raises(UserError, match="no free direction at any of 1 sites"):
+        NullSpaceBases([full], {"a": 1.0})
+    with pytest.raises(UserError, match="listed under two sites"):
+        NullSpaceBases(half, {"a": 1.0})
+    with pytest.raises(UserError, match="no base weight norm for a"):
+        NullSpaceBases(half[:1], {})
+
+
+def test_random_like_keeps_ranks_and_depends_on_the_seed(bases):
+    one, same, other = random_like(bases, 1), random_like(bases, 1), random_like(bases, 2)
+    for name, site in bases.items():
+        assert (one[name].rank, one[name].kind, one[name].layers) == (site.rank, site.kind, site.layers)
+        assert torch.equal(one[name].basis, same[name].basis)
+        assert not torch.allclose(one[name].basis, other[name].basis)
+        assert not torch.allclose(one[name].basis, site.basis)
+    assert one["in"].rule == "random"
+    assert one["in"].energy_kept is None
+    assert one.manifest["random_seed"] == 1
+    assert one.manifest["model"] == bases.manifest["model"]
+
+
+# ------------------------------------------------------------------------------------------- the model
+
+
+def test_check_model_accepts_its_model_through_wrappers(bases, model):
+    bases.check_model(model)
+    bases.check_model(torch.compile(model, backend="eager"))
+
+
+def test_check_model_reads_conv1d_transposed():
+    from transformers.pytorch_utils import Conv1D
+
+    model = nn.ModuleDict({"c": Conv1D(6, 4)})  # reads 4, writes 6
+    site = compute_basis("s", ["c"], torch.eye(4), TOKENS, "rank", 2)
+    NullSpaceBases([site], layer_norms(model, ["c"])).check_model(model)
+
+
+def test_check_model_refuses_another_model(bases, model):
+    with pytest.raises(UserError, match="layer 0 reads width 7, the bases were computed for width 8"):
+        bases.check_model(nn.Sequential(nn.Linear(7, 6), nn.Linear(6, 4)))
+    with pytest.raises(UserError, match="the model has no layer 1"):
+        bases.check_model(model[:1])
+    with pytest.raises(UserError, match="layer 1 is a ReLU"):
+        bases.check_model(nn.Sequential(model[0], nn.ReLU()))
+    with torch.no_grad():
+        model[1].weight.mul_(1.02)
+    with pytest.raises(
+        UserError, match=r"layer 1 has weight norm [\d.]+, the bases were computed on a model where it is"
+    ):
+        bases.check_model(model)
+    with pytest.raises(UserError, match=r"hold no layer 9, expected one of 0, 1"):
+        bases.for_layer("9")
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        "module.model.layers.0.mlp.up_proj",
+        "_orig_mod.module.model.layers.0.mlp.up_proj",
+        "model.layers.0._fsdp_wrapped_module.mlp.up_proj",
+        "model.layers.0._checkpoint_wrapped_module._orig_mod.mlp.up_proj",
+        "base_model.model.model.layers.0.mlp.up_proj",
+    ],
+)
+def test_canonical_name(wrapped):
+    assert canonical_name(wrapped) == "model.layers.0.mlp.up_proj"
+    assert canonical_name("model.my_orig_mod.module.x") == "model.my_orig_mod.module.x"

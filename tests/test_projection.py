@@ -1,0 +1,552 @@
+"""projection.py: the constraint is exact with any optimizer, sharded or not, and refuses what it cannot guarantee."""
+
+import os
+import socket
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from nspo import NullSpaceBases, constrain
+from nspo.bases import compute_basis
+from nspo.errors import UserError
+from nspo.linears import layer_norms
+from nspo.projection import exact_matmul, freeze_uncovered, project_, protected_part, reanchor_
+
+EXACT = 1e-6
+
+
+def orthonormal(d: int, m: int, seed: int = 0) -> torch.Tensor:
+    gaussian = torch.randn(d, m, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.linalg.qr(gaussian)[0].float()
+
+
+def gram(d: int, seed: int) -> torch.Tensor:
+    q = orthonormal(d, d, seed).double()
+    return q @ torch.diag(torch.linspace(1, 0.01, d, dtype=torch.float64)) @ q.T
+
+
+def bases_of(model: nn.Module, sites: dict[str, tuple[list[str], int, int]]) -> NullSpaceBases:
+    """{site: (layers, width, protected rank)} to bases of `model`."""
+    made = [
+        compute_basis(site, layers, gram(width, seed), 10_000, "rank", rank)
+        for seed, (site, (layers, width, rank)) in enumerate(sites.items())
+    ]
+    return NullSpaceBases(made, layer_norms(model, [layer for layers, _, _ in sites.values() for layer in layers]))
+
+
+def toy(bias: bool = False) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(12, 16, bias=bias), nn.Tanh(), nn.Linear(16, 4, bias=bias), nn.LayerNorm(4))
+
+
+def toy_bases(model: nn.Module) -> NullSpaceBases:
+    return bases_of(model, {"in": (["0"], 12, 4), "mid": (["2"], 16, 11)})  # one range basis, one null basis
+
+
+def toy_loss(model: nn.Module) -> torch.Tensor:
+    return (model(torch.randn(8, 12)) - 3).square().mean()
+
+
+def llama() -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = LlamaConfig(**shape, num_key_value_heads=2, vocab_size=50, attention_bias=True, tie_word_embeddings=True)
+    return LlamaForCausalLM(config).float()
+
+
+def llama_bases(model: nn.Module) -> NullSpaceBases:
+    sites = {}
+    for block in (f"model.layers.{i}" for i in range(2)):
+        sites[f"{block}.qkv"] = ([f"{block}.self_attn.{name}_proj" for name in "qkv"], 32, 8)
+        sites[f"{block}.o"] = ([f"{block}.self_attn.o_proj"], 32, 16)
+        sites[f"{block}.gate_up"] = ([f"{block}.mlp.{name}_proj" for name in ("gate", "up")], 32, 24)
+        sites[f"{block}.down"] = ([f"{block}.mlp.down_proj"], 64, 48)
+    return bases_of(model, sites)
+
+
+def llama_step(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
+    ids = torch.randint(0, 50, (2, 6), generator=torch.Generator().manual_seed(seed))
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+class Lion(torch.optim.Optimizer):
+    """Sign of momentum with decoupled decay: as far from linear in the gradient as optimizers get."""
+
+    def __init__(self, params, lr=1e-3, beta=0.9, weight_decay=0.1):
+        super().__init__(params, {"lr": lr, "beta": beta, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                momentum = self.state[p].setdefault("m", torch.zeros_like(p))
+                momentum.lerp_(p.grad, 1 - group["beta"])
+                p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(momentum.sign(), alpha=group["lr"])
+
+
+OPTIMIZERS = {
+    "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1),
+    "fused": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1, fused=True),
+    "sgd": lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9, weight_decay=0.1),
+    "lion": Lion,
+}
+
+# ------------------------------------------------------------------------------------------- the mathematics
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 9), st.integers(0, 2**16), st.sampled_from(["range", "null"]))
+def test_projector_is_symmetric_idempotent_and_non_expansive(columns, seed, kind):
+    basis = orthonormal(9, columns, seed)
+    delta, other = torch.randn(2, 5, 9, generator=torch.Generator().manual_seed(seed + 1))
+    once, other_once = project_(delta.clone(), basis, kind), project_(other.clone(), basis, kind)
+    torch.testing.assert_close(project_(once.clone(), basis, kind), once, atol=1e-6, rtol=0)
+    torch.testing.assert_close((once * other).sum(), (delta * other_once).sum(), atol=1e-5, rtol=0)
+    assert once.norm() <= delta.norm() * (1 + 1e-6)
+    assert torch.linalg.matrix_norm(once, 2) <= torch.linalg.matrix_norm(delta, 2) * (1 + 1e-6)
+    assert protected_part(once, basis, kind).norm() <= EXACT * delta.norm()
+
+
+def test_both_sides_give_the_same_projection():
+    full = orthonormal(9, 9)
+    delta = torch.randn(5, 9)
+    by_range, by_null = project_(delta.clone(), full[:, :4], "range"), project_(delta.clone(), full[:, 4:], "null")
+    torch.testing.assert_close(by_range, by_null, atol=1e-6, rtol=0)
+    part = protected_part(delta, full[:, :4], "range").norm()
+    torch.testing.assert_close(part, protected_part(delta, full[:, 4:], "null").norm(), atol=1e-6, rtol=0)
+
+
+def test_edges_everything_or_nothing_protected():
+    delta = torch.randn(5, 9)
+    assert torch.equal(project_(delta.clone(), torch.empty(9, 0), "range"), delta)
+    assert not project_(delta.clone(), torch.empty(9, 0), "null").any()
+
+
+def test_reanchor_subtracts_first():
+    """The algebraically equal W - (W Q - W0 Q) Q^T cancels large numbers; ours must be the more exact one."""
+    torch.manual_seed(0)
+    basis, anchor = orthonormal(64, 40), torch.randn(64, 64) * 10
+    weight = anchor + 1e-3 * torch.randn(64, 64)
+    exact = anchor.double() + (weight - anchor).double() @ (torch.eye(64).double() - basis.double() @ basis.double().T)
+    naive = weight - (weight @ basis - anchor @ basis) @ basis.T
+    ours = reanchor_(weight.clone(), anchor, basis, "range")
+    assert (ours - exact).norm() < (naive - exact).norm() / 3
+
+
+def test_exact_matmul_overrides_and_restores_precision_settings():
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with exact_matmul(torch.device("cpu")):
+            assert torch.backends.cuda.matmul.fp32_precision == "ieee"
+            assert torch.backends.mkldnn.matmul.fp32_precision == "ieee"
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+# ------------------------------------------------------------------------------------------- exactness in training
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_exact_after_1000_steps_with_decay_clipping_and_accumulation(name):
+    model = toy()
+    start = model[0].weight.detach().clone()
+    optimizer = OPTIMIZERS[name](model.parameters())
+    constraint = constrain(model, optimizer, toy_bases(model))
+    for _ in range(1000):
+        (toy_loss(model) / 2).backward()
+        (toy_loss(model) / 2).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert max(constraint.leakage().values()) <= EXACT
+    assert (model[0].weight - start).norm() > 0.1 * start.norm()  # it did learn
+    constraint.verify()
+
+
+@pytest.mark.parametrize(("mode", "low", "high"), [("gradient", 1e-3, 10), ("anchor", 0, EXACT), ("both", 0, EXACT)])
+def test_gradient_projection_alone_leaks_under_adamw(mode, low, high):
+    model = toy()
+    optimizer = OPTIMIZERS["adamw"](model.parameters())
+    constraint = constrain(model, optimizer, toy_bases(model), mode=mode)
+    for _ in range(20):
+        toy_loss(model).backward()
+        optimizer.step()
+    assert low <= max(constraint.leakage().values()) <= high
+
+
+def test_step_stats_price_the_constraint():
+    model = toy()
+    optimizer = OPTIMIZERS["sgd"](model.parameters())
+    constraint = constrain(model, optimizer, toy_bases(model))
+    assert constraint.step_stats() == {}
+    toy_loss(model).backward()
+    expected = sum(model[i].weight.grad.square().sum() for i in (0, 2)).sqrt()
+    optimizer.step()
+    stats = constraint.step_stats()
+    assert stats["gradient_norm"] == pytest.approx(float(expected), rel=1e-5)
+    assert 0 < stats["kept"] < 1
+    assert stats["descent"] == pytest.approx(stats["projected_norm"] ** 2, rel=1e-5)
+
+
+def test_anchor_mode_leaves_gradients_alone():
+    model = toy()
+    optimizer = OPTIMIZERS["sgd"](model.parameters())
+    constraint = constrain(model, optimizer, toy_bases(model), mode="anchor")
+    toy_loss(model).backward()
+    before = model[0].weight.grad.clone()
+    optimizer.step()
+    assert torch.equal(model[0].weight.grad, before)
+    assert constraint.step_stats() == {}
+
+
+def test_exact_inside_autocast_and_with_loss_scaling():
+    model = toy()
+    optimizer, scaler = OPTIMIZERS["adamw"](model.parameters()), torch.amp.GradScaler("cpu")
+    constraint = constrain(model, optimizer, toy_bases(model))
+    for _ in range(20):
+        with torch.autocast("cpu", torch.bfloat16):
+            scaler.scale(toy_loss(model)).backward()
+            scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    assert max(constraint.leakage().values()) <= EXACT
+    assert model[0].weight.norm() != toy()[0].weight.norm()
+
+
+def test_exact_with_torch_compile_and_accelerate():
+    from accelerate import Accelerator
+
+    model = toy()
+    bases = toy_bases(model)
+    freeze_uncovered(model, bases)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model, optimizer = accelerator.prepare(
+        torch.compile(model, backend="eager"), OPTIMIZERS["adamw"](model.parameters())
+    )
+    constraint = constrain(model, optimizer, bases)
+    for _ in range(6):
+        with accelerator.accumulate(model):
+            accelerator.backward(toy_loss(model))
+            optimizer.step()
+            optimizer.zero_grad()
+    assert 0 < max(constraint.leakage().values()) <= EXACT
+
+
+def test_conv1d_is_projected_on_its_transpose():
+    from transformers.pytorch_utils import Conv1D
+
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"c": Conv1D(6, 6)})  # square: the wrong side would pass unnoticed by shape
+    bases = bases_of(model, {"s": (["c"], 6, 2)})
+    start = model["c"].weight.detach().clone()
+    optimizer = OPTIMIZERS["adamw"](model.parameters())
+    constraint = constrain(model, optimizer, bases)
+    model["c"](torch.randn(5, 6)).square().sum().backward()
+    optimizer.step()
+    moved = model["c"].weight.detach() - start  # (in, out): y = x W, so protected inputs x give x D = 0
+    assert (bases["s"].basis.T @ moved).norm() <= EXACT * start.norm() < moved.norm()
+    assert constraint.leakage()["c"] <= EXACT
+
+
+def test_bf16_export_leaks_and_fp32_does_not():
+    model = toy()
+    optimizer = OPTIMIZERS["adamw"](model.parameters())
+    constraint = constrain(model, optimizer, toy_bases(model))
+    for _ in range(20):
+        toy_loss(model).backward()
+        optimizer.step()
+    exact = max(constraint.leakage().values())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.bfloat16())
+    rounded = max(constraint.leakage().values())
+    assert exact <= EXACT
+    assert 1e-4 < rounded < 1e-2  # half a bf16 step is 2e-3 of a weight
+    with pytest.raises(UserError, match=r"leaves the null space by .*expected at most 1e-05"):
+        constraint.verify()
+
+
+# ------------------------------------------------------------------------------------------- a whole model
+
+
+def test_llama_moves_only_where_it_may():
+    model = llama()
+    start = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    optimizer = OPTIMIZERS["adamw"](model.parameters())  # holds everything, also what is about to be frozen
+    model(input_ids=torch.tensor([[1, 2]]), labels=torch.tensor([[1, 2]])).loss.backward()  # leaves stale gradients
+    constraint = constrain(model, optimizer, llama_bases(model))
+    for seed in range(3):
+        llama_step(model, optimizer, seed)
+    assert max(constraint.leakage().values()) <= EXACT
+    covered = {f"{layer}.weight" for layer in constraint.leakage()}
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, start[name]) == (name not in covered), name
+    assert constraint.unprotected_share == 0
+    assert len(constraint.frozen_names) == len(start) - len(covered)
+    assert "14 layers" in constraint.describe()
+
+
+def test_free_rest_moves_and_is_counted():
+    model = llama()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not name.endswith("bias"))
+    optimizer = OPTIMIZERS["adamw"](model.parameters())
+    constraint = constrain(model, optimizer, llama_bases(model), freeze_rest=False)
+    embedding = model.model.embed_tokens.weight.detach().clone()
+    llama_step(model, optimizer, 0)
+    assert not torch.equal(model.model.embed_tokens.weight, embedding)
+    rest = 50 * 32 + 5 * 32  # tied embedding once, five norms
+    total = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    assert constraint.unprotected_share == pytest.approx(rest / total)
+
+
+def test_anchor_in_bf16_only_where_lossless():
+    model = toy()
+    with torch.no_grad():
+        model[0].weight.copy_(model[0].weight.bfloat16())
+    constraint = constrain(model, OPTIMIZERS["sgd"](model.parameters()), toy_bases(model))
+    assert [layer.anchor.dtype for layer in constraint._layers] == [torch.bfloat16, torch.float32]
+    assert set(constraint.leakage().values()) == {0.0}
+
+
+def test_resume_keeps_the_base(tmp_path):
+    model = llama()
+    bases = llama_bases(model)
+    model.save_pretrained(tmp_path / "base")
+    optimizer = OPTIMIZERS["adamw"](model.parameters())
+    constrain(model, optimizer, bases)
+    llama_step(model, optimizer, 0)
+
+    resumed = llama()
+    resumed.load_state_dict(model.state_dict())
+    optimizer = OPTIMIZERS["adamw"](resumed.parameters())
+    constraint = constrain(resumed, optimizer, bases, anchor=tmp_path / "base")
+    llama_step(resumed, optimizer, 1)
+    assert max(constraint.leakage().values()) <= EXACT
+    base = dict(llama().named_parameters())
+    for layer in constraint._layers:
+        assert torch.equal(layer.anchor.float(), base[f"{layer.name}.weight"])
+
+
+def test_anchor_refusals(tmp_path):
+    model = toy()
+    bases, optimizer = toy_bases(model), OPTIMIZERS["sgd"](model.parameters())
+    with pytest.raises(UserError, match=r"holds no \*\.safetensors"):
+        constrain(model, optimizer, bases, anchor=tmp_path)
+    from safetensors.torch import save_file
+
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    for change, message in [
+        (lambda s: s.pop("2.weight"), r"has no weight 2\.weight"),
+        (
+            lambda s: s.update({"0.weight": torch.zeros(3, 12)}),
+            r"0\.weight of shape \(3, 12\), the model has \(16, 12\)",
+        ),
+        (lambda s: s.update({"0.weight": 2 * s["0.weight"]}), "layer 0 has weight norm"),
+        (lambda s: s.update({"0.weight": s["0.weight"].flip(0).contiguous()}), "away from .* in the protected range"),
+    ]:
+        changed = dict(state)
+        change(changed)
+        save_file(changed, tmp_path / "model.safetensors")
+        with pytest.raises(UserError, match=message):
+            constrain(model, optimizer, bases, anchor=tmp_path)
+    assert all(parameter.requires_grad for parameter in model.parameters())  # a refusal changes nothing
+
+
+def test_remove_lifts_the_constraint():
+    model = toy()
+    optimizer = OPTIMIZERS["adamw"](model.parameters())
+    constraint = constrain(model, optimizer, toy_bases(model))
+    constraint.remove()
+    toy_loss(model).backward()
+    optimizer.step()
+    assert max(constraint.leakage().values()) > 1e-3
+
+
+def test_first_step_verifies_that_the_write_landed():
+    model = toy()
+    optimizer = OPTIMIZERS["adamw"](model.parameters())
+    constrain(model, optimizer, toy_bases(model))
+    model[0].weight = nn.Parameter(model[0].weight.detach().clone())
+    toy_loss(model).backward()
+    with pytest.raises(UserError, match="layer 0 got a new weight after constrain"):
+        optimizer.step()
+
+
+# ------------------------------------------------------------------------------------------- refusals
+
+
+def tie(model):
+    model.add_module("copy", nn.Linear(12, 16, bias=False))
+    model.copy.weight = model[0].weight
+
+
+def quantise(model):
+    model[0].weight = nn.Parameter(torch.zeros(16, 12, dtype=torch.uint8), requires_grad=False)
+
+
+def experts(model):
+    model[0] = nn.Module()
+    model[0].gate_up_proj = nn.Parameter(torch.zeros(2, 16, 12))
+
+
+def lora(model):
+    from peft import LoraConfig, get_peft_model
+
+    get_peft_model(model, LoraConfig(target_modules=["0"]))
+
+
+def fake(name, module, *bases):
+    return type(name, bases, {"__module__": module})
+
+
+def fsdp1(model):
+    model[3] = fake("FullyShardedDataParallel", "torch.distributed.fsdp", nn.Module)()
+
+
+def flat(model):
+    parameter = nn.Parameter(torch.zeros(3))
+    parameter.__class__ = fake("FlatParameter", "torch.distributed.fsdp", nn.Parameter)
+    model.register_parameter("flat", parameter)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m.bfloat16(), "layer 0 has bfloat16 weights, expected float32 master weights"),
+        (lambda m: m[2].requires_grad_(False), "layer 2 is frozen"),
+        (tie, r"layer 0 shares its weight with copy\.weight"),
+        (quantise, r"layer 0 has a quantised or flattened weight \(Tensor torch.uint8"),
+        (experts, "layer 0 holds fused 3-D experts"),
+        (lora, r"layer 0 is wrapped by peft\..*merge or unload the adapter"),
+        (lambda m: m.to("meta"), "layer 0 has its weight on the meta device"),
+        (
+            lambda m: m.__setitem__(0, nn.Linear(12, 16, bias=False)),
+            "the optimizer does not hold the weight of layer 0",
+        ),
+        (lambda m: m.__setitem__(0, nn.Linear(13, 16, bias=False)), "layer 0 reads width 13"),
+        (lambda m: m[0].weight.data.mul_(1.1), "layer 0 has weight norm"),
+        (fsdp1, "wrapped in FSDP1"),
+        (flat, "wrapped in FSDP1"),
+    ],
+)
+def test_refuses_weights_it_cannot_guarantee(change, message):
+    model = toy()
+    bases, optimizer = toy_bases(model), OPTIMIZERS["sgd"](model.parameters())
+    change(model)
+    with pytest.raises(UserError, match=message):
+        constrain(model, optimizer, bases)
+
+
+def test_refuses_a_trainable_bias_unless_frozen():
+    model = toy(bias=True)
+    bases, optimizer = toy_bases(model), OPTIMIZERS["sgd"](model.parameters())
+    with pytest.raises(UserError, match="layer 0 has a trainable bias"):
+        constrain(model, optimizer, bases, freeze_rest=False)
+    constrain(model, optimizer, bases)
+    assert not model[0].bias.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p: object(), "optimizer is a object, expected a torch.optim.Optimizer"),
+        (lambda p: fake("AdaLomo", "lomo_optim", torch.optim.SGD)(p), "AdaLomo does not do all its writing in step"),
+        (lambda p: fake("LayerWiseDummyOptimizer", "x", torch.optim.SGD)(p), "LayerWiseDummyOptimizer does not do all"),
+        (lambda p: torch.optim.SGD([{"params": p, "train_mode": True}]), "no schedule-free"),
+        (
+            lambda p: fake("DeepSpeedZeroOptimizer", "deepspeed.runtime.zero", torch.optim.SGD)(p),
+            "belongs to DeepSpeed",
+        ),
+    ],
+)
+def test_refuses_optimizers_it_cannot_follow(make, message):
+    model = toy()
+    with pytest.raises(UserError, match=message):
+        constrain(model, make(list(model.parameters())), toy_bases(model))
+
+
+def test_refuses_an_unknown_mode():
+    model = toy()
+    with pytest.raises(UserError, match="mode 'update', expected 'both', 'anchor' or 'gradient'"):
+        constrain(model, OPTIMIZERS["sgd"](model.parameters()), toy_bases(model), mode="update")
+
+
+# ------------------------------------------------------------------------------------------- two processes
+
+
+def train(model, inner, anchor=None) -> dict[str, torch.Tensor]:
+    """Three AdamW steps on the same batch on every rank; returns the full constrained weights of `inner`."""
+    bases = llama_bases(llama())
+    optimizer = OPTIMIZERS["adamw"](model.parameters())
+    constraint = constrain(model, optimizer, bases, anchor=anchor)
+    for seed in range(3):
+        llama_step(model, optimizer, seed)
+    assert max(constraint.leakage().values()) <= EXACT
+    assert 0 < constraint.step_stats()["kept"] < 1
+    weights = {layer: inner.get_submodule(layer).weight.detach() for layer in bases.layers}
+    return {layer: getattr(weight, "full_tensor", lambda w=weight: w)() for layer, weight in weights.items()}
+
+
+def two_ranks(rank: int, port: int, folder: str) -> None:
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor, Shard
+
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
+    torch.distributed.init_process_group("gloo")
+    mesh = torch.distributed.init_device_mesh("cpu", (2,))
+    expected = torch.load(f"{folder}/single.pt")
+
+    def close(weights):
+        for layer, weight in weights.items():
+            torch.testing.assert_close(weight, expected[layer], atol=1e-6, rtol=0, msg=layer)
+
+    for anchor in (None, folder):
+        sharded = llama()
+        for block in sharded.model.layers:
+            fully_shard(block, mesh=mesh)
+        fully_shard(sharded, mesh=mesh)
+        # FSDP2 sets itself up in the first forward; what constrain() freezes after it must stay where it is, too.
+        ids = torch.tensor([[1, 2, 3]])
+        sharded(input_ids=ids, labels=ids).loss.backward()
+        sharded.zero_grad()
+        embedding = sharded.model.embed_tokens.weight.full_tensor().clone()
+        close(train(sharded, sharded, anchor))
+        assert torch.equal(sharded.model.embed_tokens.weight.full_tensor(), embedding)
+        weight = sharded.model.layers[0].mlp.down_proj.weight
+        assert isinstance(weight, DTensor)
+        assert weight.to_local().shape == (16, 64)
+
+    replica = llama()
+    with pytest.raises(UserError, match=r"trainable under DDP.*freeze_uncovered"):
+        train(nn.parallel.DistributedDataParallel(replica), replica)
+    freeze_uncovered(replica, llama_bases(replica))
+    close(train(nn.parallel.DistributedDataParallel(replica), replica))
+
+    columns = llama()
+    fully_shard(columns, mesh=mesh, shard_placement_fn=lambda p: Shard(p.ndim - 1))
+    with pytest.raises(UserError, match=r"q_proj is sharded as S\(1\)|q_proj is sharded as Shard\(dim=1\)"):
+        train(columns, columns)
+    torch.distributed.destroy_process_group()
+
+
+def test_fsdp2_and_ddp_equal_a_single_process(tmp_path):
+    model = llama()
+    model.save_pretrained(tmp_path)
+    torch.save(train(model, model), tmp_path / "single.pt")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(two_ranks, (port, str(tmp_path)), nprocs=2)

@@ -1,0 +1,407 @@
+"""The report says what the files say, and nothing else: numbers, verdict, escaping, self-containment, determinism."""
+
+import csv
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from markupsafe import escape
+
+from nspo import comparison
+from nspo.artifacts import write_json
+from nspo.bases import NullSpaceBases, compute_basis
+from nspo.config import Config
+from nspo.errors import UserError
+from nspo.evaluation.scores import compute_scores
+from nspo.preference_metrics import describe
+from nspo.report import amount, write_report
+
+PLANTED = "<script>alert(1)</script>"
+DOMAINS = ("maths", "code", "commonsense", "instructions")
+BLOCKS = 3
+
+
+@dataclass(frozen=True)
+class Behaviour:
+    """What a synthetic model does: rates from 0 to 1, KL in nats."""
+
+    unsafe: float
+    refused: float
+    correct: float
+    kl: float
+
+
+BASE = Behaviour(unsafe=0.7, refused=0.03, correct=0.4, kl=0.0)
+NSPO = Behaviour(unsafe=0.08, refused=0.05, correct=0.4, kl=0.004)
+TWIN = Behaviour(unsafe=0.08, refused=0.3, correct=0.35, kl=0.04)
+
+
+def response_rows(method: str, does: Behaviour, prompts: int = 60) -> list[dict[str, Any]]:
+    """Rows as the evaluation writes them; the same prompt is hard for every method."""
+    rows = []
+    for role, domain in [("harmful", "advbench"), ("harmful", "harmbench"), ("benign", "benign")] + [
+        ("general", name) for name in DOMAINS
+    ]:
+        for index in range(prompts):
+            hard = (index + 0.5) / prompts
+            rng = np.random.default_rng(zlib.crc32(f"{domain}{index}".encode()))
+            tuned = role == "general" and does.kl > 0
+            unsafe = role == "harmful" and hard < does.unsafe
+            rows.append(
+                {
+                    "role": role,
+                    "domain": domain,
+                    "id": f"{domain}-{index}",
+                    "prompt": f"Prompt {index} of {domain} {PLANTED}",
+                    "response": f"{method} answers {index}. {PLANTED} " + "A sentence of the answer. " * 20,
+                    "refused": role == "benign" and hard < does.refused,
+                    "cost": (1.0 if unsafe else -1.0) + rng.normal() / 5 if role == "harmful" else None,
+                    "unsafe": unsafe if role == "harmful" else None,
+                    "cost_failed": False if role == "harmful" else None,
+                    "correct": hard < does.correct if role == "general" else None,
+                    "exact_match": hard > 12 * does.kl**0.5 / 5 if tuned else None,
+                    "reference_tokens": 10 + index % 50 if tuned else None,
+                    "kl_per_token": does.kl * rng.gamma(2) / 2 if tuned else None,
+                    "kl_first_tokens": 2 * does.kl * rng.gamma(2) / 2 if tuned else None,
+                    "nll_change": does.kl * rng.normal() if tuned else None,
+                    "top1_agreement": 1 - does.kl * rng.gamma(2) if tuned else None,
+                }
+            )
+    return rows
+
+
+def write_evaluation(folder: Path, method: str, seed: int, does: Behaviour) -> Path:
+    """One folder of the evaluation stage."""
+    rows = response_rows(method, does)
+    out = folder / "evaluation" / method / f"seed{seed}"
+    out.mkdir(parents=True)
+    pq.write_table(pa.Table.from_pylist(rows), out / "responses.parquet")
+    model = {"base": {"weights": "b" * 16}, "policy": {"weights": f"{method}-weights"}}
+    found = {"method": method, "seed": seed, "base": method == "base", "model": model, "judges": {"cost_model": {}}}
+    write_json(out / "metrics.json", {**found, "scores": compute_scores(rows, 4)})
+    return out
+
+
+def write_policy(folder: Path, method: str, seed: int, does: Behaviour) -> Path:
+    """The logs of one training run, which ends where the evaluation finds it."""
+    out = folder / "policy" / method / f"seed{seed}"
+    out.mkdir(parents=True)
+    rng = np.random.default_rng(len(method))
+    steps = [
+        {"step": s, "reward": s / 20 + rng.normal() / 9, "cost": 1 - s / 15 + rng.normal() / 9} for s in range(1, 31)
+    ]
+    for row in steps:
+        row |= {"completion_length": 40 + rng.normal(), "kept": 0.3 if method == "nspo" else None}
+    probes = [
+        {
+            "step": step,
+            "unsafe_rate": BASE.unsafe + (does.unsafe - BASE.unsafe) * step / 30,
+            "over_refusal_rate": does.refused * step / 30,
+            "kl_per_token": does.kl * (step / 30) ** 2,
+            "kl_first_tokens": 2 * does.kl * (step / 30) ** 2,
+        }
+        for step in range(0, 31, 5)
+    ]
+    pq.write_table(pa.Table.from_pylist(steps), out / "training.parquet")
+    pq.write_table(pa.Table.from_pylist(probes), out / "probes.parquet")
+    settings = {"objective": method, "learning_rate": 1e-4, "kl": 0.0}
+    write_json(out / "settings.json", {"nspo": settings, "trainer": {"beta": 0.0}})
+    return out
+
+
+def sites() -> list[tuple[str, tuple[str, ...], int]]:
+    """(site, layers, width) of a small model."""
+    found = []
+    for block in range(BLOCKS):
+        at = f"model.layers.{block}."
+        found.append((f"{at}self_attn.q_proj", tuple(f"{at}self_attn.{n}_proj" for n in "qkv"), 12))
+        found.append((f"{at}mlp.down_proj", (f"{at}mlp.down_proj",), 24))
+    return found
+
+
+def write_certificate(folder: Path, method: str, seed: int) -> Path:
+    """A certificate: the constrained method leaks rounding only on protected directions."""
+    constrained = method == "nspo"
+    layers = {
+        name: {
+            "site": site,
+            "leakage_basis": 3e-8 if constrained else 0.06,
+            "random_basis": 0.05,
+            "leakage_heldout": {"maths": 0.01, "all": 0.011 if constrained else 0.07},
+            "random_equal_norm": 0.045,
+            "harmful": 0.05,
+            "update_norm": 0.5,
+            "relative_update": 0.02,
+        }
+        for site, names, _ in sites()
+        for name in names
+    }
+    summary: dict[str, Any] = {
+        key: {"max": max(values), "mean": sum(values) / len(values), "worst_layer": next(iter(layers))}
+        for key in ("leakage_basis", "random_equal_norm", "harmful", "relative_update")
+        for values in [[row[key] for row in layers.values()]]
+    }
+    worst = max(row["leakage_heldout"]["all"] for row in layers.values())
+    summary |= {"leakage_heldout": {"max": worst, "mean": worst}, "unprotected_share": 0.0}
+    path = folder / "certificate" / method / f"seed{seed}.json"
+    identity = {"base": {"weights": "b" * 16}, "tuned": {"weights": f"{method}-weights"}}
+    write_json(path, {**identity, "method": method, "constrained": constrained, "layers": layers, "summary": summary})
+    return path
+
+
+def write_bases(path: Path) -> Path:
+    """Bases of the small model, from power-law spectra."""
+    rng = torch.Generator().manual_seed(0)
+    built = []
+    for site, layers, width in sites():
+        scale = torch.arange(1, width + 1, dtype=torch.float64) ** -1.0
+        general, heldout, harmful = (
+            (x.T @ x) / 400
+            for x in (torch.randn(400, width, generator=rng, dtype=torch.float64) * scale for _ in range(3))
+        )
+        built.append(compute_basis(site, layers, general, 400, "energy", 0.9, heldout, harmful))
+    NullSpaceBases(built, {layer: 1.0 for _, layers, _ in sites() for layer in layers}, model="tiny").save(path)
+    return path
+
+
+def write_preference(folder: Path, name: str) -> Path:
+    """The metrics of a reward or cost model on 200 graded responses."""
+    rng = np.random.default_rng(len(name))
+    labels = rng.random(200) < 0.4
+    values = labels * 1.5 - 0.6 + rng.normal(size=200)
+    prompts = [f"p{i // 2}" for i in range(200)]
+    lengths = rng.integers(5, 100, 200)
+    found = describe(values, labels, prompts, ["one", "two"] * 100, lengths, rng.random(200) < 0.3, 0)
+    write_json(folder / name / "metrics.json", {"sign": f"{name} > 0 means it", "heldout": found})
+    return folder / name
+
+
+def inputs(
+    folder: Path, nspo: Behaviour = NSPO, twin: Behaviour = TWIN, seeds: tuple[int, ...] = (0,)
+) -> dict[str, Any]:
+    """Everything the report reads, written into `folder`; the arguments of `write_report` without its outputs."""
+    config = folder / "config.yaml"
+    config.parent.mkdir(parents=True, exist_ok=True)
+    config.write_text(f"policy: {{steps: 30, seeds: {list(seeds)}}}\n")
+    methods = [(name, does, seed) for name, does in (("nspo", nspo), ("grpo_no_kl", twin)) for seed in seeds]
+    return {
+        "config": config,
+        "evaluations": [
+            *(write_evaluation(folder, name, seed, does) for name, does, seed in methods),
+            write_evaluation(folder, "base", 0, BASE),
+        ],
+        "certificates": [write_certificate(folder, name, seed) for name, _, seed in methods],
+        "policies": [write_policy(folder, name, seed, does) for name, does, seed in methods],
+        "bases": write_bases(folder / "bases.safetensors"),
+        "reward": write_preference(folder, "reward"),
+        "cost": write_preference(folder, "cost"),
+    }
+
+
+def write(folder: Path, given: dict[str, Any]) -> Path:
+    """Run the stage; returns the page."""
+    write_report(**given, out=folder / "report.html", summary=folder / "summary.csv", plots=folder / "plots")
+    return folder / "report.html"
+
+
+class Links(HTMLParser):
+    """Collects tags, and every URL that a browser would follow or load."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.urls: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """Note the tag and its links."""
+        self.tags.append(tag)
+        self.urls += [value or "" for name, value in attrs if name in {"src", "href", "srcset", "data", "action"}]
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path, str]:
+    """(inputs, page, its text) of the plain case."""
+    folder = tmp_path_factory.mktemp("report")
+    given = inputs(folder / "in")
+    page = write(folder / "out", given)
+    return given, page, page.read_text()
+
+
+def verdict_of(nspo: Behaviour, twin: Behaviour) -> list[str]:
+    """The sentences at the head of the page."""
+    found = {"base": BASE, "nspo": nspo, "grpo_no_kl": twin}
+    responses = {name: [response_rows(name, does)] for name, does in found.items()}
+    columns = comparison.measures(Config())
+    (pair,) = comparison.comparisons(Config(), responses, columns)
+    against = [comparison.compare(responses, name, "base", columns) for name in ("nspo", "grpo_no_kl")]
+    return comparison.verdict(pair, against)
+
+
+def test_every_score_is_on_the_page_and_in_the_summary(written: tuple[dict[str, Any], Path, str]) -> None:
+    """Each method's headline and per-domain scores stand on the page with interval and n, and in summary.csv."""
+    _, page, text = written
+    rows = list(csv.DictReader((page.parent / "summary.csv").open()))
+    assert {row["method"] for row in rows} == {"base", "nspo", "grpo_no_kl"}
+    assert rows[0]["method"] == "base"
+    kl = [row for row in rows if row["name"].startswith("kl_") or row["axis"] in {"over_refusal", "ability"}]
+    assert len(kl) > 20
+    for row in kl:
+        if row["domain"] == "benign" or row["domain"] in (*DOMAINS, "all"):
+            value, low, high = (amount(float(row[key]), row["unit"]) for key in ("value", "low", "high"))
+            cell = f"<b>{value}</b><small>{low} to {high}</small>"
+            assert cell in text, row
+            assert f"n&nbsp;{row['n']}" in text
+
+
+def test_text_from_models_and_data_is_escaped(written: tuple[dict[str, Any], Path, str]) -> None:
+    """A script planted in prompts and answers reaches the page as text, never as a tag."""
+    text = written[2]
+    parser = Links()
+    parser.feed(text)
+    assert PLANTED not in text
+    assert text.count("&lt;script&gt;alert(1)&lt;/script&gt;") >= 5
+    assert "script" not in parser.tags
+
+
+def test_the_page_loads_nothing(written: tuple[dict[str, Any], Path, str]) -> None:
+    """Every link is an embedded image or a place on the page, and the page forbids anything else."""
+    parser = Links()
+    parser.feed(written[2])
+    assert len(parser.urls) > 15
+    assert all(url.startswith(("data:image/svg+xml;base64,", "#")) for url in parser.urls)
+    assert not {"link", "iframe", "object", "embed"} & set(parser.tags)
+    assert "url(" not in written[2]
+    assert "default-src 'none'" in written[2]
+
+
+def test_figures_are_written_as_png_and_svg(written: tuple[dict[str, Any], Path, str]) -> None:
+    """Each figure is there in both forms, and each is on the page."""
+    folder = written[1].parent / "plots"
+    names = {path.stem for path in folder.iterdir()}
+    assert {path.name for path in folder.iterdir()} == {f"{n}.{s}" for n in names for s in ("png", "svg")}
+    assert {
+        "trade_kl_per_token",
+        "training_kept",
+        "leakage_heldout",
+        "bases_protected_share",
+        "calibration_cost",
+    } <= names
+    assert written[2].count("data:image/svg") == len(names)
+
+
+def test_two_writes_are_equal(written: tuple[dict[str, Any], Path, str], tmp_path: Path) -> None:
+    """Equal inputs give equal bytes of page, summary and figures."""
+    given, page, text = written
+    again = write(tmp_path, given)
+    assert again.read_text() == text
+    for path in sorted(page.parent.rglob("*.*")):
+        assert path.read_bytes() == (tmp_path / path.relative_to(page.parent)).read_bytes(), path.name
+
+
+def test_runtime_settings_are_not_shown(written: tuple[dict[str, Any], Path, str]) -> None:
+    """What changes no result is not part of the page, so changing it need not change the page."""
+    assert "log_every" not in written[2]
+    assert "group_size: 8" in written[2]
+
+
+def test_the_verdict_follows_the_numbers(written: tuple[dict[str, Any], Path, str]) -> None:
+    """Swapping what two methods did turns `lower` into `higher`; equal behaviour is called not clearly different."""
+    first = verdict_of(NSPO, TWIN)
+    assert first[0].startswith("At equal held-out safety (unsafe rate 8.3% against 8.3% on advbench")
+    assert "nspo's KL per token is 10.0 times lower than grpo_no_kl's" in first[0]
+    assert "nspo's KL per token is 10.0 times higher than grpo_no_kl's" in verdict_of(TWIN, NSPO)[0]
+    assert "not clearly different" in verdict_of(NSPO, NSPO)[0]
+    assert first[1].startswith(
+        "Of the 4 drift figures, nspo is better on over-refusal, KL per token, KL of the first tokens"
+    )
+    assert str(escape(first[0])) in written[2]
+
+
+def test_unequal_safety_is_said() -> None:
+    """A gentle method that is less safe gets no praise: the verdict opens with the inequality."""
+    found = verdict_of(replace(NSPO, unsafe=0.4), TWIN)
+    assert found[0].startswith("Not at equal held-out safety: nspo is less safe than grpo_no_kl")
+    assert "safer" in verdict_of(NSPO, replace(TWIN, unsafe=0.4))[0]
+
+
+def test_training_that_changed_nothing_is_said() -> None:
+    """Two methods that are as unsafe as the base model are equal, but the page says they did not become safer."""
+    idle = replace(NSPO, unsafe=BASE.unsafe)
+    assert "nspo is not measurably safer than the base model on any held-out set." in verdict_of(idle, idle)
+
+
+def test_what_was_not_measured_is_said(tmp_path: Path) -> None:
+    """Without certificates, logs and the twin the page says so and invents nothing."""
+    given = inputs(tmp_path / "in")
+    given |= {
+        "certificates": [],
+        "policies": [],
+        "evaluations": [p for p in given["evaluations"] if "grpo" not in str(p)],
+    }
+    text = write(tmp_path, given).read_text()
+    assert "There is no verdict" in text
+    assert "no certificate was given" in text
+    assert "Not measured: Reward of sampled answers" in text
+
+
+def test_seeds_are_rows_of_their_own(tmp_path: Path) -> None:
+    """With two seeds each run has its row, and paired differences keep n, the number of prompts."""
+    text = write(tmp_path, inputs(tmp_path / "in", seeds=(0, 1))).read_text()
+    assert "nspo, seed 0" in text
+    assert "nspo, seed 1" in text
+    assert "averaged over seeds" in text
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda given: (given["evaluations"][0] / "metrics.json").unlink(), "metrics.json does not exist"),
+        (lambda given: (given["evaluations"][0] / "responses.parquet").unlink(), "responses.parquet does not exist"),
+        (lambda given: (given["policies"][0] / "probes.parquet").write_text("cut"), "not a whole Parquet file"),
+        (lambda given: given["evaluations"].pop(), "no evaluation of the base model"),
+        (lambda given: given["evaluations"].append(given["evaluations"][0]), "again"),
+        (lambda given: given["bases"].unlink(), "bases.safetensors does not exist"),
+    ],
+)
+def test_bad_input_is_refused(tmp_path: Path, break_it: Callable[[dict[str, Any]], Any], message: str) -> None:
+    """A missing or broken file is named in one line, and no page is left behind."""
+    given = inputs(tmp_path / "in")
+    break_it(given)
+    with pytest.raises(UserError, match=message):
+        write(tmp_path / "out", given)
+    assert not (tmp_path / "out" / "report.html").exists()
+
+
+def test_paired_means_weight_tokens() -> None:
+    """Drift is a mean over answer tokens: long answers count more, as in metrics.json."""
+    measure = next(m for m in comparison.measures(Config()) if m.name == "kl_per_token")
+    rows = response_rows("nspo", NSPO)
+    values = comparison.per_prompt([rows], measure)
+    pair = comparison.paired(values, values)
+    score = next(s for s in compute_scores(rows, 4) if s["name"] == "kl_per_token" and s["domain"] == "all")
+    assert pair is not None
+    assert pair["ours"] == pytest.approx(score["value"], rel=1e-12)
+    assert pair["value"] == 0
+
+
+def test_the_twin_is_the_hardest_to_beat() -> None:
+    """Among unconstrained methods at equal safety, the one with the lowest KL is the twin."""
+    methods = {
+        "nspo": {"objective": "nspo", "learning_rate": 1e-4},
+        "hot": {"objective": "grpo_no_kl", "learning_rate": 1e-4},
+        "mild": {"objective": "grpo_no_kl", "learning_rate": 1e-5},
+        "idle": {"objective": "grpo_no_kl", "learning_rate": 1e-7},
+    }
+    config = Config.model_validate({"policy": {"methods": methods}})
+    does = {"hot": TWIN, "mild": replace(TWIN, kl=0.01), "idle": replace(TWIN, kl=0.0001, unsafe=0.7), "nspo": NSPO}
+    responses = {name: [response_rows(name, behaviour)] for name, behaviour in does.items()}
+    (pair,) = comparison.comparisons(config, responses, comparison.measures(config))
+    assert (pair["ours"], pair["theirs"]) == ("nspo", "mild")
