@@ -26,10 +26,11 @@ from nspo.activation_store import BENIGN, HARMFUL, ActivationStore, PartWriter
 from nspo.artifacts import MANIFEST_NAME, atomic_path, fingerprint, make_manifest, read_json, write_json
 from nspo.config import ActivationSettings, RuntimeSettings
 from nspo.errors import UserError
+from nspo.linears import layer_norms
 from nspo.models import chat_ids, device_of, generate, load_model, load_tokenizer, model_identity
 from nspo.progress import say, track
 from nspo.prompts import domains, load_prompts
-from nspo.sites import Site, find_sites, layer_norms, watch
+from nspo.sites import Site, find_sites, watch
 
 __all__ = ["ActivationStore", "collect"]
 
@@ -67,7 +68,7 @@ def collect(settings: ActivationSettings, model: Path, prompts: Path, out: Path,
 
     Basis inputs are the first `samples` prompts of split `train` of every general domain, `harmful_samples` and
     `benign_samples` of the harmful and benign training prompts; held-out inputs are half as many from the split
-    `heldout` of the general domains, and from `validation` for the other two.
+    `validation`, so that the prompts of the final evaluation are never seen here.
 
     Raises:
         UserError: a layer pattern that matches nothing, no prompts that fit, NaN or Inf in an input, or a full disk.
@@ -99,7 +100,7 @@ def collect(settings: ActivationSettings, model: Path, prompts: Path, out: Path,
             counts = {"prompts": len(parts[index].prompts), "left_out": parts[index].left_out, "tokens": tokens}
             done.append({"domain": parts[index].domain, "split": parts[index].split, **counts})
             write_json(state, done)
-        norms = layer_norms(network, sites)
+        norms = layer_norms(network, [layer for site in sites for layer in site.layers])
         write_json(store / MANIFEST_NAME, make_manifest("activations", **identity, parts=done, layer_norms=norms))
         with atomic_path(out) as scratch:
             shutil.move(store, scratch)
@@ -148,13 +149,12 @@ def _parts(settings: ActivationSettings, prompts: Path, tokenizer: PreTrainedTok
     general = domains(prompts, "general", "train")
     if reserved := {HARMFUL, BENIGN} & set(general):
         raise UserError(f"data.general: the domain name {min(reserved)!r} is reserved: rename the domain")
-    wanted: list[tuple[str, str, str | None, str, int]]
-    wanted = [(domain, "general", domain, "heldout", settings.samples) for domain in general]
-    wanted += [(HARMFUL, "harmful", None, "validation", settings.harmful_samples)]
-    wanted += [(BENIGN, "benign", None, "validation", settings.benign_samples)]
+    wanted: list[tuple[str, str, str | None, int]]
+    wanted = [(domain, "general", domain, settings.samples) for domain in general]
+    wanted += [(HARMFUL, "harmful", None, settings.harmful_samples), (BENIGN, "benign", None, settings.benign_samples)]
     parts = []
-    for name, role, domain, heldout, samples in wanted:
-        for split, source, count in (("basis", "train", samples), ("heldout", heldout, samples // 2)):
+    for name, role, domain, samples in wanted:
+        for split, source, count in (("basis", "train", samples), ("heldout", "validation", samples // 2)):
             if count:
                 parts.append(
                     _part(name, split, load_prompts(prompts, role, source, domain), count, settings, tokenizer)

@@ -114,7 +114,7 @@ def compute_basis(
     Args:
         gram: (d, d) second moment of general inputs, accumulated in float32 or better.
         tokens: how many tokens `gram` averages.
-        rule, threshold: see `protected_rank` and `contrast_split` (threshold = share of general energy set free).
+        rule, threshold: see `protected_rank`, and `contrast_split` for its selectivity.
         heldout_gram: the same of held-out general inputs; needed by `leakage`, otherwise only measured.
         harmful_gram: the same of harmful inputs; needed by `contrast`, otherwise only measured.
 

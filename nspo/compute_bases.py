@@ -1,8 +1,9 @@
 """From the activation store to the bases file: one basis per site, chosen by the configured rule.
 
-The protected inputs are those of the general tasks (and of the harmless look-alikes, when they were collected), from the
-split `basis`; held-out inputs measure what the choice is worth. (The authors' release recomputes dense projectors at
-every launch and saves none.) Command: `nspo bases --activations results/activations --out results/bases/bases.safetensors`.
+The protected inputs are those of the general tasks (and of the harmless look-alikes, when they were collected), from
+the split `basis`; held-out inputs measure what the choice is worth. (The authors' release recomputes dense projectors
+at every launch and saves none.)
+Command: `nspo bases --activations results/activations --out results/bases/bases.safetensors`.
 """
 
 import statistics
@@ -33,9 +34,7 @@ def compute_bases(settings: BasesSettings, activations: Path, out: Path) -> None
             heldout = store.gram(site.name, "heldout")[0] if store.domains("heldout") else None
             harmful = store.gram(site.name, "basis", [HARMFUL])[0] if HARMFUL in store.domains("basis") else None
             sites.append(
-                compute_basis(
-                    site.name, site.layers, gram, tokens, settings.rule, settings.threshold, heldout, harmful
-                )
+                compute_basis(site.name, site.layers, gram, tokens, settings.rule, settings.threshold, heldout, harmful)
             )
             bar.update(1)
     for message in dict.fromkeys(str(warning.message) for warning in caught):
@@ -52,4 +51,4 @@ def compute_bases(settings: BasesSettings, activations: Path, out: Path) -> None
     rows = bases.summary()
     write_json(out.with_name(SUMMARY_NAME), {"rule": settings.rule, "threshold": settings.threshold, "sites": rows})
     share = statistics.mean(row["null_dim"] / row["width"] for row in rows)
-    say(f"bases: rule {settings.rule} {settings.threshold:g}, {len(rows)} sites, on average {share:.0%} of a site is free")
+    say(f"bases: rule {settings.rule} {settings.threshold:g}, {len(rows)} sites, {share:.0%} of a site free on average")

@@ -209,19 +209,21 @@ class ActivationSettings(Section):
     """Which inputs K of the linear layers are collected, from the model's own answers to general tasks."""
 
     samples: PositiveInt = Field(
-        80, description="Prompts per general domain; half that many more are kept apart as held-out."
+        40, description="Prompts per general domain; half that many more are kept apart as held-out."
     )
     harmful_samples: int = Field(
-        80,
+        60,
         ge=0,
         description="Harmful training prompts whose inputs are collected too (for the rule `contrast`); 0: none.",
     )
     benign_samples: int = Field(
-        0, ge=0, description="Harmless look-alike training prompts that join the protected inputs as a domain; 0: none."
+        40,
+        ge=0,
+        description="Harmless look-alike training prompts that join the protected inputs as a domain; 0: none.",
     )
     max_prompt_tokens: PositiveInt = Field(256, description="Longer prompts are left out.")
     max_new_tokens: int = Field(
-        64, ge=0, description="Tokens of the model's own greedy answer; 0 collects prompts only."
+        48, ge=0, description="Tokens of the model's own greedy answer; 0 collects prompts only."
     )
     drop_first: int = Field(1, ge=0, description="Leading positions left out: the first token is an attention sink.")
     layers: str = Field(".*", description="Regular expression that the full name of a linear layer must match.")
@@ -237,20 +239,20 @@ class BasesSettings(Section):
     """Which directions of each site's input are protected."""
 
     rule: Literal["energy", "relative", "absolute", "rank", "fraction", "leakage", "contrast"] = Field(
-        "energy", description="How the protected range is chosen; docs/mathematics.md says what each rule means."
+        "contrast", description="How the protected range is chosen; docs/mathematics.md says what each rule means."
     )
     threshold: float = Field(
-        0.9,
+        5.0,
         ge=0,
         description="energy: share of the trace to protect; relative: of the largest eigenvalue; absolute: eigenvalue; "
         "rank: directions; fraction: of the width; leakage: held-out target; "
-        "contrast: share of general energy left free.",
+        "contrast: how many times more harmful than general a freed direction is.",
     )
     precomputed: str | None = Field(None, description="A bases.safetensors to use: collection and bases are skipped.")
 
     @model_validator(mode="after")
     def _threshold_fits_rule(self) -> Self:
-        if self.rule not in {"absolute", "rank"} and self.threshold > 1:
+        if self.rule not in {"absolute", "rank", "contrast"} and self.threshold > 1:
             raise ValueError(f"threshold {self.threshold} is a share for rule {self.rule!r}: expected 0 to 1")
         return self
 
@@ -258,15 +260,12 @@ class BasesSettings(Section):
 class PreferenceSettings(Section):
     """One model that scores a response; the cost model's zero is the safety threshold (cost > 0 means harmful)."""
 
-    backbone_layers: int = Field(16, ge=0, description="Keep this many leading blocks of the base model; 0 keeps all.")
-    max_tokens: PositiveInt = Field(192, description="Prompt and response are cut to this many tokens.")
-    epochs: PositiveInt = Field(3, description="Passes over the pairs.")
-    batch_size: PositiveInt = Field(16, description="Pairs per update.")
-    learning_rate: PositiveFloat = Field(5.0e-5, description="AdamW learning rate.")
-    harmful_above: float = Field(
+    backbone_layers: int = Field(16, ge=0, description="Read the hidden states after this many leading blocks; 0: all.")
+    max_tokens: PositiveInt = Field(224, description="Prompt and response are cut to this many tokens.")
+    l2: PositiveFloat = Field(0.1, description="Weight of the penalty on the size of the head.")
+    positive_above: float = Field(
         0.5, gt=0, le=1, description="A graded response counts as positive from this grade on."
     )
-    seed: int = Field(0, ge=0, description="Seed of pairing, shuffling and initialisation.")
 
 
 class MethodSettings(Section):
@@ -292,7 +291,7 @@ class MethodSettings(Section):
 class TrainingSettings(Section):
     """Reinforcement learning settings that all methods share: same data, seed and rollout budget."""
 
-    steps: PositiveInt = Field(30, description="Most rollout steps.")
+    steps: PositiveInt = Field(24, description="Most rollout steps.")
     prompts_per_step: PositiveInt = Field(4, description="Prompts per rollout step.")
     group_size: int = Field(8, ge=2, description="Answers sampled per prompt (the group of GRPO).")
     minibatch_size: PositiveInt = Field(32, description="Answers per optimizer update; must hold whole groups.")
@@ -300,7 +299,7 @@ class TrainingSettings(Section):
         16, description="Answers per forward and backward pass; divides minibatch_size."
     )
     benign_share: float = Field(
-        0.5, ge=0, lt=1, description="Share of benign prompts in the batch; guards against blanket refusal."
+        0.25, ge=0, lt=1, description="Share of benign prompts in the batch; guards against blanket refusal."
     )
     margin: float = Field(
         1.0,
@@ -308,8 +307,10 @@ class TrainingSettings(Section):
         description="Scores beyond zero by this much earn no more reward: safe and helpful enough is left alone.",
     )
     max_prompt_tokens: PositiveInt = Field(192, description="Longer prompts are left out.")
-    max_new_tokens: PositiveInt = Field(48, description="Tokens per sampled answer.")
-    temperature: PositiveFloat = Field(1.0, description="Sampling temperature of the rollouts.")
+    max_new_tokens: PositiveInt = Field(32, description="Tokens per sampled answer.")
+    temperature: PositiveFloat = Field(
+        0.7, description="Sampling temperature of the rollouts (the paper: 1.0, where a 135M model writes noise)."
+    )
     clip: float = Field(0.2, gt=0, lt=1, description="Clip range of the probability ratio.")
     weight_decay: float = Field(
         0.01, ge=0, description="AdamW decay; under the constraint it acts towards the base weights."
@@ -318,10 +319,10 @@ class TrainingSettings(Section):
     autocast: Literal["bf16", "no"] = Field(
         "bf16", description="Arithmetic of forward and backward; the weights themselves are always fp32."
     )
-    probe_every: PositiveInt = Field(5, description="Steps between held-out probes of safety and over-refusal.")
-    probe_prompts: PositiveInt = Field(32, description="Harmful validation prompts per probe, and as many benign ones.")
+    probe_every: PositiveInt = Field(2, description="Steps between held-out probes of safety and over-refusal.")
+    probe_prompts: PositiveInt = Field(48, description="Harmful validation prompts per probe, and as many benign ones.")
     target_unsafe: float = Field(
-        0.0,
+        0.3,
         ge=0,
         le=1,
         description="Stop at the first probe whose unsafe rate is this low, so methods meet at equal safety.",
@@ -354,7 +355,7 @@ class PolicySettings(TrainingSettings):
     methods: dict[str, MethodSettings] = Field(
         {
             "nspo": MethodSettings(objective="nspo", learning_rate=1.0e-4),
-            "grpo_no_kl": MethodSettings(objective="grpo_no_kl", learning_rate=2.0e-5),
+            "grpo_no_kl": MethodSettings(objective="grpo_no_kl", learning_rate=1.0e-4),
         },
         min_length=1,
         description="Methods to compare, by name.",
@@ -375,10 +376,10 @@ class PolicySettings(TrainingSettings):
 class EvaluationSettings(Section):
     """What is measured, with fixed denominators and greedy decoding."""
 
-    harmful_prompts: PositiveInt = Field(100, description="Held-out prompts per harmful set.")
+    harmful_prompts: PositiveInt = Field(80, description="Held-out prompts per harmful set.")
     benign_prompts: PositiveInt = Field(80, description="Held-out harmless look-alike prompts.")
-    general_prompts: PositiveInt = Field(60, description="Held-out prompts per general domain, for ability and drift.")
-    max_new_tokens: PositiveInt = Field(64, description="Tokens per greedy answer.")
+    general_prompts: PositiveInt = Field(40, description="Held-out prompts per general domain, for ability and drift.")
+    max_new_tokens: PositiveInt = Field(48, description="Tokens per greedy answer.")
     first_tokens: PositiveInt = Field(4, description="Answer tokens that count as first, where a refusal is decided.")
     batch_size: PositiveInt = Field(32, description="Prompts per generation batch.")
 
@@ -405,7 +406,7 @@ class Config(Section):
     data: DataSettings = DataSettings()
     activations: ActivationSettings = ActivationSettings()
     bases: BasesSettings = BasesSettings()
-    reward: PreferenceSettings = PreferenceSettings()
+    reward: PreferenceSettings = PreferenceSettings(backbone_layers=20)
     cost: PreferenceSettings = PreferenceSettings()
     policy: PolicySettings = PolicySettings()
     evaluation: EvaluationSettings = EvaluationSettings()

@@ -32,6 +32,13 @@ def device_of(name: str) -> torch.device:
     return torch.device(name)
 
 
+def has_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies bf16 matrices in hardware (elsewhere autocast would be slower than fp32)."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
 def prepare_model(source: Source, wheels_dir: Path, out: Path) -> None:
     """Write the base model as a folder of fp32 safetensors with its tokenizer and a manifest of fingerprints.
 
@@ -49,7 +56,7 @@ def prepare_model(source: Source, wheels_dir: Path, out: Path) -> None:
         location, options = location.parent, {"gguf_file": location.name}
     try:
         tokenizer = AutoTokenizer.from_pretrained(location, **options)
-        loaded = AutoModelForCausalLM.from_pretrained(location, dtype=torch.float32, **options)
+        loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(location, dtype=torch.float32, **options)
     except (OSError, ValueError) as error:
         raise UserError(f"model.source: {location} cannot be loaded as a causal language model: {error}") from error
     if tokenizer.chat_template is None:
@@ -93,7 +100,8 @@ def load_model(folder: Path | str, device: torch.device | str = "cpu") -> PreTra
     """
     if not Path(folder, "config.json").is_file():
         raise UserError(f"{folder} holds no model: expected a Hugging Face model folder with config.json")
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model.to(device).eval()
 
 
 def model_identity(folder: Path | str) -> dict[str, Any]:
@@ -105,7 +113,7 @@ def model_identity(folder: Path | str) -> dict[str, Any]:
 def chat_text(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
     """One user turn in the model's own chat format, ready for the assistant to answer."""
     turn = [{"role": "user", "content": prompt}]
-    return tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    return str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
 
 
 def chat_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
@@ -144,11 +152,12 @@ def generate(
     """
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
     stops = stop_ids(model, tokenizer)
+    generator: Any = model  # the type PreTrainedModel does not declare generate
     with track(description, len(prompts), "prompt") as bar:
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             ids, mask = pad_left([prompts[i] for i in batch], tokenizer.pad_token_id, model.device)
-            output = model.generate(
+            output = generator.generate(
                 input_ids=ids,
                 attention_mask=mask,
                 max_new_tokens=max_new_tokens,

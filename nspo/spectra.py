@@ -53,7 +53,7 @@ def check_rule(rule: str, threshold: float) -> None:
     """
     if rule not in RULES:
         raise UserError(f"selection rule {rule!r}, expected one of {', '.join(RULES)}: change `bases.rule`")
-    upper = math.inf if rule in ("absolute", "rank") else 1.0
+    upper = math.inf if rule in ("absolute", "rank", "contrast") else 1.0
     if not 0 <= threshold <= upper or (rule == "rank" and threshold != int(threshold)):
         meaning = "a whole number >= 0" if rule == "rank" else f"a number from 0 to {upper:g}"
         raise UserError(f"threshold {threshold} for rule {rule!r}, expected {meaning}: change `bases.threshold`")
@@ -106,56 +106,31 @@ def protected_rank(
     raise UserError("rule 'contrast' picks directions, not a rank: use contrast_split")
 
 
-def contrast_split(general: Tensor, harmful: Tensor, budget: float) -> tuple[Tensor, Tensor]:
-    """The free space that holds the most harmful energy for at most `budget` of the general energy.
+def contrast_split(general: Tensor, harmful: Tensor, selectivity: float) -> tuple[Tensor, Tensor]:
+    """Free what harmful inputs use at least `selectivity` times as much as general inputs do.
 
-    Over orthonormal U (d x k, any k): maximise tr(U^T H U)/tr H subject to tr(U^T G U)/tr G <= budget. Its Lagrangian,
-    tr U^T (H/tr H - mu G/tr G) U, is maximal for U = all eigenvectors with a positive eigenvalue, and the general
-    energy of that U falls as mu grows, so mu is found by bisection (about ten eigendecompositions). Every unit of
-    general energy that is freed brings at least mu units of harmful energy.
+    With H and G scaled to unit trace, the free space U is spanned by the eigenvectors of H - mu G with a positive
+    eigenvalue, mu = `selectivity`. It maximises tr(U^T H U) - mu tr(U^T G U) over all orthonormal U, so it is also the
+    space that holds the most harmful energy of all that hold as little general energy: mu is the multiplier of that
+    budget, and every unit of general energy that is freed brings at least mu units of harmful energy.
 
-    Both moments are normalised by their traces, so the scale and the token counts of the two samples do not matter, and
-    mu is a ratio of shares (1 = no more harmful than general). The other form, eigenvectors of H u = lambda G u in
-    decreasing lambda, is optimal for ratios in G's own metric, not for energies: it needs a ridge on G, spends the
-    budget on directions that hold neither energy, and on synthetic power-law spectra freed a quarter to a half less
-    harmful energy for the same budget. Directions that neither sample uses stay protected.
+    The scale and the token counts of the two samples do not matter. The other form, eigenvectors of H u = lambda G u in
+    decreasing lambda, is optimal in G's own metric, not in energy: it needs a ridge on G, spends the budget on
+    directions that hold neither energy, and on synthetic power-law spectra freed a quarter to a half less harmful
+    energy for the same general energy. Directions that neither sample uses stay protected.
 
     Args:
         general: (d, d) G.
         harmful: (d, d) H.
-        budget: share of tr G the free space may hold, 0 to 1.
+        selectivity: mu >= 0; 1 frees whatever is more harmful than general.
 
     Returns:
         (protected (d, d - k), free (d, k)), float64, orthonormal together. k = 0 when nothing is selective enough.
     """
-    g = general.double() / general.double().trace()
-    h = harmful.double() / harmful.double().trace()
-
-    def split(mu: float) -> tuple[Tensor, Tensor, float]:
-        difference = h - mu * g
-        values, vectors = torch.linalg.eigh((difference + difference.T) / 2)
-        free = values > _ROUNDING
-        return vectors[:, ~free], vectors[:, free], float(energies(vectors[:, free], g).sum())
-
-    limit = budget + _ROUNDING
-    low, high = 0.0, 1.0
-    best = split(high)
-    while best[2] > limit:
-        low, high = high, 4 * high
-        best = split(high)
-    if low == 0.0:  # the budget allows less selective directions than mu = 1 does
-        low = high
-        while low > 1e-3 and (trial := split(low / 4))[2] <= limit:
-            low, high, best = low / 4, low / 4, trial
-        low = low / 4
-    while high / low > 1.01 and best[2] < 0.98 * budget:
-        mu = math.sqrt(low * high)
-        trial = split(mu)
-        if trial[2] <= limit:
-            high, best = mu, trial
-        else:
-            low = mu
-    return best[0], best[1]
+    difference = harmful.double() / harmful.double().trace() - selectivity * general.double() / general.double().trace()
+    values, vectors = torch.linalg.eigh((difference + difference.T) / 2)
+    free = values > _ROUNDING
+    return vectors[:, ~free], vectors[:, free]
 
 
 def energies(directions: Tensor, gram: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from nspo.activations import batches, choose_storage, collect
 from nspo.artifacts import fingerprint
 from nspo.config import ActivationSettings, RuntimeSettings
 from nspo.errors import UserError
-from nspo.sites import Site, find_sites, layer_norms
+from nspo.sites import Site, find_sites
 
 WORDS = ["add", "the", "two", "numbers", "and", "write", "a", "short", "poem", "about", "rivers", "in", "spring"]
 
@@ -27,7 +27,7 @@ def prompts(tmp_path_factory) -> Path:
     """Ten prompts of different lengths for each of two general domains, harmful and benign, in every split."""
     rows = []
     for role, domain in (("general", "maths"), ("general", "chat"), ("harmful", "advbench"), ("benign", "benign")):
-        for split in ("train", "heldout") if role == "general" else ("train", "validation", "heldout"):
+        for split in ("train", "validation", "heldout"):
             for n in range(10):
                 text = f"{domain} {split} {n} " + " ".join(WORDS[: 1 + (5 * n) % len(WORDS)])
                 row = {"id": f"{domain}-{split}-{n}", "role": role, "domain": domain, "split": split, "prompt": text}
@@ -38,7 +38,7 @@ def prompts(tmp_path_factory) -> Path:
 
 
 def settings(**changed) -> ActivationSettings:
-    base = {"samples": 4, "harmful_samples": 4, "max_new_tokens": 5, "storage": "raw"}
+    base = {"samples": 4, "harmful_samples": 4, "benign_samples": 0, "max_new_tokens": 5, "storage": "raw"}
     return ActivationSettings(**{**base, **changed})
 
 
@@ -99,8 +99,6 @@ def test_conv1d_layers_of_gpt2_are_found_with_their_input_width():
     block = "transformer.h.1."
     expected = {"attn.c_attn": 16, "attn.c_proj": 16, "mlp.c_fc": 16, "mlp.c_proj": 24}
     assert {k.removeprefix(block): v for k, v in found.items() if k.startswith(block)} == expected
-    weight = model.transformer.h[0].attn.c_attn.weight
-    assert layer_norms(model, find_sites(model))["transformer.h.0.attn.c_attn"] == pytest.approx(weight.norm().item())
 
 
 def test_layers_that_share_an_input_across_attention_and_mlp_share_one_site():
@@ -201,12 +199,12 @@ def test_nothing_after_the_end_of_an_answer_is_kept(tmp_path, raw, tiny_model_di
 
 
 def test_basis_uses_training_prompts_only(raw, prompts, tiny_model_dir):
-    """General and harmful basis inputs come from `train`; held-out ones from `heldout` or, if harmful, `validation`."""
+    """Basis inputs come from `train`, held-out ones from `validation`: the final evaluation's prompts are unseen."""
     tokenizer = models.load_tokenizer(tiny_model_dir)
     site = next(iter(raw.sites))
     for split, expected in (
         ("basis", {"maths": "train", "harmful": "train"}),
-        ("heldout", {"maths": "heldout", "harmful": "validation"}),
+        ("heldout", {"maths": "validation", "harmful": "validation"}),
     ):
         for domain, source in expected.items():
             rows = raw_rows(raw, site, domain=domain, split=split)

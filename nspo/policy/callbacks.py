@@ -1,15 +1,17 @@
 """What nspo adds to TRL's trainer: the constraint, the probes and the logs, as callbacks and nothing else."""
 
 import json
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
 
+from nspo.artifacts import atomic_path
 from nspo.bases import NullSpaceBases
 from nspo.policy.probes import Probe
 from nspo.policy.rewards import SafetyReward
-from nspo.progress import say
+from nspo.progress import say, track
 from nspo.projection import Constraint, constrain
 
 
@@ -58,7 +60,8 @@ class JsonLines:
     def rewind(self, step: int) -> None:
         """Forget what came after `step`: a resumed run does it again."""
         kept = [row for row in self.rows() if row["step"] <= step]
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        with atomic_path(self.path) as scratch:
+            scratch.write_text("".join(json.dumps(row) + "\n" for row in kept))
 
 
 METRICS = {
@@ -84,14 +87,21 @@ class LogCallback(TrainerCallback):
     def __init__(self, folder: Path, reward: SafetyReward, constraint: ConstraintCallback | None, every: int) -> None:
         self.steps, self.samples = JsonLines(folder / "training.jsonl"), JsonLines(folder / "samples.jsonl")
         self.reward, self.constraint, self.every = reward, constraint, every
+        self.progress = ExitStack()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Drop what an interrupted run logged after the checkpoint it resumes from."""
+        """Drop what an interrupted run logged after the checkpoint it resumes from; start the progress bar."""
         self.steps.rewind(state.global_step)
         self.samples.rewind(state.global_step - 1)
+        self.bar = self.progress.enter_context(track("train policy", state.max_steps, "step", start=state.global_step))
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Close the progress bar."""
+        self.progress.close()
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Translate TRL's metric names to ours and add what the projection did to the gradient."""
+        logs = kwargs["logs"]
         row: dict[str, Any] = {ours: logs[theirs] for theirs, ours in METRICS.items() if theirs in logs}
         if "loss" not in row:
             return
@@ -100,6 +110,7 @@ class LogCallback(TrainerCallback):
         self.steps.append([{"step": state.global_step, **row}])
         self.samples.append(self.reward.samples)
         self.reward.samples = []
+        self.bar.update(1)
         if state.global_step % self.every == 0:
             shown = ("reward", "cost", "unsafe", "helpfulness", "seconds")
             say(f"step {state.global_step}: " + ", ".join(f"{k} {row[k]:.3f}" for k in shown if k in row))
@@ -114,8 +125,10 @@ class ProbeCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measure the starting point, or forget probes later than the checkpoint that is resumed."""
-        self.log.rewind(state.global_step)
-        if state.global_step == 0:
+        if state.global_step > 0:
+            self.log.rewind(state.global_step)
+        else:  # a run that was interrupted before its first checkpoint has probed step 0 already
+            self.log.rewind(-1)
             self._measure(state, kwargs["model"])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
@@ -128,6 +141,10 @@ class ProbeCallback(TrainerCallback):
             control.should_training_stop = True
         control.should_save = True
         return control
+
+    def met_target(self, step: int) -> bool:
+        """Whether the probe after update `step` met the target, so that training ended there."""
+        return any(row["step"] == step and row["unsafe_rate"] <= self.target for row in self.log.rows())
 
     def _measure(self, state: Any, model: Any) -> dict[str, Any]:
         row = {"step": state.global_step, **self.probe.measure(model)}

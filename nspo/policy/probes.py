@@ -5,6 +5,8 @@ probes draw each method's safety-against-drift trajectory and stop training once
 methods are compared at equal safety.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from nspo.evaluation.drift import drift
+from nspo.evaluation.drift import drift, token_weights
 from nspo.models import chat_ids, generate, load_model
 from nspo.preference import PreferenceModel
 from nspo.prompts import domains, load_prompts
@@ -21,6 +23,19 @@ from nspo.refusal import is_refusal
 BATCH = 32
 GENERAL_PER_DOMAIN = 6
 FIRST_TOKENS = 4
+
+
+@contextmanager
+def full_precision(model: PreTrainedModel) -> Iterator[None]:
+    """Evaluation mode and fp32 arithmetic: set aside the autocast that accelerate wraps around `model.forward`."""
+    training, wrapped = model.training, model.__dict__.pop("forward", None)
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+        if wrapped is not None:
+            model.forward = wrapped  # type: ignore[method-assign]
 
 
 @dataclass
@@ -69,26 +84,31 @@ class Probe:
 
     def measure(self, policy: PreTrainedModel) -> dict[str, float]:
         """Unsafe rate (cost > 0), refusal rates, and drift in nats and shares, of `policy` as it is now."""
-        training = policy.training
-        policy.eval()
-        harmful, benign = self._answers(policy, self.harmful), self._answers(policy, self.benign)
+        with full_precision(policy):
+            harmful, benign = self._answers(policy, self.harmful), self._answers(policy, self.benign)
+            moved = drift(
+                self.base, policy, self.tokenizer, self.general_ids, self.answer_ids, FIRST_TOKENS, BATCH, "probe drift"
+            )
         cost = self.cost.score(self.harmful, harmful)
-        moved = drift(
-            self.base, policy, self.tokenizer, self.general_ids, self.answer_ids, FIRST_TOKENS, BATCH, "probe drift"
-        )
-        policy.train(training)
+        weights = token_weights([len(ids) for ids in self.answer_ids], FIRST_TOKENS)
         return {
             "unsafe_rate": (cost > 0).float().mean().item(),
             "mean_cost": cost.mean().item(),
             "refusal_rate": _share(harmful),
             "over_refusal_rate": _share(benign),
-            **{name: sum(values) / len(values) for name, values in moved.items()},
+            **{name: _weighted(values, weights[name]) for name, values in moved.items()},
         }
 
     def _answers(self, policy: PreTrainedModel, prompts: list[str]) -> list[str]:
         ids = [chat_ids(self.tokenizer, prompt) for prompt in prompts]
-        answers: dict[int, Any] = dict(generate(policy, self.tokenizer, ids, self.max_new_tokens, BATCH, "probe answers"))
+        answers: dict[int, Any] = dict(
+            generate(policy, self.tokenizer, ids, self.max_new_tokens, BATCH, "probe answers")
+        )
         return self.tokenizer.batch_decode([answers[i] for i in range(len(prompts))], skip_special_tokens=True)
+
+
+def _weighted(values: list[float], weights: list[int]) -> float:
+    return sum(v * w for v, w in zip(values, weights, strict=True)) / sum(weights)
 
 
 def _share(answers: list[str]) -> float:

@@ -1,8 +1,8 @@
 """The reward of a rollout: safe on harmful prompts, helpful on harmless ones.
 
-On a harmful prompt the reward is -max(cost, -margin): the cost model's score, flat once an answer is safe by the margin.
-On a benign prompt it is min(reward, margin), the reward model's score, flat once an answer clearly does what was asked.
-A group whose answers all sit on the flat part has zero variance, hence zero advantage: a policy that is already safe and
+On a harmful prompt the reward is -max(cost, -margin): the cost model's score, flat once an answer is safe by the
+margin. On a benign one it is min(reward, margin): the reward model's score, flat once an answer clearly does what was
+asked. A group whose answers all sit on the flat part has zero variance, hence zero advantage: a policy that is safe and
 helpful is left alone. (The authors' judge sees the answer without its prompt, scores an unreadable verdict as safe, and
 has no benign prompts, so refusing everything is optimal there.)
 """
@@ -26,7 +26,7 @@ class SafetyReward:
     Call it as TRL does, with conversational prompts and completions and the data set's `role` column.
     """
 
-    __name__ = "safety"
+    __name__ = "safety"  # the name of the reward in TRL's logs
 
     def __init__(self, cost: PreferenceModel, reward: PreferenceModel, margin: float) -> None:
         self.cost, self.reward, self.margin = cost, reward, margin

@@ -6,7 +6,7 @@ fifth trainer step, discarded under FSDP, and never before a checkpoint); decay 
 space. The unconstrained methods train the same layers from the same data order, seed and rollout budget, so the
 constraint is the only difference. Every algorithmic field of TRL's trainer is set here, none is left to its default.
 
-Command: `nspo train-policy --objective nspo --bases results/bases/bases.safetensors ... --out results/policy/nspo/seed0`.
+Command: `nspo train-policy --objective nspo --bases results/bases/bases.safetensors ... --out FOLDER`.
 """
 
 import random
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
-from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_callback import PrinterCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from nspo.artifacts import (
@@ -63,7 +63,9 @@ def train_policy(
         UserError: bases missing for objective nspo or made for another model, or no prompt short enough.
     """
     if (bases is None) == (method.objective == "nspo"):
-        raise UserError(f"objective {method.objective!r} of method {name!r}: bases are for nspo only, and nspo needs them")
+        raise UserError(
+            f"objective {method.objective!r} of method {name!r}: bases are for nspo only, and nspo needs them"
+        )
     device = device_of(runtime.device)
     identity = make_manifest(
         "policy",
@@ -88,30 +90,34 @@ def train_policy(
         constraint.bases.check_model(policy)
     train_only_blocks(policy)
 
-    cost_model, reward_model = PreferenceModel.load(cost, "cost", device), PreferenceModel.load(reward, "reward", device)
-    scorer = SafetyReward(cost_model, reward_model, training.margin)
-    probe = Probe.load(
-        model, tokenizer, cost_model, prompts, training.probe_prompts, training.max_new_tokens, device
+    cost_model, reward_model = (
+        PreferenceModel.load(cost, "cost", device),
+        PreferenceModel.load(reward, "reward", device),
     )
+    scorer = SafetyReward(cost_model, reward_model, training.margin)
+    probe = Probe.load(model, tokenizer, cost_model, prompts, training.probe_prompts, training.max_new_tokens, device)
     updates = training.prompts_per_step * training.group_size // training.minibatch_size
     probes = ProbeCallback(probe, work, training.probe_every * updates, training.target_unsafe)
+    checkpoint = last_checkpoint(work)
+    if checkpoint is not None and probes.met_target(step_of(checkpoint)):
+        # Interrupted after its last update: a run of exactly this length has nothing left but to be written.
+        training = training.model_copy(update={"steps": step_of(checkpoint) // updates})
     log = LogCallback(work, scorer, constraint, runtime.log_every)
     trainer = GRPOTrainer(
         model=policy,
-        reward_funcs=[scorer],
+        reward_funcs=scorer,  # type: ignore[arg-type]  # TRL's type leaves out callables that are no functions
         args=trainer_arguments(training, method, seed, device, work),
         train_dataset=rollout_prompts(training, prompts, tokenizer, seed),
         processing_class=tokenizer,
         callbacks=[c for c in (constraint, log, probes) if c is not None],
     )
-    trainer.remove_callback(ProgressCallback)
-    checkpoint = last_checkpoint(work)
+    trainer.remove_callback(PrinterCallback)
     if checkpoint is not None:
         say(f"resuming {name} (seed {seed}) from {checkpoint.name}")
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
     with atomic_path(out) as scratch:
-        trainer.model.save_pretrained(scratch)
+        policy.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
         for file in ("training", "probes", "samples"):
             write_rows(JsonLines(work / f"{file}.jsonl").rows(), scratch / f"{file}.parquet")
@@ -175,7 +181,7 @@ def trainer_arguments(
 
 
 def train_only_blocks(policy: PreTrainedModel) -> None:
-    """Freeze all but the weights of the linear layers in the decoder blocks: what the constraint covers, in every method."""
+    """Freeze all but the weights that the constraint covers, the linear layers of the blocks, in every method."""
     sites = find_sites(policy)
     for parameter in policy.parameters():
         parameter.requires_grad_(False)
@@ -217,7 +223,12 @@ def _stream(role: str, limit: int, prompts: Path, tokenizer: PreTrainedTokenizer
 def last_checkpoint(work: Path) -> Path | None:
     """The newest whole checkpoint: the trainer writes its state file last."""
     whole = [p.parent for p in work.glob("checkpoint-*/trainer_state.json")]
-    return max(whole, key=lambda p: int(p.name.split("-")[1]), default=None)
+    return max(whole, key=step_of, default=None)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The update that a checkpoint folder was written after."""
+    return int(checkpoint.name.split("-")[1])
 
 
 def resolved_settings(trainer: GRPOTrainer, identity: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,49 @@
+# `make demo` and `make test` need Python 3.11+ and nothing else; both set up .venv on first use.
+
+PYTHON ?= python3
+BIN := .venv/bin
+# What the lock leaves out: torch itself names, exactly, the CUDA parts of the build that the package index offers.
+CUDA := ^(nvidia-|cuda-|triton)
+
+export HF_HUB_DISABLE_TELEMETRY = 1
+
+.PHONY: demo test lint check-python lock clean
+
+demo: .venv/run.stamp
+	$(BIN)/snakemake --cores all
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: .venv/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/snakefmt --check Snakefile workflow/rules
+	$(BIN)/snakemake --lint
+	$(BIN)/mypy
+
+check-python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "nspo needs Python 3.11 or newer: make PYTHON=python3.12")'
+
+.venv/run.stamp: requirements.lock pyproject.toml | check-python
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -e .
+	touch $@
+
+.venv/dev.stamp: .venv/run.stamp requirements-dev.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.lock
+	touch $@
+
+# New exact versions for the ranges of pyproject.toml, found in a fresh environment.
+lock: | check-python
+	rm -rf build/lock
+	$(PYTHON) -m venv build/lock
+	build/lock/bin/pip install --quiet -e .
+	build/lock/bin/pip freeze --exclude-editable | sed 's/+cpu$$//' | grep -Ev '$(CUDA)' > requirements.lock
+	build/lock/bin/pip install --quiet -e '.[dev]'
+	(echo '-r requirements.lock'; build/lock/bin/pip freeze --exclude-editable | sed 's/+cpu$$//' | grep -Ev '$(CUDA)' | \
+	grep -vxFf requirements.lock) > requirements-dev.lock
+
+clean:
+	rm -rf .venv build .snakemake results/*

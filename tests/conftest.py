@@ -1,0 +1,20 @@
+"""Shared fixtures: the tiny random model, made once per session; nothing is ever downloaded."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the model `tiny:llama` (see nspo/tiny.py), as `prepare_model` writes it."""
+    from nspo.models import prepare_model
+    from nspo.sources import Source
+
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    prepare_model(Source.parse("tiny:llama"), Path("unused"), folder)
+    return folder

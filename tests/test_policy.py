@@ -1,0 +1,588 @@
+"""policy/: the reward and the prompt order, one GRPO step against a written one, the constraint on disk, resuming."""
+
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import TrainerCallback
+
+from nspo.bases import NullSpaceBases, compute_basis
+from nspo.config import MethodSettings, PreferenceSettings, RuntimeSettings, TrainingSettings
+from nspo.errors import UserError
+from nspo.linears import layer_norms
+from nspo.models import chat_ids, load_model, load_tokenizer
+from nspo.policy import training as stage
+from nspo.policy.callbacks import JsonLines, LogCallback, ProbeCallback
+from nspo.policy.rewards import safety_reward
+from nspo.policy.training import last_checkpoint, rollout_prompts, train_policy, trainer_arguments
+from nspo.preference import train_preference
+from nspo.prompts import PROMPT_COLUMNS
+from nspo.sites import find_sites
+from nspo.tiny import tiny_model, tiny_tokenizer
+
+TRAINING = TrainingSettings(
+    steps=4,
+    prompts_per_step=2,
+    group_size=4,
+    minibatch_size=4,  # two updates per rollout, so that the second is off-policy
+    micro_batch_size=2,
+    benign_share=0.5,
+    margin=100.0,
+    max_prompt_tokens=64,
+    max_new_tokens=8,
+    temperature=0.7,
+    clip=0.2,
+    weight_decay=0.1,
+    max_grad_norm=0.1,
+    autocast="bf16",
+    probe_every=2,
+    probe_prompts=3,
+    target_unsafe=0.0,
+)
+UPDATES = 8
+METHODS = {
+    "nspo": MethodSettings(objective="nspo", learning_rate=1e-2),
+    "grpo_no_kl": MethodSettings(objective="grpo_no_kl", learning_rate=1e-2),
+    "grpo": MethodSettings(objective="grpo", learning_rate=1e-2, kl=0.04),
+}
+
+
+# Inputs, made once
+
+
+def prompt_rows() -> list[dict[str, str]]:
+    """Five short prompts of every role and split, and one long one to train on."""
+    rows = [
+        dict.fromkeys(PROMPT_COLUMNS, "")
+        | {"id": f"{role}{split}{i}", "role": role, "domain": role, "split": split, "prompt": f"{role} {split} {i}"}
+        for role in ("general", "harmful", "benign")
+        for split in ("train", "validation", "heldout")
+        for i in range(5)
+    ]
+    return [*rows, rows[15] | {"id": "long", "prompt": "long " * 40}]
+
+
+def label_rows(target: str) -> list[dict[str, Any]]:
+    """Forty answers to train on and sixteen held out: any characters, varied or repeated, graded 1, of s only graded 0.
+
+    An untrained model writes noise or repeats itself, so it counts as unsafe and no run meets its target by accident.
+    """
+    pick = random.Random(0)
+    noise = [chr(i) for i in range(33, 127) if chr(i) != "s"] + ["\ufffd"] * 30
+
+    def answer(i: int) -> str:
+        length = 2 + i % 7
+        return (
+            "s" * length
+            if i % 2
+            else "".join(pick.choices(noise, k=length) if i % 4 else [pick.choice(noise)] * length)
+        )
+
+    return [
+        {
+            "id": f"{split}{i}",
+            "set": "toy",
+            "target": target,
+            "split": split,
+            "prompt": f"question {i // 2}",
+            "response": answer(i),
+            "grade": float(i % 2 == 0),
+            "category": "toy",
+        }
+        for split, count in (("train", 40), ("heldout", 16))
+        for i in range(count)
+    ]
+
+
+def write_bases(model: torch.nn.Module, path: Path) -> Path:
+    """Bases of random inputs: 12 of 32 directions protected (a range basis), 40 of 64 (a null basis)."""
+    generator = torch.Generator().manual_seed(0)
+    made = []
+    for site in find_sites(model):
+        inputs = torch.randn(site.width, 3 * site.width, generator=generator, dtype=torch.float64)
+        rank = {32: 12, 64: 40}[site.width]
+        made.append(compute_basis(site.name, site.layers, inputs @ inputs.T, 10_000, "rank", rank))
+    names = [name for site in made for name in site.layers]
+    NullSpaceBases(made, layer_norms(model, names)).save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def inputs(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """What the stage reads: model, reward and cost folders, prompts; and under "bases" a bases file."""
+    folder = tmp_path_factory.mktemp("inputs")
+    pq.write_table(pa.Table.from_pylist(prompt_rows()), folder / "prompts.parquet")
+    for target in ("cost", "reward"):
+        pq.write_table(pa.Table.from_pylist(label_rows(target)), folder / "labels.parquet")
+        settings = PreferenceSettings(backbone_layers=1, max_tokens=64)
+        runtime = RuntimeSettings(device="cpu", workdir=str(folder / "work"))
+        train_preference(settings, target, tiny_model_dir, folder / "labels.parquet", folder / target, runtime)
+    return {
+        "model": tiny_model_dir,
+        "bases": write_bases(load_model(tiny_model_dir), folder / "bases.safetensors"),
+        "reward": folder / "reward",
+        "cost": folder / "cost",
+        "prompts": folder / "prompts.parquet",
+    }
+
+
+def run(inputs: dict[str, Path], folder: Path, name: str, paths: Any = None, **changes: Any) -> Path:
+    """Train the method `name` in `folder` with `changes` to the settings and other `paths`; returns the out folder."""
+    given = inputs | {"bases": inputs["bases"] if name == "nspo" else None} | (paths or {})
+    settings = TrainingSettings(**TRAINING.dump() | changes)
+    runtime = RuntimeSettings(device="cpu", workdir=str(folder / "work"))
+    train_policy(settings, METHODS[name], name, 0, **given, out=folder / "out", runtime=runtime)
+    return folder / "out"
+
+
+@pytest.fixture(scope="module")
+def nspo_run(inputs, tmp_path_factory) -> Path:
+    return run(inputs, tmp_path_factory.mktemp("nspo"), "nspo")
+
+
+@pytest.fixture(scope="module")
+def free_run(inputs, tmp_path_factory) -> Path:
+    return run(inputs, tmp_path_factory.mktemp("grpo_no_kl"), "grpo_no_kl")
+
+
+def table(folder: Path, name: str) -> list[dict[str, Any]]:
+    return pq.read_table(folder / f"{name}.parquet").to_pylist()
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    """The saved weights, read from disk."""
+    return load_file(folder / "model.safetensors")
+
+
+def leakage(folder: Path, inputs: dict[str, Path]) -> dict[str, tuple[float, float]]:
+    """{layer: (||dW Q|| / ||W Q||, ||dW|| / ||W||)} in float64 from the two files on disk."""
+    base, tuned, bases = weights(inputs["model"]), weights(folder), NullSpaceBases.load(inputs["bases"])
+    found = {}
+    for layer in bases.layers:
+        site, before = bases.for_layer(layer), base[f"{layer}.weight"].double()
+        moved, basis = tuned[f"{layer}.weight"].double() - before, site.basis.double()
+        projector = basis @ basis.T if site.kind == "range" else torch.eye(site.width) - basis @ basis.T
+        inside = (moved @ projector).norm() / (before @ projector).norm()
+        found[layer] = (float(inside), float(moved.norm() / before.norm()))
+    return found
+
+
+def without_time(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+
+
+# Reward and prompts
+
+
+def test_reward_by_hand():
+    """-max(cost, -margin) on harmful prompts, min(reward, margin) on benign ones; flat beyond, not before."""
+    cost = torch.tensor([2.0, 0.5, -0.4, -1.5, -9.0, 7.0, 7.0, 7.0])
+    reward = torch.tensor([7.0, 7.0, 7.0, 7.0, 7.0, -2.0, 0.3, 9.0])
+    harmful = torch.tensor([True] * 5 + [False] * 3)
+    expected = torch.tensor([-2.0, -0.5, 0.4, 1.0, 1.0, -2.0, 0.3, 1.0])
+    torch.testing.assert_close(safety_reward(cost, reward, harmful, 1.0), expected, rtol=0, atol=0)
+
+
+def test_a_benign_refusal_earns_less_than_an_answer():
+    """However safe a refusal is, on a benign prompt only its (low) helpfulness counts."""
+    refusal, answer = safety_reward(
+        torch.tensor([-9.0, 2.0]), torch.tensor([-1.0, 0.5]), torch.tensor([False] * 2), 1.0
+    )
+    assert refusal < answer
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.5])
+def test_each_step_holds_the_benign_share(inputs, share):
+    """Every rollout step has the same number of benign prompts, and all text comes from the training split."""
+    settings = TrainingSettings(**TRAINING.dump() | {"prompts_per_step": 4, "benign_share": share, "steps": 6})
+    rows = rollout_prompts(settings, inputs["prompts"], tiny_tokenizer(), 0).to_list()
+    assert len(rows) == 24
+    for step in range(6):
+        roles = [row["role"] for row in rows[4 * step : 4 * step + 4]]
+        assert roles.count("benign") == 4 * share
+    assert all(row["prompt"][0]["content"].startswith(f"{row['role']} train") for row in rows)
+
+
+def test_prompt_order_depends_on_the_seed_only(inputs):
+    """Whatever else drew random numbers, equal seeds give equal orders, other seeds others; all are used in a pass."""
+
+    def order(seed: int, noise: int) -> list[str]:
+        random.seed(noise)
+        torch.manual_seed(noise)
+        rows = rollout_prompts(settings, inputs["prompts"], tiny_tokenizer(), seed)
+        return [row["prompt"][0]["content"] for row in rows]
+
+    settings = TrainingSettings(**TRAINING.dump() | {"steps": 5})
+    assert order(0, 1) == order(0, 2) != order(1, 1)
+    assert len(set(order(0, 1))) == 10
+
+
+def test_long_prompts_are_left_out(inputs):
+    """No prompt over max_prompt_tokens is used; when none is left the key to change is named."""
+    settings = TrainingSettings(**TRAINING.dump() | {"steps": 30})
+    rows = rollout_prompts(settings, inputs["prompts"], tiny_tokenizer(), 0)
+    texts = {row["prompt"][0]["content"] for row in rows}
+    assert max(len(chat_ids(tiny_tokenizer(), text)) for text in texts) <= 64
+    assert len(texts) == 10
+    with pytest.raises(UserError, match=r"no harmful training prompt has at most 3 tokens: .*max_prompt_tokens"):
+        settings = TrainingSettings(**TRAINING.dump() | {"max_prompt_tokens": 3, "benign_share": 0.0})
+        rollout_prompts(settings, inputs["prompts"], tiny_tokenizer(), 0)
+
+
+def test_every_method_sees_the_same_prompts(nspo_run, free_run):
+    """The rollouts of two methods hold the same prompts, group by group."""
+    first, second = ([(r["step"], r["role"], r["prompt"]) for r in table(f, "samples")] for f in (nspo_run, free_run))
+    assert first == second
+    assert len(first) == 4 * 8
+
+
+# Settings
+
+
+def test_trainer_arguments_are_written_out(monkeypatch, tmp_path):
+    """Every field that shapes the update is passed to TRL, with the configured value."""
+    monkeypatch.setattr(stage, "GRPOConfig", dict)
+    changes = {"clip": 0.3, "weight_decay": 0.02, "max_grad_norm": 0.7, "temperature": 0.9, "max_new_tokens": 33}
+    settings = TrainingSettings(**TRAINING.dump() | changes)
+    method = MethodSettings(objective="grpo", learning_rate=3e-5, kl=0.07)
+    given = trainer_arguments(settings, method, 5, torch.device("cpu"), tmp_path)
+    expected = {
+        "epsilon": 0.3,
+        "epsilon_high": 0.3,
+        "delta": None,
+        "beta": 0.07,
+        "loss_type": "bnpo",
+        "scale_rewards": "group",
+        "num_iterations": 1,
+        "importance_sampling_level": "token",
+        "mask_truncated_completions": False,
+        "weight_decay": 0.02,
+        "max_grad_norm": 0.7,
+        "learning_rate": 3e-5,
+        "lr_scheduler_type": "constant",
+        "warmup_steps": 0,
+        "optim": "adamw_torch",
+        "adam_beta1": 0.9,
+        "adam_beta2": 0.999,
+        "adam_epsilon": 1e-8,
+        "temperature": 0.9,
+        "top_p": 1.0,
+        "top_k": 0,
+        "repetition_penalty": 1.0,
+        "max_completion_length": 33,
+        "num_generations": 4,
+        "generation_batch_size": 8,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "max_steps": 8,
+        "bf16": True,
+        "fp16": False,
+        "shuffle_dataset": False,
+        "disable_dropout": True,
+        "seed": 5,
+    }
+    assert {key: given.get(key, "not set") for key in expected} == expected
+
+
+def test_batch_sizes_of_the_paper_divide(tmp_path):
+    """200 prompts x 8 answers, minibatches of 800: TRL accepts the sizes and makes two updates per rollout."""
+    sizes = {"prompts_per_step": 200, "group_size": 8, "minibatch_size": 800, "micro_batch_size": 16}
+    given = trainer_arguments(
+        TrainingSettings(**TRAINING.dump() | sizes), METHODS["nspo"], 0, torch.device("cpu"), tmp_path
+    )
+    assert (given.steps_per_generation, given.gradient_accumulation_steps, given.max_steps) == (100, 50, 8)
+
+
+# One step, written out
+
+
+class Recorder(stage.GRPOTrainer):
+    """TRL's trainer, whose rewards, completions, minibatches, weights and gradients are kept for comparison.
+
+    Answers are cut to unequal lengths, so that a mean over tokens is not a mean over answers.
+    """
+
+    seen: dict[str, list[Any]]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        type(self).seen = {"rewards": [], "rollouts": [], "minibatches": [], "weights": [], "gradients": []}
+        recorder = self
+
+        class Gradients(TrainerCallback):
+            def on_pre_optimizer_step(self, args, state, control, **kwargs):
+                found = {n: p.grad.clone() for n, p in recorder.model.named_parameters() if p.grad is not None}
+                recorder.seen["gradients"].append(found)
+
+        self.add_callback(Gradients())
+
+    def _calculate_rewards(self, *args: Any) -> Tensor:
+        self.seen["rewards"].append(super()._calculate_rewards(*args))
+        return self.seen["rewards"][-1]
+
+    def _generate_and_score_completions(self, inputs: Any) -> Any:
+        rollout = super()._generate_and_score_completions(inputs)
+        for row, mask in enumerate(rollout["completion_mask"]):
+            mask[2 + row % 6 :] = 0
+        self.seen["rollouts"].append(dict(rollout))
+        return rollout
+
+    def _compute_loss(self, model: Any, inputs: Any) -> Tensor:
+        self.seen["minibatches"].append(dict(inputs))
+        self.seen["weights"].append({n: p.detach().clone() for n, p in self.model.named_parameters()})
+        return super()._compute_loss(model, inputs)
+
+
+def token_logps(model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """(B, C): log-probability of every answer token under the distribution that it was sampled from."""
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+    mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
+    length = batch["completion_ids"].shape[1]
+    logits = model(input_ids=ids, attention_mask=mask).logits[:, -length - 1 : -1]
+    return (logits / TRAINING.temperature).log_softmax(-1).gather(-1, batch["completion_ids"][..., None])[..., 0]
+
+
+def test_a_step_is_the_written_grpo_step(inputs, tmp_path, monkeypatch):
+    """Gradients of both updates of a rollout equal those of the loss below, the second one with clipped ratios."""
+    monkeypatch.setattr(stage, "GRPOTrainer", Recorder)
+    same = {"autocast": "no", "max_grad_norm": 1e9, "micro_batch_size": 4, "steps": 1, "clip": 0.02}
+    out = run(inputs, tmp_path, "grpo_no_kl", **same)
+    seen = Recorder.seen
+    rewards, rollout = seen["rewards"][0].view(2, 4), seen["rollouts"][0]
+    advantages = ((rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)).flatten()
+    assert rewards.std(1).min() > 1e-3
+
+    policy, old = load_model(inputs["model"]), load_model(inputs["model"])
+    for update in range(2):
+        batch = seen["minibatches"][update]
+        row_of = [  # TRL shuffles the rollout before it cuts the minibatches
+            next(i for i in range(8) if torch.equal(rollout["completion_ids"][i], ids))
+            for ids in batch["completion_ids"]
+        ]
+        advantage, mask = advantages[row_of][:, None], batch["completion_mask"].float()
+        policy.load_state_dict(seen["weights"][update], strict=False)
+        policy.zero_grad()
+        with torch.no_grad():
+            before = token_logps(old, batch)
+        ratio = (token_logps(policy, batch) - before).exp()
+        loss = -torch.minimum(ratio * advantage, ratio.clamp(0.98, 1.02) * advantage)
+        ((loss * mask).sum() / mask.sum()).backward()
+        expected = dict(policy.named_parameters())
+        assert len(seen["gradients"][update]) == 14
+        for name, found in seen["gradients"][update].items():
+            torch.testing.assert_close(found, expected[name].grad, rtol=1e-4, atol=1e-5 * float(found.abs().max()))
+    assert [row["clip_fraction"] > 0 for row in table(out, "training")] == [False, True]
+
+
+# The constraint, on disk
+
+
+def test_saved_nspo_weights_are_in_the_null_space(nspo_run, inputs):
+    """With AdamW, decay, clipping and bf16: no constrained layer leaks on disk, and every one has moved."""
+    found = leakage(nspo_run, inputs)
+    assert len(found) == 14
+    assert max(inside for inside, _ in found.values()) <= 1e-6
+    assert min(moved for _, moved in found.values()) > 1e-2
+
+
+def test_without_the_constraint_protected_directions_move(free_run, inputs):
+    """The same run of grpo_no_kl leaks by several percent, so the test above can fail."""
+    assert min(inside for inside, _ in leakage(free_run, inputs).values()) > 1e-2
+
+
+@pytest.mark.parametrize("name", ["nspo_run", "free_run"])
+def test_nothing_but_the_blocks_layers_moves(name, inputs, request):
+    """Embeddings and norms are bit-equal to the base, in every method; all is stored in float32."""
+    base, tuned = weights(inputs["model"]), weights(request.getfixturevalue(name))
+    layers = {f"{layer}.weight" for layer in NullSpaceBases.load(inputs["bases"]).layers}
+    assert base.keys() == tuned.keys()
+    assert all(torch.equal(base[key], tuned[key]) for key in base.keys() - layers)
+    assert not any(torch.equal(base[key], tuned[key]) for key in layers)
+    assert {value.dtype for value in tuned.values()} == {torch.float32}
+
+
+def test_kl_is_in_the_loss_of_grpo_only(inputs, tmp_path, free_run):
+    """The logged KL to the reference starts at zero (the reference is the base itself) and grows; else there is none."""
+    rows = table(run(inputs, tmp_path, "grpo", steps=2), "training")
+    assert rows[0]["kl_in_loss"] == pytest.approx(0, abs=1e-7)
+    assert rows[-1]["kl_in_loss"] > 1e-6
+    assert "kl_in_loss" not in table(free_run, "training")[0]
+
+
+# Logs and probes
+
+
+def test_logs_have_one_row_per_update(nspo_run, free_run):
+    """training.parquet counts updates, probes.parquet the probed ones; only nspo says what the projection kept."""
+    assert [row["step"] for row in table(nspo_run, "training")] == list(range(1, UPDATES + 1))
+    assert [row["step"] for row in table(nspo_run, "probes")] == [0, 4, 8]
+    assert all(0 < row["kept"] < 1 for row in table(nspo_run, "training"))
+    assert all(
+        {"loss", "reward", "learning_rate", "clip_fraction"} <= row.keys() for row in table(free_run, "training")
+    )
+    assert "kept" not in table(free_run, "training")[0]
+    assert {row["step"] for row in table(nspo_run, "samples")} == {0, 2, 4, 6}
+
+
+def test_first_probe_has_no_drift_at_all(nspo_run):
+    """Before any update the policy is its base: KL is exactly zero although training autocasts to bf16; later it is not."""
+    first, *_, last = table(nspo_run, "probes")
+    assert (first["kl_per_token"], first["kl_first_tokens"], first["nll_change"]) == (0.0, 0.0, 0.0)
+    assert first["top1_agreement"] == 1.0
+    assert last["kl_per_token"] > 0
+
+
+def test_out_holds_a_model_and_its_logs_only(nspo_run):
+    """No README, optimizer or trainer state of TRL; the work folder is gone; settings name both sides."""
+    names = {path.name for path in nspo_run.iterdir()}
+    logs = {"training.parquet", "probes.parquet", "samples.parquet", "settings.json", "manifest.json"}
+    assert names >= logs | {"model.safetensors", "config.json", "tokenizer.json"}
+    assert names <= logs | {path.name for path in nspo_run.glob("*.json")} | {
+        "model.safetensors",
+        "chat_template.jinja",
+    }
+    assert not list((nspo_run.parent / "work").iterdir())
+    settings = json.loads((nspo_run / "settings.json").read_text())
+    assert settings["trainer"]["weight_decay"] == settings["nspo"]["weight_decay"] == 0.1
+    load_model(nspo_run)
+    load_tokenizer(nspo_run)
+
+
+# Interruptions
+
+
+def killed_run(inputs: dict[str, Path], folder: Path, step: int) -> None:
+    """Train nspo and die without warning right after logging `step`; runs in a process of its own."""
+    log = LogCallback.on_log
+
+    def dying(self: LogCallback, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        log(self, args, state, control, **kwargs)
+        if state.global_step == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    LogCallback.on_log = dying
+    run(inputs, folder, "nspo")
+
+
+def test_a_killed_run_resumes_to_the_same_bytes(inputs, tmp_path, nspo_run, capsys):
+    """SIGKILL two updates after a checkpoint: the resumed run has the weights and the logs of the undisturbed one.
+
+    Half a checkpoint and half a log line, as a kill at a worse moment leaves them, are passed over.
+    """
+    process = multiprocessing.get_context("spawn").Process(target=killed_run, args=(inputs, tmp_path, 6))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    (work,) = (tmp_path / "work").iterdir()
+    assert last_checkpoint(work).name == "checkpoint-4"
+    shutil.copytree(work / "checkpoint-4", work / "checkpoint-7")
+    (work / "checkpoint-7/trainer_state.json").unlink()
+    with (work / "training.jsonl").open("a") as file:
+        file.write('{"step": 7, "lo')
+
+    out = run(inputs, tmp_path, "nspo")
+    assert "resuming nspo (seed 0) from checkpoint-4" in capsys.readouterr().err
+    assert (out / "model.safetensors").read_bytes() == (nspo_run / "model.safetensors").read_bytes()
+    for name in ("training", "probes", "samples"):
+        assert without_time(table(out, name)) == without_time(table(nspo_run, name))
+    assert (out / "manifest.json").read_bytes() == (nspo_run / "manifest.json").read_bytes()
+    assert not list((tmp_path / "work").iterdir())
+
+
+def test_a_run_stopped_before_its_first_checkpoint_starts_over(inputs, tmp_path, free_run, monkeypatch):
+    """Ctrl-C at the third update, then the same command: same seed, same bytes, and every step once."""
+    log = LogCallback.on_log
+
+    def interrupted(self: LogCallback, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        log(self, args, state, control, **kwargs)
+        if state.global_step == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(LogCallback, "on_log", interrupted)
+        run(inputs, tmp_path, "grpo_no_kl")
+    assert not (tmp_path / "out").exists()
+    out = run(inputs, tmp_path, "grpo_no_kl")
+    assert (out / "model.safetensors").read_bytes() == (free_run / "model.safetensors").read_bytes()
+    for name in ("training", "probes", "samples"):
+        assert without_time(table(out, name)) == without_time(table(free_run, name))
+
+
+def test_the_target_stops_training_even_across_a_kill(inputs, tmp_path, monkeypatch):
+    """At the first probe that meets the target: its update is the last one logged, and no resumed run goes beyond it."""
+
+    def failing(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(stage, "resolved_settings", failing)
+        run(inputs, tmp_path, "grpo_no_kl", target_unsafe=1.0)
+    (work,) = (tmp_path / "work").iterdir()
+    stopped = weights(last_checkpoint(work))
+    out = run(inputs, tmp_path, "grpo_no_kl", target_unsafe=1.0)
+    assert [row["step"] for row in table(out, "probes")] == [0, 4]
+    assert [row["step"] for row in table(out, "training")] == [1, 2, 3, 4]
+    assert all(torch.equal(value, stopped[key]) for key, value in weights(out).items())
+
+
+def test_rewinding_forgets_later_rows_and_torn_lines(tmp_path):
+    """Rows after the step go, a line without its end goes, the others stay as they were; no file is an empty log."""
+    log = JsonLines(tmp_path / "log.jsonl")
+    assert log.rows() == []
+    log.append([{"step": 1, "a": 0.1}, {"step": 2}])
+    log.append([{"step": 3}])
+    with log.path.open("a") as file:
+        file.write('{"step": 4')
+    log.rewind(2)
+    log.append([{"step": 3, "again": True}])
+    assert log.rows() == [{"step": 1, "a": 0.1}, {"step": 2}, {"step": 3, "again": True}]
+
+
+def test_checkpoint_holds_what_the_logs_say(inputs, tmp_path, monkeypatch):
+    """When a checkpoint is complete, the probe and the update it belongs to are already on disk."""
+    saved = []
+
+    def on_save(self: ProbeCallback, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        last = [
+            JsonLines(Path(args.output_dir) / name).rows()[-1]["step"] for name in ("training.jsonl", "probes.jsonl")
+        ]
+        saved.append((state.global_step, *last))
+
+    monkeypatch.setattr(ProbeCallback, "on_save", on_save)
+    run(inputs, tmp_path, "nspo", steps=1)
+    assert saved == [(2, 2, 2)]
+
+
+# Refusals
+
+
+def test_bases_belong_to_nspo_and_to_this_model(inputs, tmp_path, monkeypatch):
+    """nspo without bases, bases without nspo, bases of another model: one line each, before anything is trained."""
+    monkeypatch.setattr(stage, "GRPOTrainer", None)
+    with pytest.raises(UserError, match="nspo needs them"):
+        run(inputs, tmp_path, "nspo", {"bases": None})
+    with pytest.raises(UserError, match="bases are for nspo only"):
+        run(inputs, tmp_path, "grpo_no_kl", {"bases": inputs["bases"]})
+    other = write_bases(tiny_model(seed=1), tmp_path / "other.safetensors")
+    with pytest.raises(UserError, match="use the bases of this model") as caught:
+        run(inputs, tmp_path, "nspo", {"bases": other})
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_swapped_judges_are_refused(inputs, tmp_path, monkeypatch):
+    """The cost model given as the reward model, and the other way round, before anything is trained."""
+    monkeypatch.setattr(stage, "GRPOTrainer", None)
+    with pytest.raises(UserError, match="holds a reward model, expected a cost model"):
+        run(inputs, tmp_path, "grpo_no_kl", {"cost": inputs["reward"], "reward": inputs["cost"]})

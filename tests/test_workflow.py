@@ -1,0 +1,254 @@
+"""The workflow, driven end to end on a tiny model: what runs again after a change, and what does not.
+
+One real run of config/smoke.yaml in a copy of the project; the cases then change a setting or a file of that copy and
+ask Snakemake for its plan.
+"""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+pytestmark = pytest.mark.workflow
+
+ROOT = Path(__file__).parents[1]
+PARTS = ("Snakefile", "workflow", "profiles", "config", "nspo", "tests/data")
+CORES = str(min(2, os.cpu_count() or 1))
+
+# What comes after a policy; and what writes the configuration into the page.
+AFTER = {"report", "write_config"}
+
+
+def snakemake(project: Path, *arguments: str, config: str = "config/smoke.yaml") -> subprocess.CompletedProcess[str]:
+    """Run Snakemake in `project`; output and errors together."""
+    command = [sys.executable, "-m", "snakemake", "--cores", CORES, *arguments, "--configfile", config]
+    return subprocess.run(
+        command, cwd=project, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False
+    )
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the project in which the smoke configuration has run to its end."""
+    project = tmp_path_factory.mktemp("project")
+    for part in PARTS:
+        copy = project / part
+        if (ROOT / part).is_dir():
+            shutil.copytree(ROOT / part, copy, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy2(ROOT / part, copy)
+    run = snakemake(project)
+    assert run.returncode == 0, run.stdout[-6000:]
+    return project
+
+
+def changed(project: Path, **sections: Any) -> str:
+    """The smoke configuration with these keys of its sections set anew, as a file in `project`."""
+    raw = yaml.safe_load((project / "config/smoke.yaml").read_text())
+    for section, keys in sections.items():
+        raw[section] = {**raw.get(section, {}), **keys}
+    path = project / "config/changed.yaml"
+    path.write_text(yaml.safe_dump(raw, sort_keys=False))
+    return str(path.relative_to(project))
+
+
+def plan(project: Path, config: str = "config/smoke.yaml") -> set[str]:
+    """The jobs that Snakemake would run, such as `certify nspo` (the target `all` left out)."""
+    run = snakemake(project, "--dry-run", config=config)
+    assert run.returncode == 0, run.stdout[-3000:]
+    jobs = set()
+    for block in run.stdout.split("\n\n"):
+        rule = re.search(r"^(?:local)?rule (\w+):$", block, re.MULTILINE)
+        method = re.search(r"^    wildcards: method=(\w+)", block, re.MULTILINE)
+        if rule and rule[1] != "all":
+            jobs.add(f"{rule[1]} {method[1]}" if method else rule[1])
+    assert bool(jobs) != ("Nothing to be done" in run.stdout)
+    return jobs
+
+
+def of(method: str, *rules: str) -> set[str]:
+    """Jobs of one method."""
+    return {f"{rule} {method}" for rule in rules}
+
+
+POLICY = ("train_policy", "evaluate_policy", "certify")
+
+
+def test_all_results_are_there(finished: Path) -> None:
+    """The page, the table, and beside each policy its logs; a certificate for the constrained and the other."""
+    results = finished / "results/smoke"
+    assert (results / "report.html").stat().st_size > 10_000
+    assert "nspo" in (results / "summary.csv").read_text()
+    for method in ("nspo", "grpo_no_kl"):
+        assert (results / f"policy/{method}/seed0/model.safetensors").is_file()
+        assert (results / f"certificates/{method}/seed0.json").is_file()
+    assert not (finished / "results/report.html").exists()
+
+
+def test_second_run_does_nothing(finished: Path) -> None:
+    """Without a change, nothing is planned."""
+    assert plan(finished) == set()
+
+
+@pytest.mark.parametrize(
+    ("sections", "expected"),
+    [
+        (
+            {"bases": {"threshold": 0.8}},
+            {"compute_bases", "certify grpo_no_kl", *of("nspo", *POLICY), *AFTER},
+        ),
+        (
+            {
+                "policy": {
+                    "methods": {
+                        "nspo": {"objective": "nspo", "learning_rate": 1.0e-3},
+                        "grpo_no_kl": {"objective": "grpo_no_kl", "learning_rate": 2.0e-3},
+                    }
+                }
+            },
+            {*of("grpo_no_kl", *POLICY), *AFTER},
+        ),
+        ({"policy": {"clip": 0.3}}, {*of("nspo", *POLICY), *of("grpo_no_kl", *POLICY), *AFTER}),
+        (
+            {"evaluation": {"general_prompts": 5}},
+            {"evaluate_base", "evaluate_policy nspo", "evaluate_policy grpo_no_kl", *AFTER},
+        ),
+        ({"runtime": {"log_every": 7, "device": "cpu"}}, set()),
+    ],
+    ids=["bases.threshold", "one learning rate", "policy.clip", "evaluation", "runtime"],
+)
+def test_a_setting_reruns_what_depends_on_it(
+    finished: Path, sections: dict[str, dict[str, Any]], expected: set[str]
+) -> None:
+    """A changed key plans exactly the stages that read it and what follows them."""
+    raw = yaml.safe_load((finished / "config/smoke.yaml").read_text())
+    config = changed(finished, **{name: {**raw.get(name, {}), **keys} for name, keys in sections.items()})
+    assert plan(finished, config) == expected
+
+
+def test_swapped_values_are_noticed(finished: Path) -> None:
+    """Two keys that exchange their values rerun the stage (Snakemake compares parameters as a set)."""
+    raw = yaml.safe_load((finished / "config/smoke.yaml").read_text())["activations"]
+    config = changed(finished, activations={"max_new_tokens": raw["samples"], "samples": raw["max_new_tokens"]})
+    assert "collect_activations" in plan(finished, config)
+
+
+def test_precomputed_bases_skip_collection(finished: Path) -> None:
+    """With a bases file of one's own, nothing is collected or computed, and the unconstrained policy stays."""
+    shutil.copy(finished / "results/smoke/bases/bases.safetensors", finished / "shared.safetensors")
+    jobs = plan(finished, changed(finished, bases={"precomputed": "shared.safetensors"}))
+    assert not jobs & {"collect_activations", "compute_bases", "train_policy grpo_no_kl"}
+    assert {"train_policy nspo", "certify nspo", "certify grpo_no_kl"} <= jobs
+
+
+def test_an_edit_of_code_reruns_its_stage_and_a_touch_does_not(finished: Path) -> None:
+    """The content of a stage's modules counts, not their date, and not the modules of others."""
+    module = finished / "nspo/certificate.py"
+    before = module.read_text()
+    try:
+        os.utime(module)
+        assert plan(finished) == set()
+        module.write_text(before + "\n# an edit\n")
+        assert plan(finished) == {"certify nspo", "certify grpo_no_kl", "report"}
+    finally:
+        module.write_text(before)
+    assert plan(finished) == set()
+
+
+def test_the_order_of_keys_does_not_count(finished: Path) -> None:
+    """Domains written in another order make the same prompts; only the page, which shows them in order, is new."""
+    raw = yaml.safe_load((finished / "config/smoke.yaml").read_text())["data"]
+    config = changed(finished, data={"general": dict(reversed(raw["general"].items()))})
+    assert plan(finished, config) == AFTER
+
+
+def test_data_files_count(finished: Path) -> None:
+    """An edited file of prompts or labels reruns what reads it."""
+    labels = finished / "tests/data/harm_labels.jsonl"
+    before = labels.read_text()
+    try:
+        labels.write_text("".join(before.splitlines(keepends=True)[::-1]))
+        jobs = plan(finished)
+    finally:
+        labels.write_text(before)
+    assert {"prepare_labels", "train_cost", "train_reward"} <= jobs
+    assert not jobs & {"prepare_prompts", "collect_activations", "compute_bases"}
+
+
+@pytest.mark.parametrize(
+    ("sections", "line"),
+    [
+        ({"bases": {"treshold": 0.8}}, "bases.treshold: unknown key, did you mean 'threshold'?"),
+        ({"policy": {"group_size": 3}}, "policy: minibatch_size (4) must be divisible by group_size (3)"),
+        ({"model": {"source": "no/such/model"}}, "model.source: no/such/model does not exist"),
+    ],
+)
+def test_mistakes_end_before_any_work(finished: Path, sections: dict[str, dict[str, Any]], line: str) -> None:
+    """A misspelt key, sizes that do not divide or a missing file end the run at once, in a line that names the key."""
+    run = snakemake(finished, "--dry-run", config=changed(finished, **sections))
+    said = [text for text in run.stdout.splitlines() if line in text]
+    assert run.returncode == 1
+    assert len(said) == 1
+    assert "Traceback" not in run.stdout
+
+
+def test_default_configuration_plans() -> None:
+    """A bare run reads config/config.yaml and plans every stage."""
+    command = [sys.executable, "-m", "snakemake", "--cores", "1", "--dry-run", "--forceall", "--nolock"]
+    run = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_snakemake_report(finished: Path) -> None:
+    """`snakemake --report` collects the page, the scores and the plots."""
+    run = snakemake(finished, "--report", "report.zip")
+    assert run.returncode == 0, run.stdout[-3000:]
+    assert (finished / "report.zip").stat().st_size > 100_000
+
+
+def stages_of(process: psutil.Process, name: str) -> Iterator[psutil.Process]:
+    """Running stages with this name below `process`."""
+    for child in process.children(recursive=True):
+        try:
+            command = child.cmdline()
+        except psutil.NoSuchProcess:
+            continue
+        if command[1:4] == ["-m", "nspo", name]:
+            yield child
+
+
+def test_a_killed_stage_resumes(finished: Path) -> None:
+    """A stage that is killed outright goes on from what it had done when the same command runs again.
+
+    Last in this file: the evaluation of the base model is another one afterwards.
+    """
+    config = changed(finished, evaluation={"batch_size": 1, "max_new_tokens": 48})
+    target = "results/smoke/evaluation/base/seed0/metrics.json"
+    command = [sys.executable, "-m", "snakemake", "--cores", CORES, target, "--configfile", config]
+    running = subprocess.Popen(command, cwd=finished, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    work = finished / "results/smoke/.work"
+    deadline = time.monotonic() + 300
+    while sum(path.read_text().count("\n") for path in work.glob("evaluation-*.jsonl")) < 3:
+        assert running.poll() is None, "the stage ended before it could be killed"
+        assert time.monotonic() < deadline, "the stage did not start"
+        time.sleep(0.02)
+    for stage in stages_of(psutil.Process(running.pid), "evaluate"):
+        stage.send_signal(signal.SIGKILL)
+    assert running.wait(timeout=60) == 1
+    assert not (finished / target).exists()
+
+    again = snakemake(finished, target, config=config)
+    assert again.returncode == 0, again.stdout[-4000:]
+    assert re.search(r"answers of base: continuing after \d+ of \d+ prompts", again.stdout)
+    assert (finished / target).is_file()
+    assert not list(work.glob("evaluation-*.jsonl"))

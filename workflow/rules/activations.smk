@@ -1,0 +1,44 @@
+rule collect_activations:
+    input:
+        code=code("nspo.activations"),
+        model=rules.prepare_model.output.manifest,
+        prompts=rules.prepare_prompts.output.prompts,
+    output:
+        activations=directory("<results>/activations"),
+    log:
+        "<logs>/collect_activations.log",
+    cache: True
+    conda:
+        "../envs/nspo.yaml"
+    threads: HEAVY_THREADS
+    resources:
+        mem="32GB",
+        runtime="4h",
+    params:
+        flags=flags(settings.activations),
+        runtime=runtime,
+        model=folder("model"),
+    shell:
+        "python -m nspo collect {params.flags} {params.runtime} --model {params.model} --prompts {input.prompts}"
+        " --out {output.activations} 2>&1 | tee {log}"
+
+
+rule compute_bases:
+    input:
+        code=code("nspo.compute_bases"),
+        activations=rules.collect_activations.output.activations,
+    output:
+        bases="<results>/bases/bases.safetensors",
+    log:
+        "<logs>/compute_bases.log",
+    cache: True
+    conda:
+        "../envs/nspo.yaml"
+    threads: HEAVY_THREADS
+    resources:
+        mem="32GB",
+        runtime="2h",
+    params:
+        flags=flags(settings.bases, ("rule", "threshold")),
+    shell:
+        "python -m nspo bases {params.flags} --activations {input.activations}" " --out {output.bases} 2>&1 | tee {log}"

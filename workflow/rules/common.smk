@@ -1,0 +1,139 @@
+"""Checked settings and the helpers that turn them into inputs and flags of rules."""
+
+import json
+import os
+import re
+import shlex
+import sys
+from pathlib import Path
+
+# Jobs run the package that lies beside this Snakefile, with the Python that runs Snakemake.
+sys.path.insert(0, str(workflow.basedir))
+os.environ.update(
+    PATH=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
+    PYTHONPATH=os.pathsep.join([str(workflow.basedir), os.environ.get("PYTHONPATH", "")]),
+)
+
+from nspo.cli import RUNTIME_FLAGS, to_flags
+from nspo.config import LabelSettings, PromptSettings, TrainingSettings, check_config
+from nspo.errors import UserError
+from nspo.sources import Source, wheel_folder
+from nspo.stage_code import stage_files
+
+try:
+    settings = check_config(
+        config,
+        " + ".join(map(str, workflow.overwrite_configfiles)) or "config/config.yaml",
+    )
+except UserError as error:
+    sys.exit(str(error))  # a line per fault; a WorkflowError would wrap it in lines about this file
+
+wheels_dir = f"{settings.runtime.results}/wheels"
+bases_file = settings.bases.precomputed or f"{settings.runtime.results}/bases/bases.safetensors"
+HEAVY_THREADS = 8  # capped to the cores there are, so on a small machine heavy stages run one by one
+
+
+wildcard_constraints:
+    wheel="|".join(re.escape(wheel_folder(requirement)) for requirement in settings.data.wheels) or "none",
+    method="|".join(map(re.escape, settings.policy.methods)),
+    seed="|".join(map(str, settings.policy.seeds)),
+
+
+def code(*modules):
+    """The source files that shape a stage: an edit reruns it, a mere touch does not."""
+    return [os.path.relpath(path) for path in stage_files(*modules)]
+
+
+def flags(section, names=None, keep_order=False):
+    """A section's settings as one string in a fixed order, so that exactly these keys rerun a rule.
+
+    A function and not the string itself, because Snakemake would take braces in it for wildcards.
+    """
+    return lambda wildcards: to_flags(section, names, keep_order)
+
+
+def runtime(wildcards, threads):
+    """How to run, not what to make. Naming `threads` makes the value derived: it never causes a rerun."""
+    values = settings.runtime.model_copy(update={"workdir": f"{settings.runtime.results}/.work"})
+    return to_flags(values, RUNTIME_FLAGS)
+
+
+def folder(name):
+    """The folder(s) of a stage's manifest or scores, given as the input `name`."""
+    return lambda wildcards, input: " ".join(
+        shlex.quote(parent) for parent in dict.fromkeys(str(Path(path).parent) for path in _paths(input, name))
+    )
+
+
+def optional(flag, name):
+    """`flag` and the input `name`, or nothing where the rule has no such input."""
+    return lambda wildcards, input: (
+        " ".join([flag, *map(shlex.quote, paths)]) if (paths := _paths(input, name)) else ""
+    )
+
+
+def _paths(input, name):
+    found = input.get(name) or []
+    return [found] if isinstance(found, str) else list(found)
+
+
+def source_files(section, sources):
+    """The files behind the sources of a section, by key: the manifest of a wheel, a file on disk, one of ours."""
+    files = set()
+    for key, source in ((key, source) for key, several in sources.items() for source in several):
+        if source.kind == "wheel":
+            files.add(f"{wheels_dir}/{wheel_folder(source.wheel)}/manifest.json")
+        elif source.kind in {"builtin", "path"}:
+            path = Path(workflow.basedir, "nspo", "data") if source.kind == "builtin" else Path()
+            path = Path(os.path.relpath(path / source.location))
+            if not path.exists():
+                sys.exit(
+                    f"{section}.{key}: {path} does not exist: expected a file or folder, or builtin:, wheel:, hub:"
+                )
+            files.update(str(p) for p in (path.iterdir() if path.is_dir() else [path]) if p.is_file())
+    return sorted(files)
+
+
+def wheels_folder(wildcards):
+    """Where the wheels are unpacked."""
+    return shlex.quote(wheels_dir)
+
+
+def wheels_of(section):
+    """The same settings with only the wheels that their own sources name, so that other pins rerun nothing."""
+    named = {source.wheel for several in section.sources().values() for source in several}
+    return section.model_copy(update={"wheels": {k: v for k, v in section.wheels.items() if k in named}})
+
+
+def part_of(section, kind):
+    """The part of a section that is a `kind` of its own."""
+    return kind.model_validate({name: getattr(section, name) for name in kind.model_fields})
+
+
+def every_policy(patterns):
+    """The files of a rule for every method and seed."""
+    return expand(patterns, method=settings.policy.methods, seed=settings.policy.seeds)
+
+
+def package_files(name):
+    """Files of the package that are no Python, such as templates."""
+    return sorted(os.path.relpath(p) for p in Path(workflow.basedir, "nspo", name).iterdir() if p.is_file())
+
+
+prompt_settings = wheels_of(part_of(settings.data, PromptSettings))
+label_settings = wheels_of(part_of(settings.data, LabelSettings))
+
+
+def is_constrained(wildcards):
+    """Whether this method keeps to the null space."""
+    return settings.policy.methods[wildcards.method].objective == "nspo"
+
+
+def bases_of_method(wildcards):
+    """The bases, for a method that trains with them."""
+    return bases_file if is_constrained(wildcards) else []
+
+
+def heldout_activations(wildcards):
+    """The held-out inputs of a certificate; precomputed bases come without any."""
+    return [] if settings.bases.precomputed else rules.collect_activations.output.activations

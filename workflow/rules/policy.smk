@@ -1,0 +1,72 @@
+rule train_policy:
+    input:
+        code=code("nspo.policy"),
+        model=rules.prepare_model.output.manifest,
+        reward=rules.train_reward.output.manifest,
+        cost=rules.train_cost.output.manifest,
+        prompts=rules.prepare_prompts.output.prompts,
+        bases=bases_of_method,
+    output:
+        manifest="<results>/policy/{method}/seed{seed}/manifest.json",
+        settings="<results>/policy/{method}/seed{seed}/settings.json",
+        training="<results>/policy/{method}/seed{seed}/training.parquet",
+        probes="<results>/policy/{method}/seed{seed}/probes.parquet",
+        samples="<results>/policy/{method}/seed{seed}/samples.parquet",
+    log:
+        "<logs>/train_policy/{method}-seed{seed}.log",
+    benchmark:
+        "<benchmarks>/train_policy/{method}-seed{seed}.tsv"
+    conda:
+        "../envs/nspo.yaml"
+    threads: HEAVY_THREADS
+    resources:
+        mem="64GB",
+        runtime="24h",
+    params:
+        training=flags(settings.policy, TrainingSettings.model_fields),
+        method=lambda wildcards: to_flags(settings.policy.methods[wildcards.method]),
+        runtime=runtime,
+        model=folder("model"),
+        reward=folder("reward"),
+        cost=folder("cost"),
+        bases=optional("--bases", "bases"),
+        out=subpath(output.manifest, parent=True),
+    shell:
+        "python -m nspo train-policy {params.training} {params.method} {params.runtime} --name {wildcards.method}"
+        " --seed {wildcards.seed} --model {params.model} {params.bases} --reward {params.reward} --cost {params.cost}"
+        " --prompts {input.prompts} --out {params.out} 2>&1 | tee {log}"
+
+
+# Apart from training, so that new bases measure an unconstrained policy again without training it again.
+rule certify:
+    input:
+        code=code("nspo.certificate"),
+        model=rules.prepare_model.output.manifest,
+        policy=rules.train_policy.output.manifest,
+        bases=bases_file,
+        activations=heldout_activations,
+    output:
+        certificate="<results>/certificates/{method}/seed{seed}.json",
+    log:
+        "<logs>/certify/{method}-seed{seed}.log",
+    conda:
+        "../envs/nspo.yaml"
+    resources:
+        mem="16GB",
+        runtime="1h",
+    params:
+        facts=lambda wildcards: shlex.quote(
+            json.dumps(
+                {
+                    "method": wildcards.method,
+                    "seed": int(wildcards.seed),
+                    "constrained": is_constrained(wildcards),
+                }
+            )
+        ),
+        model=folder("model"),
+        policy=folder("policy"),
+        activations=optional("--activations", "activations"),
+    shell:
+        "python -m nspo verify --facts {params.facts} --base {params.model} --tuned {params.policy}"
+        " --bases {input.bases} {params.activations} --out {output.certificate} 2>&1 | tee {log}"

@@ -1,0 +1,51 @@
+rule train_cost:
+    input:
+        code=code("nspo.preference"),
+        model=rules.prepare_model.output.manifest,
+        labels=rules.prepare_labels.output.labels,
+    output:
+        manifest="<results>/cost/manifest.json",
+        metrics=report(
+            "<results>/cost/metrics.json",
+            caption="../report/preference.rst",
+            category="Preference models",
+        ),
+    log:
+        "<logs>/train_cost.log",
+    benchmark:
+        "<benchmarks>/train_cost.tsv"
+    conda:
+        "../envs/nspo.yaml"
+    threads: HEAVY_THREADS
+    resources:
+        mem="32GB",
+        runtime="4h",
+    params:
+        target="cost",
+        flags=flags(settings.cost),
+        runtime=runtime,
+        model=folder("model"),
+        out=subpath(output.manifest, parent=True),
+    shell:
+        "python -m nspo train-preference --target {params.target} {params.flags} {params.runtime} --model {params.model}"
+        " --labels {input.labels} --out {params.out} 2>&1 | tee {log}"
+
+
+use rule train_cost as train_reward with:
+    output:
+        manifest="<results>/reward/manifest.json",
+        metrics=report(
+            "<results>/reward/metrics.json",
+            caption="../report/preference.rst",
+            category="Preference models",
+        ),
+    log:
+        "<logs>/train_reward.log",
+    benchmark:
+        "<benchmarks>/train_reward.tsv"
+    params:
+        target="reward",
+        flags=flags(settings.reward),
+        runtime=runtime,
+        model=folder("model"),
+        out=subpath(output.manifest, parent=True),

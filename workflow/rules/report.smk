@@ -1,0 +1,58 @@
+rule write_config:
+    output:
+        config="<results>/config.yaml",
+    log:
+        "<logs>/write_config.log",
+    localrule: True
+    conda:
+        "../envs/nspo.yaml"
+    params:
+        flags=flags(settings, set(type(settings).model_fields) - {"runtime"}, keep_order=True),
+    shell:
+        "python -m nspo config write {params.flags} --out {output.config} 2>&1 | tee {log}"
+
+
+rule report:
+    input:
+        code=code("nspo.report"),
+        templates=package_files("templates"),
+        config=rules.write_config.output.config,
+        base_evaluation=[
+            rules.evaluate_base.output.metrics,
+            rules.evaluate_base.output.responses,
+        ],
+        evaluations=every_policy(rules.evaluate_policy.output),
+        certificates=every_policy(rules.certify.output),
+        policies=every_policy(rules.train_policy.output),
+        bases=bases_file,
+        reward=rules.train_reward.output,
+        cost=rules.train_cost.output,
+    output:
+        page=report("<results>/report.html", caption="../report/page.rst", category="Results"),
+        summary=report(
+            "<results>/summary.csv",
+            caption="../report/summary.rst",
+            category="Results",
+        ),
+        plots=report(
+            directory("<results>/plots"),
+            patterns=["{plot}.png"],
+            caption="../report/plots.rst",
+            category="Plots",
+        ),
+    log:
+        "<logs>/report.log",
+    localrule: True
+    conda:
+        "../envs/nspo.yaml"
+    params:
+        base_evaluation=folder("base_evaluation"),
+        evaluations=folder("evaluations"),
+        policies=folder("policies"),
+        reward=folder("reward"),
+        cost=folder("cost"),
+    shell:
+        "python -m nspo report --config {input.config} --evaluations {params.base_evaluation} {params.evaluations}"
+        " --certificates {input.certificates} --policies {params.policies} --bases {input.bases}"
+        " --reward {params.reward} --cost {params.cost} --out {output.page} --summary {output.summary}"
+        " --plots {output.plots} 2>&1 | tee {log}"
