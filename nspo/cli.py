@@ -347,6 +347,7 @@ def _run(argv: Sequence[str]) -> None:
         keywords[keyword] = validate(section, given, name)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # what a user must know, a stage says itself
     if not name.startswith("prepare"):  # only there a bar of the hub's can be a download; elsewhere it is noise
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     module, _, function = stage.function.partition(":")

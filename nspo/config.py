@@ -294,9 +294,11 @@ class TrainingSettings(Section):
     steps: PositiveInt = Field(24, description="Most rollout steps.")
     prompts_per_step: PositiveInt = Field(4, description="Prompts per rollout step.")
     group_size: int = Field(8, ge=2, description="Answers sampled per prompt (the group of GRPO).")
-    minibatch_size: PositiveInt = Field(32, description="Answers per optimizer update; must hold whole groups.")
+    minibatch_size: PositiveInt = Field(32, description="Answers per optimizer update; a multiple of group_size.")
     micro_batch_size: PositiveInt = Field(
-        16, description="Answers per forward and backward pass; divides minibatch_size."
+        16,
+        description="Answers per forward and backward pass; divides minibatch_size. The loss averages the tokens of one "
+        "such pass.",
     )
     benign_share: float = Field(
         0.25, ge=0, lt=1, description="Share of benign prompts in the batch; guards against blanket refusal."
@@ -313,7 +315,7 @@ class TrainingSettings(Section):
     )
     clip: float = Field(0.2, gt=0, lt=1, description="Clip range of the probability ratio.")
     weight_decay: float = Field(
-        0.01, ge=0, description="AdamW decay; under the constraint it acts towards the base weights."
+        0.01, ge=0, description="AdamW decay; under the constraint it acts inside the null space only."
     )
     max_grad_norm: PositiveFloat = Field(1.0, description="Gradient clipping.")
     autocast: Literal["bf16", "no"] = Field(
@@ -334,7 +336,7 @@ class TrainingSettings(Section):
         if self.minibatch_size % self.group_size:
             raise ValueError(
                 f"minibatch_size ({self.minibatch_size}) must be divisible by group_size ({self.group_size}): "
-                "a group is never split"
+                "expected whole groups"
             )
         if rollouts % self.minibatch_size:
             raise ValueError(

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from tqdm import tqdm
 
 LOG_SECONDS = 10.0
+DELAY_SECONDS = 3.0  # work that is over sooner shows no bar
 
 
 class _LogLines:
@@ -33,6 +34,8 @@ def track(description: str, total: int, unit: str, start: int = 0) -> Iterator["
         file=sys.stderr if terminal else _LogLines(),
         mininterval=0.1 if terminal else LOG_SECONDS,
         maxinterval=LOG_SECONDS,
+        delay=DELAY_SECONDS,
+        position=None if terminal else 0,  # a log has no cursor to move
         dynamic_ncols=terminal,
         ascii=not terminal,
     ) as bar:

@@ -81,7 +81,7 @@ METHOD = {"objective": "nspo", "learning_rate": 1e-4}
         ),
         (
             {"policy": {"group_size": 6}},
-            "policy: minibatch_size (32) must be divisible by group_size (6): a group is never split",
+            "policy: minibatch_size (32) must be divisible by group_size (6): expected whole groups",
         ),
         ({"policy": {"methods": {"base": METHOD}}}, "policy: methods: found the name 'base', expected letters"),
         ({"policy": {"methods": {"a/b": METHOD}}}, "policy: methods: found the name 'a/b', expected letters"),

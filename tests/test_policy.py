@@ -83,11 +83,9 @@ def label_rows(target: str) -> list[dict[str, Any]]:
 
     def answer(i: int) -> str:
         length = 2 + i % 7
-        return (
-            "s" * length
-            if i % 2
-            else "".join(pick.choices(noise, k=length) if i % 4 else [pick.choice(noise)] * length)
-        )
+        if i % 2:
+            return "s" * length
+        return "".join(pick.choices(noise, k=length)) if i % 4 else pick.choice(noise) * length
 
     return [
         {
@@ -235,8 +233,8 @@ def test_long_prompts_are_left_out(inputs):
     texts = {row["prompt"][0]["content"] for row in rows}
     assert max(len(chat_ids(tiny_tokenizer(), text)) for text in texts) <= 64
     assert len(texts) == 10
+    settings = TrainingSettings(**TRAINING.dump() | {"max_prompt_tokens": 3, "benign_share": 0.0})
     with pytest.raises(UserError, match=r"no harmful training prompt has at most 3 tokens: .*max_prompt_tokens"):
-        settings = TrainingSettings(**TRAINING.dump() | {"max_prompt_tokens": 3, "benign_share": 0.0})
         rollout_prompts(settings, inputs["prompts"], tiny_tokenizer(), 0)
 
 
@@ -413,7 +411,7 @@ def test_nothing_but_the_blocks_layers_moves(name, inputs, request):
 
 
 def test_kl_is_in_the_loss_of_grpo_only(inputs, tmp_path, free_run):
-    """The logged KL to the reference starts at zero (the reference is the base itself) and grows; else there is none."""
+    """The logged KL to the reference starts at zero (the reference is the base) and grows; else there is none."""
     rows = table(run(inputs, tmp_path, "grpo", steps=2), "training")
     assert rows[0]["kl_in_loss"] == pytest.approx(0, abs=1e-7)
     assert rows[-1]["kl_in_loss"] > 1e-6
@@ -432,11 +430,11 @@ def test_logs_have_one_row_per_update(nspo_run, free_run):
         {"loss", "reward", "learning_rate", "clip_fraction"} <= row.keys() for row in table(free_run, "training")
     )
     assert "kept" not in table(free_run, "training")[0]
-    assert {row["step"] for row in table(nspo_run, "samples")} == {0, 2, 4, 6}
+    assert {row["step"] for row in table(nspo_run, "samples")} == {1, 3, 5, 7}
 
 
 def test_first_probe_has_no_drift_at_all(nspo_run):
-    """Before any update the policy is its base: KL is exactly zero although training autocasts to bf16; later it is not."""
+    """Before any update the policy is its base: KL is exactly zero although training autocasts to bf16; later not."""
     first, *_, last = table(nspo_run, "probes")
     assert (first["kl_per_token"], first["kl_first_tokens"], first["nll_change"]) == (0.0, 0.0, 0.0)
     assert first["top1_agreement"] == 1.0
@@ -509,9 +507,10 @@ def test_a_run_stopped_before_its_first_checkpoint_starts_over(inputs, tmp_path,
         if state.global_step == 3:
             raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(LogCallback, "on_log", interrupted)
-        run(inputs, tmp_path, "grpo_no_kl")
+        with pytest.raises(KeyboardInterrupt):
+            run(inputs, tmp_path, "grpo_no_kl")
     assert not (tmp_path / "out").exists()
     out = run(inputs, tmp_path, "grpo_no_kl")
     assert (out / "model.safetensors").read_bytes() == (free_run / "model.safetensors").read_bytes()
@@ -520,14 +519,15 @@ def test_a_run_stopped_before_its_first_checkpoint_starts_over(inputs, tmp_path,
 
 
 def test_the_target_stops_training_even_across_a_kill(inputs, tmp_path, monkeypatch):
-    """At the first probe that meets the target: its update is the last one logged, and no resumed run goes beyond it."""
+    """At the first probe that meets the target: its update is the last one logged, no resumed run goes beyond it."""
 
     def failing(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(stage, "resolved_settings", failing)
-        run(inputs, tmp_path, "grpo_no_kl", target_unsafe=1.0)
+        with pytest.raises(KeyboardInterrupt):
+            run(inputs, tmp_path, "grpo_no_kl", target_unsafe=1.0)
     (work,) = (tmp_path / "work").iterdir()
     stopped = weights(last_checkpoint(work))
     out = run(inputs, tmp_path, "grpo_no_kl", target_unsafe=1.0)

@@ -164,12 +164,13 @@ def test_separable_labels_are_learnt_and_flipped_ones_flip_the_sign(tiny_model_d
 
 
 def test_length_alone_is_not_learnt_on_the_first_tokens(tiny_model_dir, tmp_path):
-    """Long answers harmful, short ones safe, the first 64 tokens the same: scores of those tie."""
+    """Every prompt has a long harmful and a short safe answer that open with the same 64 tokens: those tie."""
     rows = []
     for i, row in enumerate(graded(16, "train") + graded(16, "heldout")):
-        rows.append(row | {"prompt": "same", "response": ("ab" * 32) + ("ab" * 20 if i % 2 == 0 else "")})
+        rows.append(row | {"prompt": f"prompt {i // 2}", "response": "ab" * (52 if i % 2 == 0 else 32)})
     heldout = train(tiny_model_dir, tmp_path, rows)["heldout"]
-    assert heldout["first_tokens_auroc"] == {"16": 0.5, "32": 0.5, "64": 0.5}
+    for value in heldout["first_tokens_auroc"].values():
+        assert value == pytest.approx(0.5, abs=1 / 16)  # 8 of 64 pairs tie, rounding may break them
 
 
 # The folder

@@ -92,7 +92,7 @@ class LogCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Drop what an interrupted run logged after the checkpoint it resumes from; start the progress bar."""
         self.steps.rewind(state.global_step)
-        self.samples.rewind(state.global_step - 1)
+        self.samples.rewind(state.global_step)
         self.bar = self.progress.enter_context(track("train policy", state.max_steps, "step", start=state.global_step))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -48,7 +48,7 @@ class SafetyReward:
         if not harmful.all():
             log_metric("helpfulness", reward[~harmful].mean().item())
         self.samples = [
-            {"step": trainer_state.global_step, "role": r, "prompt": p, "answer": a, "score": s}
+            {"step": trainer_state.global_step + 1, "role": r, "prompt": p, "answer": a, "score": s}
             for r, p, a, s in zip(role, asked, answers, total.tolist(), strict=True)
         ]
         return total.tolist()

@@ -2,9 +2,10 @@
 
 Differences from the authors' release: every linear layer of every block is constrained and all else is frozen (theirs
 constrains MLP layers and lets the rest train); the weights are re-anchored after every optimizer step (theirs every
-fifth trainer step, discarded under FSDP, and never before a checkpoint); decay pulls towards the base inside the null
-space. The unconstrained methods train the same layers from the same data order, seed and rollout budget, so the
-constraint is the only difference. Every algorithmic field of TRL's trainer is set here, none is left to its default.
+fifth trainer step, discarded under FSDP, and never before a checkpoint); decay acts inside the null space only. The
+unconstrained methods train the same layers from the same data order, seed and rollout budget, so the constraint is the
+only difference. The fields of TRL's trainer that shape the result are set here, not left to defaults that move between
+its releases.
 
 Command: `nspo train-policy --objective nspo --bases results/bases/bases.safetensors ... --out FOLDER`.
 """
@@ -155,6 +156,11 @@ def trainer_arguments(
         importance_sampling_level="token",
         mask_truncated_completions=False,
         disable_dropout=True,
+        entropy_coef=0.0,
+        use_adaptive_entropy=False,
+        top_entropy_quantile=1.0,
+        off_policy_mask_threshold=None,
+        sync_ref_model=False,
         learning_rate=method.learning_rate,
         lr_scheduler_type="constant",
         warmup_steps=0,
@@ -165,7 +171,6 @@ def trainer_arguments(
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
         shuffle_dataset=False,
-        gradient_checkpointing=False,
         use_cpu=device.type == "cpu",
         bf16=training.autocast == "bf16",
         fp16=False,

@@ -54,8 +54,7 @@ def flags(section, names=None, keep_order=False):
 
 def runtime(wildcards, threads):
     """How to run, not what to make. Naming `threads` makes the value derived: it never causes a rerun."""
-    values = settings.runtime.model_copy(update={"workdir": f"{settings.runtime.results}/.work"})
-    return to_flags(values, RUNTIME_FLAGS)
+    return f"{to_flags(settings.runtime, RUNTIME_FLAGS)} --workdir {shlex.quote(settings.runtime.results)}/.work"
 
 
 def folder(name):
