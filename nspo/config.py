@@ -297,8 +297,7 @@ class TrainingSettings(Section):
     minibatch_size: PositiveInt = Field(32, description="Answers per optimizer update; a multiple of group_size.")
     micro_batch_size: PositiveInt = Field(
         16,
-        description="Answers per forward and backward pass; divides minibatch_size. The loss averages the tokens of one "
-        "such pass.",
+        description="Answers per forward and backward pass; divides minibatch_size. The loss averages over its tokens.",
     )
     benign_share: float = Field(
         0.25, ge=0, lt=1, description="Share of benign prompts in the batch; guards against blanket refusal."
