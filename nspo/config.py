@@ -242,7 +242,7 @@ class BasesSettings(Section):
         "contrast", description="How the protected range is chosen; docs/mathematics.md says what each rule means."
     )
     threshold: float = Field(
-        5.0,
+        3.0,
         ge=0,
         description="energy: share of the trace to protect; relative: of the largest eigenvalue; absolute: eigenvalue; "
         "rank: directions; fraction: of the width; leakage: held-out target; "
