@@ -8,8 +8,8 @@ lengths (its first 16, 32, 64 tokens and all of it), and pairs compare equal len
 harmful and more helpful, and a model that may see the length learns little else.
 
 Differences from Safe RLHF: the trunk is frozen. With the 576 and 341 training labels of the embedded data, fine-tuning
-16 blocks on pairs reached a held-out AUROC of 0.83 (cost) and 0.83 (reward), the head on frozen features 0.86 and 0.91
-in a tenth of the time. (The NSPO release has no cost model: it asks Llama-Guard at temperature 1 without the question.)
+16 blocks on pairs reached a held-out AUROC of 0.83 (cost) and 0.83 (reward), the head on frozen features 0.86 and 0.92
+in a fifth of the time. (The NSPO release has no cost model: it asks Llama-Guard at temperature 1 without the question.)
 
 The artifact is a plain `AutoModelForSequenceClassification` folder with one label; transformers' own forward pass reads
 the last token only, `PreferenceModel.score` averages over the answer. Command: `nspo train-preference --target cost
