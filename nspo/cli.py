@@ -16,10 +16,11 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from importlib import import_module
 from typing import Any, NoReturn
 
-from nspo.config import RuntimeSettings, Section
+from nspo.config import RuntimeSettings
 from nspo.errors import UserError
 from nspo.stages import POSITIONAL, STAGES, Stage
 from nspo.validation import validate
+from nspo.value_types import Section
 
 TRANSFERS = ("prepare", "bases fetch", "bases push")
 RUNTIME_FLAGS = ("device", "log_every", "requests", "workdir")

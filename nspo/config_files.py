@@ -12,7 +12,8 @@ from typing import Any, get_args, get_origin
 import yaml
 
 from nspo.artifacts import atomic_path
-from nspo.config import Config, Section
+from nspo.config import Config
+from nspo.value_types import Section
 
 CONFIG_FILE = Path("config/config.yaml")
 SCHEMA_FILE = Path("workflow/schemas/config.schema.json")

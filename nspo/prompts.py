@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from nspo.artifacts import atomic_path, dumps, make_manifest, read_table
-from nspo.config import DataSet, LabelSettings, PromptSettings, SplitSettings
+from nspo.data_settings import DataSet, LabelSettings, PromptSettings, SplitSettings
 from nspo.errors import UserError
 from nspo.sources import Source, read_rows
 

@@ -13,9 +13,11 @@ NOT_SHAPING = {
     "nspo",
     "nspo.config",
     "nspo.config_files",
+    "nspo.data_settings",
     "nspo.errors",
     "nspo.hub",
     "nspo.judge_settings",
+    "nspo.policy_settings",
     "nspo.progress",
     "nspo.validation",
 }

@@ -15,16 +15,14 @@ from nspo.config import (
     BasesSettings,
     Config,
     EvaluationSettings,
-    LabelSettings,
-    MethodSettings,
     PreferenceSettings,
-    PromptSettings,
     RuntimeSettings,
-    Section,
-    TrainingSettings,
 )
+from nspo.data_settings import LabelSettings, PromptSettings
 from nspo.judge_settings import JudgeSettings
+from nspo.policy_settings import MethodSettings, TrainingSettings
 from nspo.sources import Source
+from nspo.value_types import Section
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,9 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from nspo.config import Config, Section
+from nspo.config import Config
 from nspo.errors import UserError
+from nspo.value_types import Section
 
 S = TypeVar("S", bound=Section)
 SHOWN = 20  # faults told at once

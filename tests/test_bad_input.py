@@ -28,8 +28,9 @@ from hypothesis import strategies as st
 
 from nspo import cli
 from nspo.artifacts import make_manifest, read_json, read_tensor_manifest, save_tensors
-from nspo.config import Config, LabelSettings, PromptSettings
+from nspo.config import Config
 from nspo.config_files import json_schema
+from nspo.data_settings import LabelSettings, PromptSettings
 from nspo.errors import UserError
 from nspo.prompts import load_labels, load_prompts, prepare_labels, prepare_prompts
 from nspo.sources import Source, read_rows

@@ -14,8 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nspo import cli, commands
-from nspo.config import BasesSettings, Config, MethodSettings, PromptSettings
+from nspo.config import BasesSettings, Config
+from nspo.data_settings import PromptSettings
 from nspo.errors import UserError
+from nspo.policy_settings import MethodSettings
 from nspo.validation import load_config
 
 JSON = st.recursive(

@@ -9,9 +9,10 @@ import jsonschema
 import pytest
 import yaml
 
-from nspo.config import CONSTRAINTS, Config, MethodSettings, Objective
+from nspo.config import Config
 from nspo.config_files import CONFIG_FILE, HEADER, SCHEMA_FILE, commented_yaml, json_schema
 from nspo.errors import UserError
+from nspo.policy_settings import CONSTRAINTS, MethodSettings, Objective
 from nspo.validation import check_config, load_config
 
 ROOT = Path(__file__).parents[1]

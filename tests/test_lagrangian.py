@@ -11,8 +11,8 @@ import torch
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from nspo.config import MethodSettings
 from nspo.policy.lagrangian import LagrangianReward, Multiplier, MultiplierCallback, combined_advantage
+from nspo.policy_settings import MethodSettings
 
 REWARD = torch.tensor([1.0, 2.0, 3.0, 2.0, 5.0, 5.0, 5.0, 5.0])
 COST = torch.tensor([10.0, 30.0, 20.0, 20.0, -1.0, 1.0, -1.0, 1.0])

@@ -21,7 +21,7 @@ from transformers import TrainerCallback
 
 from nspo.bases import NullSpaceBases
 from nspo.compute_bases import compute_basis
-from nspo.config import MethodSettings, PreferenceSettings, RuntimeSettings, TrainingSettings
+from nspo.config import PreferenceSettings, RuntimeSettings
 from nspo.derived_bases import random_like
 from nspo.errors import UserError
 from nspo.linears import layer_norms
@@ -31,6 +31,7 @@ from nspo.policy.callbacks import ConstraintCallback, JsonLines, LogCallback, Pr
 from nspo.policy.lagrangian import LagrangianReward
 from nspo.policy.rewards import SafetyReward, safety_reward
 from nspo.policy.training import last_checkpoint, rollout_prompts, train_policy, trainer_arguments
+from nspo.policy_settings import MethodSettings, TrainingSettings
 from nspo.preference import train_preference
 from nspo.prompts import PROMPT_COLUMNS
 from nspo.sites import find_sites

@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from nspo.config import LabelSettings, PromptSettings
+from nspo.data_settings import LabelSettings, PromptSettings
 from nspo.errors import UserError
 from nspo.prompts import domains, load_labels, load_prompts, position, prepare_labels, prepare_prompts, split_of
 from nspo.validation import validate

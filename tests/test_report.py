@@ -22,10 +22,11 @@ from nspo import comparison, plots
 from nspo.artifacts import write_json
 from nspo.bases import NullSpaceBases
 from nspo.compute_bases import compute_basis
-from nspo.config import Config, Objective
+from nspo.config import Config
 from nspo.errors import UserError
 from nspo.evaluation.agreement import compare
 from nspo.evaluation.scores import compute_scores
+from nspo.policy_settings import Objective
 from nspo.preference_metrics import describe
 from nspo.report import amount, write_report
 from nspo.validation import load_config

@@ -19,7 +19,7 @@ import psutil
 import pytest
 import yaml
 
-from nspo.config import MethodSettings, Objective
+from nspo.policy_settings import MethodSettings, Objective
 
 pytestmark = pytest.mark.workflow
 

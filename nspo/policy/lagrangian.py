@@ -28,8 +28,8 @@ from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from nspo.config import MethodSettings
 from nspo.policy.rewards import SafetyReward
+from nspo.policy_settings import MethodSettings
 from nspo.preference import PreferenceModel
 from nspo.progress import say
 

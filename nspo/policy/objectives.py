@@ -28,12 +28,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from nspo.bases import NullSpaceBases
-from nspo.config import MethodSettings, TrainingSettings
 from nspo.derived_bases import only_layers, random_like
 from nspo.errors import UserError
 from nspo.policy.callbacks import ConstraintCallback
 from nspo.policy.lagrangian import LagrangianReward, Multiplier, MultiplierCallback
 from nspo.policy.rewards import SafetyReward
+from nspo.policy_settings import MethodSettings, TrainingSettings
 from nspo.preference import PreferenceModel
 from nspo.sites import find_sites
 

@@ -30,12 +30,13 @@ from nspo.artifacts import (
     read_json,
     write_json,
 )
-from nspo.config import MethodSettings, RuntimeSettings, TrainingSettings
+from nspo.config import RuntimeSettings
 from nspo.errors import UserError
 from nspo.models import chat_ids, device_of, load_model, load_tokenizer, model_identity
 from nspo.policy.callbacks import JsonLines, LogCallback, ProbeCallback
 from nspo.policy.objectives import constraint_of, load_bases, prepare_layers, reward_of
 from nspo.policy.probes import Probe
+from nspo.policy_settings import MethodSettings, TrainingSettings
 from nspo.progress import say
 from nspo.prompts import load_prompts
 

@@ -15,7 +15,8 @@ os.environ.update(
 )
 
 from nspo.cli import RUNTIME_FLAGS, to_flags
-from nspo.config import LabelSettings, PromptSettings, TrainingSettings
+from nspo.data_settings import LabelSettings, PromptSettings
+from nspo.policy_settings import TrainingSettings
 from nspo.errors import UserError
 from nspo.judge_settings import JudgeSettings
 from nspo.sources import Source, wheel_folder

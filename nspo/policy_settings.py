@@ -1,0 +1,201 @@
+"""Typed settings of the policy stage: objectives, shared training, the comparison; a part of `nspo/config.py`."""
+
+import re
+from typing import Literal, Self
+
+from pydantic import Field, PositiveFloat, model_validator
+
+from nspo.value_types import MOST, Count, Section, Whole
+
+Objective = Literal[
+    "nspo",
+    "grpo_no_kl",
+    "grpo",
+    "random_projector",
+    "gradient_only",
+    "release",
+    "nspo_lagrangian",
+    "grpo_lagrangian",
+]
+Constrains = Literal["exact", "random", "gradient", "mlp"]
+CONSTRAINTS: dict[Objective, Constrains] = {
+    "nspo": "exact",
+    "random_projector": "random",
+    "gradient_only": "gradient",
+    "release": "mlp",
+    "nspo_lagrangian": "exact",
+}
+MULTIPLIER_KEYS = ("cost_limit", "multiplier_init", "multiplier_lr", "multiplier_max")
+
+
+class MethodSettings(Section):
+    """One line of the comparison."""
+
+    objective: Objective = Field(
+        description="nspo: constrained, no KL; grpo_no_kl: the same without the constraint; grpo: with the KL term; "
+        "config/README.md says what each of the others is."
+    )
+    learning_rate: PositiveFloat = Field(
+        description="AdamW learning rate. Projection shrinks the step, so tune per method."
+    )
+    kl: float = Field(
+        0.0,
+        ge=0,
+        description="Weight of the KL term; for objective grpo (the usual value is 0.04), and grpo_lagrangian may have "
+        "one.",
+    )
+    cost_limit: float = Field(
+        0.0,
+        description="The mean cost of all answers that a Lagrangian objective allows; answers above 0 are harmful. "
+        "This and the keys below are for nspo_lagrangian and grpo_lagrangian only.",
+    )
+    multiplier_init: PositiveFloat = Field(1.0, description="The multiplier of the cost at the start.")
+    multiplier_lr: PositiveFloat = Field(
+        0.1, description="How fast the logarithm of the multiplier follows the mean cost, once per rollout."
+    )
+    multiplier_max: PositiveFloat = Field(5.0, description="The largest multiplier; reaching it is reported.")
+
+    @property
+    def constraint(self) -> Constrains | None:
+        """How the bases act, the one place that says so; None: not at all.
+
+        "exact": as they are, on every layer of theirs. "random": random directions of equal rank. "gradient": on
+        gradients only, which leaks. "mlp": on MLP layers only, while all else trains freely.
+        """
+        return CONSTRAINTS.get(self.objective)
+
+    @property
+    def needs_bases(self) -> bool:
+        """Whether the method trains with bases."""
+        return self.constraint is not None
+
+    @property
+    def constrained(self) -> bool:
+        """Whether the method keeps every layer that the bases list to their null space."""
+        return self.constraint == "exact"
+
+    @property
+    def lagrangian(self) -> bool:
+        """Whether the cost is a constraint with a multiplier, and not a part of the reward."""
+        return self.objective.endswith("_lagrangian")
+
+    @property
+    def twin(self) -> Objective:
+        """The objective that this one is compared with: the same without the constraint and without KL."""
+        return "grpo_lagrangian" if self.lagrangian else "grpo_no_kl"
+
+    @model_validator(mode="after")
+    def _kl_fits_objective(self) -> Self:
+        if self.objective != "grpo_lagrangian" and (self.kl > 0) != (self.objective == "grpo"):
+            raise ValueError(
+                f"kl is {self.kl} for objective {self.objective!r}: grpo needs kl > 0, grpo_lagrangian may have it, "
+                "the others need kl = 0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _multiplier_fits_objective(self) -> Self:
+        changed = [key for key in MULTIPLIER_KEYS if getattr(self, key) != type(self).model_fields[key].default]
+        if changed and not self.lagrangian:
+            raise ValueError(
+                f"{changed[0]} is {getattr(self, changed[0])} for objective {self.objective!r}: only nspo_lagrangian "
+                "and grpo_lagrangian have a multiplier, leave the key out"
+            )
+        if self.multiplier_init > self.multiplier_max:
+            raise ValueError(
+                f"multiplier_init ({self.multiplier_init}) is above multiplier_max ({self.multiplier_max}): lower it"
+            )
+        return self
+
+
+class TrainingSettings(Section):
+    """Reinforcement learning settings that all methods share: same data, seed and rollout budget."""
+
+    steps: Count = Field(24, description="Most rollout steps.")
+    prompts_per_step: Count = Field(4, description="Prompts per rollout step.")
+    group_size: int = Field(8, ge=2, le=MOST, description="Answers sampled per prompt (the group of GRPO).")
+    minibatch_size: Count = Field(32, description="Answers per optimizer update; a multiple of group_size.")
+    micro_batch_size: Count = Field(
+        16,
+        description="Answers per forward and backward pass; divides minibatch_size. The loss averages over its tokens.",
+    )
+    benign_share: float = Field(
+        0.25, ge=0, lt=1, description="Share of benign prompts in the batch; guards against blanket refusal."
+    )
+    margin: float = Field(
+        1.0,
+        ge=0,
+        description="Scores beyond zero by this much earn no more reward: safe and helpful enough is left alone. "
+        "Lagrangian objectives take the scores as they are.",
+    )
+    max_prompt_tokens: Count = Field(192, description="Longer prompts are left out.")
+    max_new_tokens: Count = Field(32, description="Tokens per sampled answer.")
+    temperature: PositiveFloat = Field(
+        0.7, description="Sampling temperature of the rollouts (the paper: 1.0, where a 135M model writes noise)."
+    )
+    clip: float = Field(0.2, gt=0, lt=1, description="Clip range of the probability ratio.")
+    weight_decay: float = Field(
+        0.01, ge=0, description="AdamW decay; under the constraint it acts inside the null space only."
+    )
+    max_grad_norm: PositiveFloat = Field(1.0, description="Gradient clipping.")
+    autocast: Literal["bf16", "no"] = Field(
+        "bf16", description="Arithmetic of forward and backward; the weights themselves are always fp32."
+    )
+    probe_every: Count = Field(2, description="Steps between held-out probes of safety and over-refusal.")
+    probe_prompts: Count = Field(48, description="Harmful validation prompts per probe, and as many benign ones.")
+    target_unsafe: float = Field(
+        0.3,
+        ge=0,
+        le=1,
+        description="Stop at the first probe whose unsafe rate is this low, so methods meet at equal safety.",
+    )
+
+    @model_validator(mode="after")
+    def _sizes_divide(self) -> Self:
+        rollouts = self.prompts_per_step * self.group_size
+        if self.minibatch_size % self.group_size:
+            raise ValueError(
+                f"minibatch_size ({self.minibatch_size}) must be divisible by group_size ({self.group_size}): "
+                "expected whole groups"
+            )
+        if rollouts % self.minibatch_size:
+            raise ValueError(
+                f"prompts_per_step x group_size ({self.prompts_per_step} x {self.group_size} = {rollouts}) must be "
+                f"divisible by minibatch_size ({self.minibatch_size})"
+            )
+        if self.minibatch_size % self.micro_batch_size:
+            raise ValueError(
+                f"minibatch_size ({self.minibatch_size}) must be divisible by "
+                f"micro_batch_size ({self.micro_batch_size})"
+            )
+        return self
+
+
+class PolicySettings(TrainingSettings):
+    """The comparison: shared training settings, the methods, and the seeds."""
+
+    methods: dict[str, MethodSettings] = Field(
+        {
+            "nspo": MethodSettings(objective="nspo", learning_rate=1.0e-4),
+            "grpo_no_kl": MethodSettings(objective="grpo_no_kl", learning_rate=1.0e-4),
+        },
+        min_length=1,
+        description="Methods to compare, by name.",
+    )
+    seeds: list[Whole] = Field([0], min_length=1, description="Each method is trained once per seed.")
+
+    @model_validator(mode="after")
+    def _runs_differ(self) -> Self:
+        if twice := [seed for seed in self.seeds if self.seeds.count(seed) > 1]:
+            raise ValueError(f"seeds: found {twice[0]} twice, expected each seed once")
+        return self
+
+    @model_validator(mode="after")
+    def _names_are_folders(self) -> Self:
+        for name in self.methods:
+            if name == "base" or not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+                raise ValueError(
+                    f"methods: found the name {name!r}, expected letters, digits, _ and - (it names a folder; "
+                    "`base` is taken by the model before training)"
+                )
+        return self
