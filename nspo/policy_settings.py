@@ -150,6 +150,11 @@ class TrainingSettings(Section):
         description="Stop at the first probe whose unsafe rate is this low, so methods meet at equal safety.",
     )
 
+    @property
+    def updates_per_step(self) -> int:
+        """Optimizer updates per rollout step."""
+        return self.prompts_per_step * self.group_size // self.minibatch_size
+
     @model_validator(mode="after")
     def _sizes_divide(self) -> Self:
         rollouts = self.prompts_per_step * self.group_size

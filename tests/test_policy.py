@@ -26,11 +26,13 @@ from nspo.derived_bases import random_like
 from nspo.errors import UserError
 from nspo.linears import layer_norms
 from nspo.models import chat_ids, load_model, load_tokenizer, model_identity
+from nspo.policy import grpo
 from nspo.policy import training as stage
 from nspo.policy.callbacks import ConstraintCallback, JsonLines, LogCallback, ProbeCallback
+from nspo.policy.grpo import rollout_prompts, trainer_arguments
 from nspo.policy.lagrangian import LagrangianReward
 from nspo.policy.rewards import SafetyReward, safety_reward
-from nspo.policy.training import last_checkpoint, rollout_prompts, train_policy, trainer_arguments
+from nspo.policy.training import last_checkpoint, train_policy
 from nspo.policy_settings import MethodSettings, TrainingSettings
 from nspo.preference import train_preference
 from nspo.prompts import PROMPT_COLUMNS
@@ -266,7 +268,7 @@ def test_every_method_sees_the_same_prompts(nspo_run, free_run):
 
 def test_trainer_arguments_are_written_out(monkeypatch, tmp_path):
     """Every field that shapes the update is passed to TRL, with the configured value."""
-    monkeypatch.setattr(stage, "GRPOConfig", dict)
+    monkeypatch.setattr(grpo, "GRPOConfig", dict)
     changes = {"clip": 0.3, "weight_decay": 0.02, "max_grad_norm": 0.7, "temperature": 0.9, "max_new_tokens": 33}
     settings = TrainingSettings(**TRAINING.dump() | changes)
     method = MethodSettings(objective="grpo", learning_rate=3e-5, kl=0.07)
@@ -321,7 +323,7 @@ def test_batch_sizes_of_the_paper_divide(tmp_path):
 # One step, written out
 
 
-class Recorder(stage.GRPOTrainer):
+class Recorder(grpo.GRPOTrainer):
     """TRL's trainer, whose rewards, completions, minibatches, weights and gradients are kept for comparison.
 
     Answers are cut to unequal lengths, so that a mean over tokens is not a mean over answers.
@@ -369,7 +371,7 @@ def token_logps(model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 def test_a_step_is_the_written_grpo_step(inputs, tmp_path, monkeypatch):
     """Gradients of both updates of a rollout equal those of the loss below, the second one with clipped ratios."""
-    monkeypatch.setattr(stage, "GRPOTrainer", Recorder)
+    monkeypatch.setattr(grpo, "GRPOTrainer", Recorder)
     same = {"autocast": "no", "max_grad_norm": 1e9, "micro_batch_size": 4, "steps": 1, "clip": 0.02}
     out = run(inputs, tmp_path, "grpo_no_kl", **same)
     seen = Recorder.seen
@@ -432,7 +434,7 @@ def test_every_method_trains_the_layers_that_were_asked_for(inputs, tmp_path, mo
     base, tuned = weights(inputs["model"]), weights(run(inputs, tmp_path, "grpo_no_kl", chosen, steps=1))
     moved = {key for key in base if not torch.equal(base[key], tuned[key])}
     assert moved == {key for key in base if ".mlp." in key}
-    monkeypatch.setattr(stage, "GRPOTrainer", None)
+    monkeypatch.setattr(grpo, "GRPOTrainer", None)
     with pytest.raises(UserError, match=r"cover 14 layers, `activations.layers` '\.\*.*' matches 6 .*self_attn.k_proj"):
         run(inputs, tmp_path, "nspo", chosen)
 
@@ -500,7 +502,7 @@ def test_lagrangian_follows_the_cost(name, inputs, tmp_path):
 
 def test_without_a_multiplier_the_reward_alone_trains(inputs, tmp_path, monkeypatch):
     """At 1e-30 advantages and weights are those of plain GRPO on the reward model's score of every answer."""
-    monkeypatch.setattr(stage, "GRPOTrainer", Recorder)
+    monkeypatch.setattr(grpo, "GRPOTrainer", Recorder)
     same = {"autocast": "no", "micro_batch_size": 4, "steps": 1}
     tiny = MethodSettings(objective="grpo_lagrangian", learning_rate=1e-2, multiplier_init=1e-30)
     monkeypatch.setitem(METHODS, "grpo_lagrangian", tiny)
@@ -700,7 +702,7 @@ def test_checkpoint_holds_what_the_logs_say(inputs, tmp_path, monkeypatch):
 
 def test_bases_belong_to_nspo_and_to_this_model(inputs, tmp_path, monkeypatch):
     """nspo without bases, bases without nspo, bases of another model: one line each, before anything is trained."""
-    monkeypatch.setattr(stage, "GRPOTrainer", None)
+    monkeypatch.setattr(grpo, "GRPOTrainer", None)
     with pytest.raises(UserError, match="method 'nspo' needs bases"):
         run(inputs, tmp_path, "nspo", {"bases": None})
     with pytest.raises(UserError, match="method 'grpo_no_kl' takes no bases"):
@@ -715,6 +717,6 @@ def test_bases_belong_to_nspo_and_to_this_model(inputs, tmp_path, monkeypatch):
 
 def test_swapped_judges_are_refused(inputs, tmp_path, monkeypatch):
     """The cost model given as the reward model, and the other way round, before anything is trained."""
-    monkeypatch.setattr(stage, "GRPOTrainer", None)
+    monkeypatch.setattr(grpo, "GRPOTrainer", None)
     with pytest.raises(UserError, match="holds a reward model, expected a cost model"):
         run(inputs, tmp_path, "grpo_no_kl", {"cost": inputs["reward"], "reward": inputs["cost"]})

@@ -20,7 +20,15 @@ LOOSER_WHEN_RAISED = {"relative", "absolute", "leakage"}  # for all other rules 
 Columns = Callable[[int], dict[str, float]]  # what a callback adds to the log of an update
 
 
-class ConstraintCallback(TrainerCallback):
+class LoggedCallback(TrainerCallback):
+    """A callback that knows something of every update."""
+
+    def columns(self, step: int) -> dict[str, float]:
+        """What it adds to the log of update `step`."""
+        raise NotImplementedError
+
+
+class ConstraintCallback(LoggedCallback):
     """Attach the public `constrain` once the trainer has prepared model and optimizer; check it at every save.
 
     Mode "gradient" leaks by design: nothing is refused then, and the leakage is logged instead.

@@ -25,9 +25,9 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather
 from torch import Tensor
-from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from nspo.policy.callbacks import LoggedCallback
 from nspo.policy.rewards import SafetyReward
 from nspo.policy_settings import MethodSettings
 from nspo.preference import PreferenceModel
@@ -121,7 +121,7 @@ class LagrangianReward(SafetyReward):
         return combined_advantage(reward.contiguous(), cost.contiguous(), self.multiplier.value, self.group_size)[mine]
 
 
-class MultiplierCallback(TrainerCallback, ExportableState):
+class MultiplierCallback(LoggedCallback, ExportableState):
     """Keep the multiplier in every checkpoint, log it with every update, and say when it saturates."""
 
     def __init__(self, multiplier: Multiplier) -> None:

@@ -1,4 +1,4 @@
-"""What an objective adds to the one trainer: how the bases act, what is trained, and how answers are scored.
+"""What an objective makes of the model: how the bases act and what is trained.
 
 | objective | constraint | KL | scored by |
 |---|---|---|---|
@@ -23,7 +23,6 @@ judge: bases and rewards are those of the other methods. The biases of MLP layer
 
 from pathlib import Path
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -31,10 +30,7 @@ from nspo.bases import NullSpaceBases
 from nspo.derived_bases import only_layers, random_like
 from nspo.errors import UserError
 from nspo.policy.callbacks import ConstraintCallback
-from nspo.policy.lagrangian import LagrangianReward, Multiplier, MultiplierCallback
-from nspo.policy.rewards import SafetyReward
-from nspo.policy_settings import MethodSettings, TrainingSettings
-from nspo.preference import PreferenceModel
+from nspo.policy_settings import MethodSettings
 from nspo.sites import find_sites
 
 MLP = "mlp"  # in the names of MLP layers, as the release tells them
@@ -96,22 +92,3 @@ def constraint_of(
     if method.constraint == "mlp":
         return ConstraintCallback(only_layers(bases, MLP), model, freeze_rest=False)
     return ConstraintCallback(bases, model)
-
-
-def reward_of(
-    training: TrainingSettings, method: MethodSettings, cost: Path, reward: Path, device: torch.device
-) -> tuple[SafetyReward, MultiplierCallback | None]:
-    """The reward function, and for a Lagrangian method the callback that keeps its multiplier.
-
-    Raises:
-        UserError: when a folder holds no such model, or the other one of the two.
-    """
-    cost_model, reward_model = (
-        PreferenceModel.load(cost, "cost", device),
-        PreferenceModel.load(reward, "reward", device),
-    )
-    if not method.lagrangian:
-        return SafetyReward(cost_model, reward_model, training.margin), None
-    multiplier = Multiplier.of(method)
-    scorer = LagrangianReward(cost_model, reward_model, multiplier, training.group_size)
-    return scorer, MultiplierCallback(multiplier)

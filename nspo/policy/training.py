@@ -4,22 +4,17 @@ Differences from the authors' release: every linear layer of every block (that `
 constrained and all else is frozen (theirs constrains MLP layers and lets the rest train); the weights are re-anchored
 after every optimizer step (theirs every fifth trainer step, discarded under FSDP, and never before a checkpoint); decay
 acts inside the null space only. The unconstrained methods train the same layers from the same data order, seed and
-rollout budget, so the objective is the only difference. The fields of TRL's trainer that shape the result are set
-here, not left to defaults that move between its releases.
+rollout budget, so the objective is the only difference.
 
 Command: `nspo train-policy --objective nspo --bases results/bases/bases.safetensors ... --out FOLDER`.
 """
 
-import random
 import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
-from datasets import Dataset
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import Trainer, set_seed
 from transformers.trainer_callback import PrinterCallback
-from trl import GRPOConfig, GRPOTrainer
 
 from nspo.artifacts import (
     MANIFEST_NAME,
@@ -31,14 +26,13 @@ from nspo.artifacts import (
     write_json,
 )
 from nspo.config import RuntimeSettings
-from nspo.errors import UserError
-from nspo.models import chat_ids, device_of, load_model, load_tokenizer, model_identity
-from nspo.policy.callbacks import JsonLines, LogCallback, ProbeCallback
-from nspo.policy.objectives import constraint_of, load_bases, prepare_layers, reward_of
+from nspo.models import device_of, load_model, load_tokenizer, model_identity
+from nspo.policy.callbacks import JsonLines, LogCallback, LoggedCallback, ProbeCallback
+from nspo.policy.grpo import RolloutLearner
+from nspo.policy.objectives import constraint_of, load_bases, prepare_layers
 from nspo.policy.probes import Probe
 from nspo.policy_settings import MethodSettings, TrainingSettings
 from nspo.progress import say
-from nspo.prompts import load_prompts
 
 
 def train_policy(
@@ -88,25 +82,18 @@ def train_policy(
     policy = load_model(model, device)
     prepare_layers(policy, method, layers, protected)
     constraint = constraint_of(method, seed, protected, model)
-    scorer, multiplier = reward_of(training, method, cost, reward, device)
+    learner = RolloutLearner(training, method, cost, reward, prompts, device)
     count, length = training.probe_prompts, training.max_new_tokens
-    probe = Probe.load(model, tokenizer, scorer.cost, prompts, count, length, device)
-    updates = training.prompts_per_step * training.group_size // training.minibatch_size
+    probe = Probe.load(model, tokenizer, learner.scorer.cost, prompts, count, length, device)
+    updates = training.updates_per_step
     probes = ProbeCallback(probe, work, training.probe_every * updates, training.target_unsafe)
     checkpoint = last_checkpoint(work)
     if checkpoint is not None and probes.met_target(step_of(checkpoint)):
         # Interrupted after its last update: a run of exactly this length has nothing left but to be written.
         training = training.model_copy(update={"steps": step_of(checkpoint) // updates})
-    parts = [part for part in (constraint, multiplier) if part is not None]
-    log = LogCallback(work, scorer, [part.columns for part in parts], runtime.log_every)
-    trainer = GRPOTrainer(
-        model=policy,
-        reward_funcs=scorer,  # type: ignore[arg-type]  # TRL's type leaves out callables that are no functions
-        args=trainer_arguments(training, method, seed, device, work),
-        train_dataset=rollout_prompts(training, prompts, tokenizer, seed),
-        processing_class=tokenizer,
-        callbacks=[*parts, log, probes],
-    )
+    parts: list[LoggedCallback] = [*([] if constraint is None else [constraint]), *learner.parts]
+    log = LogCallback(work, learner.scorer, [part.columns for part in parts], runtime.log_every)
+    trainer = learner.trainer(training, policy, tokenizer, seed, work, [*parts, log, probes])
     trainer.remove_callback(PrinterCallback)
     if checkpoint is not None:
         say(f"resuming {name} (seed {seed}) from {checkpoint.name}")
@@ -122,95 +109,6 @@ def train_policy(
     shutil.rmtree(work)
 
 
-def trainer_arguments(
-    training: TrainingSettings, method: MethodSettings, seed: int, device: torch.device, work: Path
-) -> GRPOConfig:
-    """TRL's configuration with every field that shapes the result written out."""
-    rollouts = training.prompts_per_step * training.group_size
-    updates = rollouts // training.minibatch_size
-    return GRPOConfig(
-        output_dir=str(work),
-        seed=seed,
-        max_steps=training.steps * updates,
-        num_generations=training.group_size,
-        generation_batch_size=rollouts,
-        per_device_train_batch_size=training.micro_batch_size,
-        gradient_accumulation_steps=training.minibatch_size // training.micro_batch_size,
-        num_iterations=1,
-        max_completion_length=training.max_new_tokens,
-        temperature=training.temperature,
-        top_p=1.0,
-        top_k=0,
-        repetition_penalty=1.0,
-        epsilon=training.clip,
-        epsilon_high=training.clip,
-        delta=None,
-        beta=method.kl,
-        loss_type="bnpo",
-        scale_rewards="none" if method.lagrangian else "group",  # combined advantages are scaled already
-        importance_sampling_level="token",
-        mask_truncated_completions=False,
-        disable_dropout=True,
-        entropy_coef=0.0,
-        use_adaptive_entropy=False,
-        top_entropy_quantile=1.0,
-        off_policy_mask_threshold=None,
-        sync_ref_model=False,
-        learning_rate=method.learning_rate,
-        lr_scheduler_type="constant",
-        warmup_steps=0,
-        optim="adamw_torch",
-        adam_beta1=0.9,
-        adam_beta2=0.999,
-        adam_epsilon=1e-8,
-        weight_decay=training.weight_decay,
-        max_grad_norm=training.max_grad_norm,
-        shuffle_dataset=False,
-        use_cpu=device.type == "cpu",
-        bf16=training.autocast == "bf16",
-        fp16=False,
-        logging_steps=1,
-        logging_strategy="steps",
-        save_strategy="no",
-        save_total_limit=1,
-        report_to="none",
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        dataloader_num_workers=0,
-    )
-
-
-def rollout_prompts(
-    training: TrainingSettings, prompts: Path, tokenizer: PreTrainedTokenizerBase, seed: int
-) -> Dataset:
-    """Conversational prompts in the order they are used: each step holds the same share of benign ones.
-
-    Raises:
-        UserError: when no prompt is within `policy.max_prompt_tokens`.
-    """
-    benign_per_step = round(training.prompts_per_step * training.benign_share)
-    order = random.Random(seed)
-    streams = {
-        role: _stream(role, training.max_prompt_tokens, prompts, tokenizer, order) for role in ("harmful", "benign")
-    }
-    roles = ["benign"] * benign_per_step + ["harmful"] * (training.prompts_per_step - benign_per_step)
-    rows = [{"prompt": next(streams[role]), "role": role} for _ in range(training.steps) for role in roles]
-    return Dataset.from_list(
-        [{"prompt": [{"role": "user", "content": row["prompt"]}], "role": row["role"]} for row in rows]
-    )
-
-
-def _stream(role: str, limit: int, prompts: Path, tokenizer: PreTrainedTokenizerBase, order: random.Random) -> Any:
-    """Endless training prompts of a role, reshuffled after each pass."""
-    texts = [row["prompt"] for row in load_prompts(prompts, role, "train")]
-    texts = [text for text in texts if len(chat_ids(tokenizer, text)) <= limit]
-    if not texts:
-        raise UserError(f"no {role} training prompt has at most {limit} tokens: raise policy.max_prompt_tokens")
-    while True:
-        order.shuffle(texts)
-        yield from texts
-
-
 def last_checkpoint(work: Path) -> Path | None:
     """The newest whole checkpoint: the trainer writes its state file last."""
     whole = [p.parent for p in work.glob("checkpoint-*/trainer_state.json")]
@@ -222,8 +120,8 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.split("-")[1])
 
 
-def resolved_settings(trainer: GRPOTrainer, identity: dict[str, Any]) -> dict[str, Any]:
-    """Everything that was in force: our settings and TRL's, less paths and run ids."""
+def resolved_settings(trainer: Trainer, identity: dict[str, Any]) -> dict[str, Any]:
+    """Everything that was in force: our settings and the trainer's, less paths and run ids."""
     theirs = {
         key: value
         for key, value in trainer.args.to_dict().items()

@@ -1,0 +1,39 @@
+"""What every trainer is told alike, so that methods differ in their objective only."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nspo.policy_settings import MethodSettings, TrainingSettings
+
+
+def shared_arguments(
+    training: TrainingSettings, method: MethodSettings, seed: int, device: torch.device, work: Path
+) -> dict[str, Any]:
+    """Fields of transformers' `TrainingArguments`: optimizer, length, arithmetic, logging."""
+    return {
+        "output_dir": str(work),
+        "seed": seed,
+        "max_steps": training.steps * training.updates_per_step,
+        "learning_rate": method.learning_rate,
+        "lr_scheduler_type": "constant",
+        "warmup_steps": 0,
+        "optim": "adamw_torch",
+        "adam_beta1": 0.9,
+        "adam_beta2": 0.999,
+        "adam_epsilon": 1e-8,
+        "weight_decay": training.weight_decay,
+        "max_grad_norm": training.max_grad_norm,
+        "use_cpu": device.type == "cpu",
+        "bf16": training.autocast == "bf16",
+        "fp16": False,
+        "logging_steps": 1,
+        "logging_strategy": "steps",
+        "save_strategy": "no",
+        "save_total_limit": 1,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "dataloader_num_workers": 0,
+    }

@@ -1,0 +1,156 @@
+"""What is GRPO about a run: rewards of rollouts, the prompts that are rolled out, and TRL's trainer with its settings.
+
+The fields of TRL's trainer that shape the result are set here, not left to defaults that move between its releases.
+"""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+
+from nspo.errors import UserError
+from nspo.models import chat_ids
+from nspo.policy.arguments import shared_arguments
+from nspo.policy.lagrangian import LagrangianReward, Multiplier, MultiplierCallback
+from nspo.policy.rewards import SafetyReward
+from nspo.policy_settings import MethodSettings, TrainingSettings
+from nspo.preference import PreferenceModel
+from nspo.prompts import load_prompts
+
+
+class RolloutLearner:
+    """Learns from answers that the policy samples as it goes.
+
+    Attributes:
+        scorer: scores the answers, keeps the samples of the last rollout, owns the cost model.
+        parts: callbacks that also add columns to the log.
+    """
+
+    def __init__(
+        self,
+        training: TrainingSettings,
+        method: MethodSettings,
+        cost: Path,
+        reward: Path,
+        prompts: Path,
+        device: torch.device,
+    ) -> None:
+        """Load the models.
+
+        Raises:
+            UserError: when a folder holds no such model, or the other one of the two.
+        """
+        self.method, self.prompts, self.device = method, prompts, device
+        self.scorer, multiplier = reward_of(training, method, cost, reward, device)
+        self.parts = [] if multiplier is None else [multiplier]
+
+    def trainer(
+        self,
+        training: TrainingSettings,
+        policy: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        seed: int,
+        work: Path,
+        callbacks: list[TrainerCallback],
+    ) -> GRPOTrainer:
+        """TRL's trainer, which keeps its checkpoints in `work`.
+
+        Raises:
+            UserError: when no prompt is short enough.
+        """
+        return GRPOTrainer(
+            model=policy,
+            reward_funcs=self.scorer,  # type: ignore[arg-type]  # TRL's type leaves out callables that are no functions
+            args=trainer_arguments(training, self.method, seed, self.device, work),
+            train_dataset=rollout_prompts(training, self.prompts, tokenizer, seed),
+            processing_class=tokenizer,
+            callbacks=callbacks,
+        )
+
+
+def reward_of(
+    training: TrainingSettings, method: MethodSettings, cost: Path, reward: Path, device: torch.device
+) -> tuple[SafetyReward, MultiplierCallback | None]:
+    """The reward function, and for a Lagrangian method the callback that keeps its multiplier.
+
+    Raises:
+        UserError: when a folder holds no such model, or the other one of the two.
+    """
+    cost_model, reward_model = (
+        PreferenceModel.load(cost, "cost", device),
+        PreferenceModel.load(reward, "reward", device),
+    )
+    if not method.lagrangian:
+        return SafetyReward(cost_model, reward_model, training.margin), None
+    multiplier = Multiplier.of(method)
+    scorer = LagrangianReward(cost_model, reward_model, multiplier, training.group_size)
+    return scorer, MultiplierCallback(multiplier)
+
+
+def trainer_arguments(
+    training: TrainingSettings, method: MethodSettings, seed: int, device: torch.device, work: Path
+) -> GRPOConfig:
+    """TRL's configuration with every field that shapes the result written out."""
+    return GRPOConfig(
+        **shared_arguments(training, method, seed, device, work),
+        num_generations=training.group_size,
+        generation_batch_size=training.prompts_per_step * training.group_size,
+        per_device_train_batch_size=training.micro_batch_size,
+        gradient_accumulation_steps=training.minibatch_size // training.micro_batch_size,
+        num_iterations=1,
+        max_completion_length=training.max_new_tokens,
+        temperature=training.temperature,
+        top_p=1.0,
+        top_k=0,
+        repetition_penalty=1.0,
+        epsilon=training.clip,
+        epsilon_high=training.clip,
+        delta=None,
+        beta=method.kl,
+        loss_type="bnpo",
+        scale_rewards="none" if method.lagrangian else "group",  # combined advantages are scaled already
+        importance_sampling_level="token",
+        mask_truncated_completions=False,
+        disable_dropout=True,
+        entropy_coef=0.0,
+        use_adaptive_entropy=False,
+        top_entropy_quantile=1.0,
+        off_policy_mask_threshold=None,
+        sync_ref_model=False,
+        shuffle_dataset=False,
+    )
+
+
+def rollout_prompts(
+    training: TrainingSettings, prompts: Path, tokenizer: PreTrainedTokenizerBase, seed: int
+) -> Dataset:
+    """Conversational prompts in the order they are used: each step holds the same share of benign ones.
+
+    Raises:
+        UserError: when no prompt is within `policy.max_prompt_tokens`.
+    """
+    benign_per_step = round(training.prompts_per_step * training.benign_share)
+    order = random.Random(seed)
+    streams = {
+        role: _stream(role, training.max_prompt_tokens, prompts, tokenizer, order) for role in ("harmful", "benign")
+    }
+    roles = ["benign"] * benign_per_step + ["harmful"] * (training.prompts_per_step - benign_per_step)
+    rows = [{"prompt": next(streams[role]), "role": role} for _ in range(training.steps) for role in roles]
+    return Dataset.from_list(
+        [{"prompt": [{"role": "user", "content": row["prompt"]}], "role": row["role"]} for row in rows]
+    )
+
+
+def _stream(role: str, limit: int, prompts: Path, tokenizer: PreTrainedTokenizerBase, order: random.Random) -> Any:
+    """Endless training prompts of a role, reshuffled after each pass."""
+    texts = [row["prompt"] for row in load_prompts(prompts, role, "train")]
+    texts = [text for text in texts if len(chat_ids(tokenizer, text)) <= limit]
+    if not texts:
+        raise UserError(f"no {role} training prompt has at most {limit} tokens: raise policy.max_prompt_tokens")
+    while True:
+        order.shuffle(texts)
+        yield from texts
