@@ -17,10 +17,15 @@ MEASURES = ("energy_kept", "leakage", "harmful_energy", "ratio")
 _BLOCK = re.compile(r"(?:^|.*?\.)(\d+)\.")  # up to the first number, which counts the blocks
 
 
+def find_block(name: str) -> int | None:
+    """Index of the decoder block in a layer's or tensor's full name; None outside any."""
+    match = _BLOCK.match(name)
+    return int(match[1]) if match else None
+
+
 def block_of(layer: str) -> int:
-    """Index of the decoder block in a layer's full name; 0 for a layer outside any."""
-    match = _BLOCK.match(layer)
-    return int(match[1]) if match else 0
+    """The same with 0 for a layer outside any block."""
+    return find_block(layer) or 0
 
 
 def kind_of(layers: Sequence[str]) -> str:

@@ -121,6 +121,14 @@ class EvaluationSettings(JudgeSettings):
     batch_size: Count = Field(32, description="Prompts per generation batch.")
 
 
+class AttributionSettings(Section):
+    """Where in the model safety lives: what is lost when the update of a group of layers is taken back."""
+
+    enabled: bool = Field(True, description="Measure it for every policy: about two minutes each in the default run.")
+    harmful_prompts: int = Field(24, ge=2, description="Prompts per harmful set, the first of the evaluation's.")
+    general_prompts: int = Field(8, ge=2, description="Prompts per general domain, for drift.")
+
+
 class RuntimeSettings(Section):
     """How stages run, not what they make: changing these reruns nothing."""
 
@@ -155,6 +163,7 @@ class Config(Section):
     cost: PreferenceSettings = PreferenceSettings()
     policy: PolicySettings = PolicySettings()
     evaluation: EvaluationSettings = EvaluationSettings()
+    attribution: AttributionSettings = AttributionSettings()
     runtime: RuntimeSettings = RuntimeSettings()
 
     @model_validator(mode="after")

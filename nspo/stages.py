@@ -12,6 +12,7 @@ from typing import Any
 
 from nspo.config import (
     ActivationSettings,
+    AttributionSettings,
     BasesSettings,
     Config,
     EvaluationSettings,
@@ -155,6 +156,20 @@ STAGES = {
             "prompts": PROMPTS,
             "base_evaluation": Argument("responses.parquet of the base model; not for the base itself", required=False),
             "out": OUT_FOLDER,
+        },
+    ),
+    "attribute": Stage(
+        "nspo.attribution:attribute",
+        "measure where in a tuned model its safety lives, by taking parts of the update back",
+        {"settings": AttributionSettings, "runtime": RuntimeSettings},
+        {
+            "base": MODEL,
+            "tuned": Argument("folder of the tuned model"),
+            "certificate": Argument("certificate of the tuned model (JSON)"),
+            "evaluation": Argument("folder of the tuned model's evaluation"),
+            "base_evaluation": Argument("folder of the base model's evaluation"),
+            "cost": COST,
+            "out": Argument("JSON file to write"),
         },
     ),
     "judge-agreement": Stage(

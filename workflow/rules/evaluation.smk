@@ -87,3 +87,45 @@ rule judge_agreement:
     shell:
         "python -m nspo judge-agreement {params.flags} {params.runtime} --cost {params.cost} --labels {input.labels}"
         " --out {output.agreement} 2>&1 | tee {log}"
+
+
+# Where safety lives: `attribution.enabled` decides whether the page asks for it.
+rule attribute:
+    input:
+        code=code("nspo.attribution"),
+        model=rules.prepare_model.output.manifest,
+        policy=rules.train_policy.output.manifest,
+        certificate=rules.certify.output.certificate,
+        cost=rules.train_cost.output.manifest,
+        evaluation=[
+            rules.evaluate_policy.output.metrics,
+            rules.evaluate_policy.output.responses,
+        ],
+        base_evaluation=[
+            rules.evaluate_base.output.metrics,
+            rules.evaluate_base.output.responses,
+        ],
+    output:
+        attribution="<results>/attribution/{method}/seed{seed}.json",
+    log:
+        "<logs>/attribute/{method}-seed{seed}.log",
+    benchmark:
+        "<benchmarks>/attribute/{method}-seed{seed}.tsv"
+    conda:
+        "../envs/nspo.yaml"
+    threads: HEAVY_THREADS
+    resources:
+        mem="32GB",
+        runtime="4h",
+    params:
+        flags=flags(settings.attribution, ("harmful_prompts", "general_prompts")),
+        runtime=runtime,
+        model=folder("model"),
+        policy=folder("policy"),
+        cost=folder("cost"),
+        evaluation=folder("evaluation"),
+        base_evaluation=folder("base_evaluation"),
+    shell:
+        "python -m nspo attribute {params.flags} {params.runtime} --base {params.model} --tuned {params.policy}"
+        " --certificate {input.certificate} --evaluation {params.evaluation}"
+        " --base-evaluation {params.base_evaluation} --cost {params.cost} --out {output.attribution} 2>&1 | tee {log}"
