@@ -18,7 +18,7 @@ import torch
 import yaml
 from markupsafe import escape
 
-from nspo import comparison, plots
+from nspo import plots
 from nspo.artifacts import write_json
 from nspo.bases import NullSpaceBases
 from nspo.compute_bases import compute_basis
@@ -28,7 +28,8 @@ from nspo.evaluation.agreement import compare
 from nspo.evaluation.scores import compute_scores
 from nspo.policy_settings import Objective
 from nspo.preference_metrics import describe
-from nspo.report import amount, write_report
+from nspo.report import comparison, write_report
+from nspo.report.html import amount
 from nspo.validation import load_config
 
 PLANTED = "<script>alert(1)</script>"

@@ -1,0 +1,37 @@
+"""From plain tables to the page: the template, and how values are written in it."""
+
+from typing import Any
+
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+
+def render(page: dict[str, Any]) -> str:
+    """The HTML of the page: autoescaped, and an error for any name the template misspells."""
+    environment = Environment(
+        loader=PackageLoader("nspo"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"amount": amount, "signed": signed, "identity": identity}
+    return environment.get_template("report.html.j2").render(page)
+
+
+def amount(value: float | None, unit: str = "number") -> str:
+    """A value for a table: `12.3%` for a rate, three digits otherwise, a dash for what was not measured."""
+    if value is None:
+        return "\u2013"
+    if unit == "rate":
+        return f"{100 * value:.1f}%"
+    return f"{value:.1e}" if 0 < abs(value) < 1e-4 else f"{value:.3g}"
+
+
+def signed(value: float, unit: str) -> str:
+    """A difference with its sign; rates in percentage points."""
+    text = f"{100 * value:+.1f}" if unit == "rate" else f"{value:+.2g}"
+    return text.replace("-", "\u2212")
+
+
+def identity(value: Any) -> str:
+    """A manifest as YAML, without the parts that other sections show."""
+    if isinstance(value, dict):
+        value = {key: inner for key, inner in value.items() if key not in {"sites", "layer_norms", "settings"}}
+    return yaml.safe_dump(value, sort_keys=True, width=100, allow_unicode=True)
