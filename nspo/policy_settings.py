@@ -108,17 +108,12 @@ class MethodSettings(Section):
         return self
 
 
-class TrainingSettings(Section):
-    """Reinforcement learning settings that all methods share: same data, seed and rollout budget."""
+class RolloutSettings(Section):
+    """Which prompts are answered, how, and what an answer earns: alike for all methods."""
 
     steps: Count = Field(24, description="Most rollout steps.")
     prompts_per_step: Count = Field(4, description="Prompts per rollout step.")
     group_size: int = Field(8, ge=2, le=MOST, description="Answers sampled per prompt (the group of GRPO).")
-    minibatch_size: Count = Field(32, description="Answers per optimizer update; a multiple of group_size.")
-    micro_batch_size: Count = Field(
-        16,
-        description="Answers per forward and backward pass; divides minibatch_size. The loss averages over its tokens.",
-    )
     benign_share: float = Field(
         0.25, ge=0, lt=1, description="Share of benign prompts in the batch; guards against blanket refusal."
     )
@@ -132,6 +127,16 @@ class TrainingSettings(Section):
     max_new_tokens: Count = Field(32, description="Tokens per sampled answer.")
     temperature: PositiveFloat = Field(
         0.7, description="Sampling temperature of the rollouts (the paper: 1.0, where a 135M model writes noise)."
+    )
+
+
+class TrainingSettings(RolloutSettings):
+    """Reinforcement learning settings that all methods share: same data, seed and rollout budget."""
+
+    minibatch_size: Count = Field(32, description="Answers per optimizer update; a multiple of group_size.")
+    micro_batch_size: Count = Field(
+        16,
+        description="Answers per forward and backward pass; divides minibatch_size. The loss averages over its tokens.",
     )
     clip: float = Field(0.2, gt=0, lt=1, description="Clip range of the probability ratio.")
     weight_decay: float = Field(

@@ -128,7 +128,7 @@ STAGES = {
         },
     ),
     "train-policy": Stage(
-        "nspo.policy:train_policy",
+        "nspo.policy.training:train_policy",
         "train one policy with one method and seed",
         {"training": TrainingSettings, "method": MethodSettings, "runtime": RuntimeSettings},
         {

@@ -24,14 +24,16 @@ from nspo.compute_bases import compute_basis
 from nspo.config import PreferenceSettings, RuntimeSettings
 from nspo.derived_bases import random_like
 from nspo.errors import UserError
+from nspo.json_lines import JsonLines
 from nspo.linears import layer_norms
 from nspo.models import chat_ids, load_model, load_tokenizer, model_identity
 from nspo.policy import grpo
 from nspo.policy import training as stage
-from nspo.policy.callbacks import ConstraintCallback, JsonLines, LogCallback, ProbeCallback
-from nspo.policy.grpo import rollout_prompts, trainer_arguments
+from nspo.policy.callbacks import ConstraintCallback, LogCallback, ProbeCallback
+from nspo.policy.grpo import trainer_arguments
 from nspo.policy.lagrangian import LagrangianReward
 from nspo.policy.rewards import SafetyReward, safety_reward
+from nspo.policy.rollouts import rollout_prompts
 from nspo.policy.training import last_checkpoint, train_policy
 from nspo.policy_settings import MethodSettings, TrainingSettings
 from nspo.preference import train_preference

@@ -1,5 +1,1 @@
-"""The reinforcement learning stage: GRPO on TRL's own trainer, with the null-space constraint as one callback."""
-
-from nspo.policy.training import train_policy as train_policy
-
-__all__ = ["train_policy"]
+"""Training policies: on rollouts or on pairs of answers, with the null-space constraint as one callback."""

@@ -1,6 +1,5 @@
 """What nspo adds to TRL's trainer: the constraint, the probes and the logs, as callbacks and nothing else."""
 
-import json
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -8,8 +7,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from nspo.artifacts import atomic_path
 from nspo.bases import NullSpaceBases
+from nspo.json_lines import JsonLines
 from nspo.policy.probes import Probe
 from nspo.policy.rewards import SafetyReward
 from nspo.progress import say, track
@@ -91,31 +90,6 @@ class ConstraintCallback(LoggedCallback):
             f"rule {first.rule!r} with threshold {first.threshold:g} protects {share:.1%} of the directions; "
             f"{change} `bases.threshold` or choose another `bases.rule`"
         )
-
-
-class JsonLines:
-    """Rows appended to a file as they come, so that an interrupted run keeps them."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def rows(self) -> list[dict[str, Any]]:
-        """All whole rows; a last line cut off by a kill is left out."""
-        if not self.path.is_file():
-            return []
-        lines = self.path.read_text().split("\n")[:-1]
-        return [json.loads(line) for line in lines]
-
-    def append(self, rows: list[dict[str, Any]]) -> None:
-        """Add rows at the end."""
-        with self.path.open("a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-
-    def rewind(self, step: int) -> None:
-        """Forget what came after `step`: a resumed run does it again."""
-        kept = [row for row in self.rows() if row["step"] <= step]
-        with atomic_path(self.path) as scratch:
-            scratch.write_text("".join(json.dumps(row) + "\n" for row in kept))
 
 
 METRICS = {

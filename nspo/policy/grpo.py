@@ -1,25 +1,20 @@
-"""What is GRPO about a run: rewards of rollouts, the prompts that are rolled out, and TRL's trainer with its settings.
+"""What is GRPO about a run: the reward of its rollouts, and TRL's trainer with its settings.
 
 The fields of TRL's trainer that shape the result are set here, not left to defaults that move between its releases.
 """
 
-import random
 from pathlib import Path
-from typing import Any
 
 import torch
-from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from nspo.errors import UserError
-from nspo.models import chat_ids
 from nspo.policy.arguments import shared_arguments
 from nspo.policy.lagrangian import LagrangianReward, Multiplier, MultiplierCallback
 from nspo.policy.rewards import SafetyReward
+from nspo.policy.rollouts import rollout_prompts
 from nspo.policy_settings import MethodSettings, TrainingSettings
 from nspo.preference import PreferenceModel
-from nspo.prompts import load_prompts
 
 
 class RolloutLearner:
@@ -123,34 +118,3 @@ def trainer_arguments(
         sync_ref_model=False,
         shuffle_dataset=False,
     )
-
-
-def rollout_prompts(
-    training: TrainingSettings, prompts: Path, tokenizer: PreTrainedTokenizerBase, seed: int
-) -> Dataset:
-    """Conversational prompts in the order they are used: each step holds the same share of benign ones.
-
-    Raises:
-        UserError: when no prompt is within `policy.max_prompt_tokens`.
-    """
-    benign_per_step = round(training.prompts_per_step * training.benign_share)
-    order = random.Random(seed)
-    streams = {
-        role: _stream(role, training.max_prompt_tokens, prompts, tokenizer, order) for role in ("harmful", "benign")
-    }
-    roles = ["benign"] * benign_per_step + ["harmful"] * (training.prompts_per_step - benign_per_step)
-    rows = [{"prompt": next(streams[role]), "role": role} for _ in range(training.steps) for role in roles]
-    return Dataset.from_list(
-        [{"prompt": [{"role": "user", "content": row["prompt"]}], "role": row["role"]} for row in rows]
-    )
-
-
-def _stream(role: str, limit: int, prompts: Path, tokenizer: PreTrainedTokenizerBase, order: random.Random) -> Any:
-    """Endless training prompts of a role, reshuffled after each pass."""
-    texts = [row["prompt"] for row in load_prompts(prompts, role, "train")]
-    texts = [text for text in texts if len(chat_ids(tokenizer, text)) <= limit]
-    if not texts:
-        raise UserError(f"no {role} training prompt has at most {limit} tokens: raise policy.max_prompt_tokens")
-    while True:
-        order.shuffle(texts)
-        yield from texts

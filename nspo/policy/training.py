@@ -26,8 +26,9 @@ from nspo.artifacts import (
     write_json,
 )
 from nspo.config import RuntimeSettings
+from nspo.json_lines import JsonLines
 from nspo.models import device_of, load_model, load_tokenizer, model_identity
-from nspo.policy.callbacks import JsonLines, LogCallback, LoggedCallback, ProbeCallback
+from nspo.policy.callbacks import LogCallback, LoggedCallback, ProbeCallback
 from nspo.policy.grpo import RolloutLearner
 from nspo.policy.objectives import constraint_of, load_bases, prepare_layers
 from nspo.policy.probes import Probe

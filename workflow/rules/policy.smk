@@ -1,6 +1,6 @@
 rule train_policy:
     input:
-        code=code("nspo.policy"),
+        code=code("nspo.policy.training"),
         model=rules.prepare_model.output.manifest,
         reward=rules.train_reward.output.manifest,
         cost=rules.train_cost.output.manifest,
