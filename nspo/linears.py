@@ -49,7 +49,8 @@ def find_linears(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Linear]
         if hasattr(module, "base_layer"):
             raise UserError(
                 f"layer {name} is wrapped by {type(module).__module__}.{type(module).__name__}, expected a plain "
-                "linear layer: merge or unload the adapter first (train full weights)"
+                "linear layer: merge or unload the adapter first, or train nspo.adapter.null_space_adapter of the bare "
+                "model, which needs no constrain()"
             )
         if any(parameter.ndim == 3 for parameter in module.parameters(recurse=False)):
             raise UserError(f"layer {name} holds fused 3-D experts, expected nn.Linear: leave it out of the bases")

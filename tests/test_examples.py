@@ -17,14 +17,7 @@ from nspo.models import load_model, model_identity
 from nspo.sites import find_sites
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-
-
-def test_every_example_is_tested():
-    assert {path.name for path in EXAMPLES.glob("*.py")} == {
-        "plain_pytorch.py",
-        "accelerate_script.py",
-        "trl_trainer.py",
-    }
+SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*.py"))
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +34,7 @@ def bases_file(tiny_model_dir, tmp_path_factory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("script", ["plain_pytorch.py", "accelerate_script.py", "trl_trainer.py"])
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_example_trains_in_the_null_space(script, tiny_model_dir, bases_file, tmp_path):
     texts = tmp_path / "texts.txt"
     texts.write_text("".join(f"I cannot help with request {i}.\n" for i in range(20)))
