@@ -27,7 +27,7 @@ from nspo.linears import (
     local,
     sum_over_shards,
 )
-from nspo.projector import project_, protected_part, reanchor_, squared_norm
+from nspo.projector import inner_product, project_, protected_part, reanchor_, squared_norm
 from nspo.site_basis import Kind
 
 Mode = Literal["both", "anchor", "gradient"]
@@ -107,9 +107,10 @@ class Constraint:
             if layer.parameter.grad is None:
                 continue
             gradient = layer.rows(layer.parameter.grad)
-            before = squared_norm(gradient)
-            after = squared_norm(project_(gradient, layer.basis, layer.kind))
-            self._stats.append((layer, torch.stack([before, after])))
+            raw = gradient.clone()
+            project_(gradient, layer.basis, layer.kind)
+            products = [squared_norm(raw), squared_norm(gradient), inner_product(raw, gradient)]
+            self._stats.append((layer, torch.stack(products)))
 
     def _after_step(self, *_: Any) -> None:
         for layer in self._layers:
@@ -146,16 +147,17 @@ class Constraint:
         """What the projection cost in the last step; empty before the first and in mode "anchor".
 
         `gradient_norm` and `projected_norm` are over all constrained layers, `kept` is their ratio (1 = the
-        constraint was free), `descent` is <g, P g> = ||P g||^2 >= 0: the projected gradient still descends. A step with
-        a closure counts the gradients of its last call. Under loss scaling the norms carry the scale, `kept` does not.
-        A collective for sharded weights.
+        constraint was free), `descent` is <g, P g>, taken from both gradients: at least 0 where P is the projector it
+        should be (then it equals ||P g||^2), so the projected gradient still descends. A step with a closure counts the
+        gradients of its last call. Under loss scaling the norms carry the scale, `kept` does not. A collective for
+        sharded weights.
         """
         if not self._stats:
             return {}
-        total = sum(sum_over_shards(squares, layer.parameter).double().cpu() for layer, squares in self._stats)
-        before, after = (float(value) for value in total)  # type: ignore[union-attr]
+        total = sum(sum_over_shards(products, layer.parameter).double().cpu() for layer, products in self._stats)
+        before, after, descent = (float(value) for value in total)  # type: ignore[union-attr]
         kept = (after / before) ** 0.5 if before > 0 else 0.0
-        return {"gradient_norm": before**0.5, "projected_norm": after**0.5, "kept": kept, "descent": after}
+        return {"gradient_norm": before**0.5, "projected_norm": after**0.5, "kept": kept, "descent": descent}
 
     def memory(self) -> dict[str, int]:
         """Bytes that the constraint holds on this rank beside model and optimizer: its anchor and its bases."""

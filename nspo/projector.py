@@ -61,6 +61,11 @@ def squared_norm(matrix: Tensor) -> Tensor:
     return torch.linalg.vector_norm(matrix, dim=1).square().sum()
 
 
+def inner_product(first: Tensor, second: Tensor) -> Tensor:
+    """<A, B> of two matrices of one shape, row by row for the same reason."""
+    return torch.linalg.vecdot(first, second, dim=1).sum()
+
+
 def reanchor_(weight: Tensor, anchor: Tensor, basis: Tensor, kind: Kind) -> Tensor:
     """W <- W0 + P(W - W0), in place: W - (D Q) Q^T or W0 + (D U) U^T with D = W - W0, the one temporary of its size.
 

@@ -472,7 +472,6 @@ def test_gradient_only_leaks_and_says_how_much(inputs, tmp_path, nspo_run):
     assert logged[-1] == pytest.approx(max(found), rel=1e-4)
     assert len(logged) == UPDATES
     assert logged[0] > 1e-3
-    assert "leakage" not in table(nspo_run, "training")[0]
 
 
 def test_release_constrains_mlp_layers_and_frees_the_rest(inputs, tmp_path):
@@ -564,6 +563,31 @@ def test_a_gradient_that_is_hardly_kept_is_reported(inputs, capsys):
 
 
 # Logs and probes
+
+
+def test_the_theory_holds_on_the_run(nspo_run, free_run):
+    """Every update descends, by more than nothing, and no gradient grows; probes measure the leakage and the KL.
+
+    The summary in settings.json is the worst of the rows; a run without constraint has none.
+    """
+    rows = table(nspo_run, "training")
+    found = json.loads((nspo_run / "settings.json").read_text())["theory"]
+    assert found["updates"] == UPDATES
+    assert found["least_descent"] == min(row["descent"] for row in rows) > 0
+    assert found["least_kept"] == min(row["kept"] for row in rows)
+    assert found["least_kept"] < found["most_kept"] == max(row["kept"] for row in rows) <= 1
+    for row in rows:
+        assert row["descent"] == pytest.approx(row["projected_norm"] ** 2, rel=1e-4)
+        assert row["projected_norm"] <= row["gradient_norm"]
+    probes = {row["step"]: row for row in table(nspo_run, "probes")}
+    assert probes[0]["leakage"] == 0
+    for row in rows:
+        probe = probes.get(row["step"], {"leakage": None, "kl_per_token": None})
+        assert (row["leakage"], row["kl_to_base"]) == (probe["leakage"], probe["kl_per_token"])
+    assert found["most_leakage"] == max(row["leakage"] or 0 for row in rows)
+    assert 0 < found["most_leakage"] <= 1e-6
+    assert json.loads((free_run / "settings.json").read_text())["theory"] is None
+    assert table(free_run, "training")[3]["kl_to_base"] > 0
 
 
 def test_logs_have_one_row_per_update(nspo_run, free_run):

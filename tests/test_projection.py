@@ -252,6 +252,20 @@ def test_step_stats_price_the_constraint():
     assert stats["descent"] == pytest.approx(float(inner), rel=1e-4)
 
 
+def test_descent_is_taken_from_both_gradients():
+    """A P that is no projector turns the gradient uphill, which ||P g||^2 could never show: <g, P g> is negative."""
+    model = toy()
+    optimizer = OPTIMIZERS["sgd"](model.parameters())
+    constraint = constrain(model, optimizer, toy_bases(model), mode="gradient")
+    for layer in constraint._layers:
+        layer.basis = 10 * layer.basis
+        layer.kind = "range"
+    toy_loss(model).backward()
+    optimizer.step()
+    assert constraint.step_stats()["descent"] < 0
+    assert constraint.step_stats()["kept"] > 1
+
+
 def test_anchor_mode_leaves_gradients_alone():
     model = toy()
     optimizer = OPTIMIZERS["sgd"](model.parameters())

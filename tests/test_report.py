@@ -121,7 +121,9 @@ def write_policy(folder: Path, method: str, seed: int, does: Behaviour) -> Path:
     pq.write_table(pa.Table.from_pylist(steps), out / "training.parquet")
     pq.write_table(pa.Table.from_pylist(probes), out / "probes.parquet")
     settings = {"objective": method, "learning_rate": 1e-4, "kl": 0.0}
-    write_json(out / "settings.json", {"nspo": settings, "trainer": {"beta": 0.0}})
+    theory = {"updates": 30, "least_descent": 0.0321, "least_kept": 0.3, "most_kept": 0.3, "most_leakage": 3.3e-8}
+    found = {"nspo": settings, "trainer": {"beta": 0.0}, "theory": theory if method == "nspo" else None}
+    write_json(out / "settings.json", found)
     return out
 
 
@@ -447,6 +449,18 @@ def test_every_objective_has_its_place_on_the_page(tmp_path: Path) -> None:
 def test_no_multiplier_is_not_missed(written: tuple[dict[str, Any], Path, str]) -> None:
     """A page without Lagrangian methods does not call their curve not measured."""
     assert "Multiplier" not in written[2]
+
+
+def test_the_theory_of_the_run_is_on_the_page(written: tuple[dict[str, Any], Path, str], tmp_path: Path) -> None:
+    """The worst case of each statement, for the methods that project; no table where none of them did."""
+    table = written[2].partition("The theory, checked at every update")[2].partition("</table>")[0]
+    assert table.count("<tr>") == 2
+    assert "<td>30</td><td>0.0321</td><td>0.3</td><td>0.3</td><td>3.3e-08</td>" in table
+    given = inputs(tmp_path / "in")
+    for folder in given["policies"]:
+        settings = json.loads((folder / "settings.json").read_text())
+        write_json(folder / "settings.json", settings | {"theory": None})
+    assert "The theory, checked" not in write(tmp_path / "out", given).read_text()
 
 
 def test_added_judges_stand_beside_the_cost_model(tmp_path: Path) -> None:

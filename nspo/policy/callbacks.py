@@ -68,9 +68,11 @@ class ConstraintCallback(LoggedCallback):
         if found.get("gradient_norm", 0.0) > 0 and found["kept"] < LEAST_KEPT and not self._said:
             say(f"step {step}: the constraint keeps {found['kept']:.2%} of the gradient's norm: {self._remedy()}")
             self._said = True
-        if self.mode == "gradient":
-            found["leakage"] = max(self._attached.leakage().values())
-        return found
+        return found | (self.leakage() if self.mode == "gradient" else {})
+
+    def leakage(self) -> dict[str, float]:
+        """The worst layer's leakage now; a product per layer, so it is measured with the probes where none is due."""
+        return {"leakage": max(self._attached.leakage().values())}
 
     @property
     def _attached(self) -> Constraint:
@@ -107,6 +109,7 @@ METRICS = {
     "learning_rate": "learning_rate",
     "step_time": "seconds",
 }
+FROM_PROBE = {"kl_per_token": "kl_to_base", "leakage": "leakage"}
 
 
 class LogCallback(TrainerCallback):
@@ -144,12 +147,19 @@ class LogCallback(TrainerCallback):
             say(f"step {state.global_step}: " + ", ".join(f"{k} {row[k]:.3f}" for k in shown if k in row))
 
 
-class ProbeCallback(TrainerCallback):
-    """Probe before the first step and every `every` steps; stop at the target unsafe rate."""
+class ProbeCallback(LoggedCallback):
+    """Probe before the first step and every `every` steps; stop at the target unsafe rate.
 
-    def __init__(self, probe: Probe, folder: Path, every: int, target: float) -> None:
-        self.probe, self.every, self.target = probe, every, target
+    Args:
+        also: what else is measured then, by other callbacks.
+    """
+
+    def __init__(
+        self, probe: Probe, folder: Path, every: int, target: float, also: Sequence[Callable[[], dict[str, float]]] = ()
+    ) -> None:
+        self.probe, self.every, self.target, self.also = probe, every, target, also
         self.log = JsonLines(folder / "probes.jsonl")
+        self.last: dict[str, Any] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measure the starting point, or forget probes later than the checkpoint that is resumed."""
@@ -170,12 +180,21 @@ class ProbeCallback(TrainerCallback):
         control.should_save = True
         return control
 
+    def columns(self, step: int) -> dict[str, float]:
+        """For the log of update `step`, where it was probed: its distance from the base, and what leaks."""
+        if self.last.get("step") != step:
+            return {}
+        return {ours: self.last[theirs] for theirs, ours in FROM_PROBE.items() if theirs in self.last}
+
     def met_target(self, step: int) -> bool:
         """Whether the probe after update `step` met the target, so that training ended there."""
         return any(row["step"] == step and row["unsafe_rate"] <= self.target for row in self.log.rows())
 
     def _measure(self, state: Any, model: Any) -> dict[str, Any]:
         row = {"step": state.global_step, **self.probe.measure(model)}
+        for measure in self.also:
+            row |= measure()
         self.log.append([row])
+        self.last = row
         say("probe " + ", ".join(f"{k} {v:.4g}" for k, v in row.items()))
         return row

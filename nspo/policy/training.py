@@ -32,6 +32,7 @@ from nspo.policy.callbacks import LogCallback, LoggedCallback, ProbeCallback
 from nspo.policy.grpo import RolloutLearner
 from nspo.policy.objectives import constraint_of, load_bases, prepare_layers
 from nspo.policy.probes import Probe
+from nspo.policy.theory import theory
 from nspo.policy_settings import MethodSettings, TrainingSettings
 from nspo.progress import say
 
@@ -87,13 +88,14 @@ def train_policy(
     count, length = training.probe_prompts, training.max_new_tokens
     probe = Probe.load(model, tokenizer, learner.scorer.cost, prompts, count, length, device)
     updates = training.updates_per_step
-    probes = ProbeCallback(probe, work, training.probe_every * updates, training.target_unsafe)
+    also = [constraint.leakage] if constraint is not None else []
+    probes = ProbeCallback(probe, work, training.probe_every * updates, training.target_unsafe, also)
     checkpoint = last_checkpoint(work)
     if checkpoint is not None and probes.met_target(step_of(checkpoint)):
         # Interrupted after its last update: a run of exactly this length has nothing left but to be written.
         training = training.model_copy(update={"steps": step_of(checkpoint) // updates})
     parts: list[LoggedCallback] = [*([] if constraint is None else [constraint]), *learner.parts]
-    log = LogCallback(work, learner.scorer, [part.columns for part in parts], runtime.log_every)
+    log = LogCallback(work, learner.scorer, [part.columns for part in (*parts, probes)], runtime.log_every)
     trainer = learner.trainer(training, policy, tokenizer, seed, work, [*parts, log, probes])
     trainer.remove_callback(PrinterCallback)
     if checkpoint is not None:
@@ -105,7 +107,8 @@ def train_policy(
         tokenizer.save_pretrained(scratch)
         for file in ("training", "probes", "samples"):
             write_rows(JsonLines(work / f"{file}.jsonl").rows(), scratch / f"{file}.parquet")
-        write_json(scratch / "settings.json", resolved_settings(trainer, identity))
+        settings = resolved_settings(trainer, identity)
+        write_json(scratch / "settings.json", settings | {"theory": theory(log.steps.rows())})
         write_json(scratch / MANIFEST_NAME, {**identity, "tuned": model_identity(scratch)})
     shutil.rmtree(work)
 

@@ -72,7 +72,10 @@ def bases(path: Path, figures: Figures) -> dict[str, Any]:
 
 
 def leakage(runs: Sequence[Run], figures: Figures) -> dict[str, Any]:
-    """Leakage per layer, beside random updates of equal norm, and one summary row per certificate."""
+    """Leakage per layer, beside random updates of equal norm, and one summary row per certificate.
+
+    With it what the run itself says of the theory (`nspo.policy.theory`), where it projected gradients.
+    """
     colour = plots.colours(run.method for run in runs)
     certified = [run for run in trained_runs(runs) if run.certificate]
     found = []
@@ -88,6 +91,7 @@ def leakage(runs: Sequence[Run], figures: Figures) -> dict[str, Any]:
             "constrained": run.certificate["constrained"],
             "layers": len(run.certificate["layers"]),
             "summary": run.certificate["summary"],
+            "theory": run.settings.get("theory"),
         }
         for run in certified
         if run.certificate
