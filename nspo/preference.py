@@ -249,7 +249,7 @@ def train_preference(
 
 def _labels(path: Path, target: Target, split: str, settings: PreferenceSettings) -> list[dict[str, Any]]:
     """The labelled rows of a split, refused when they are of one class."""
-    rows = load_labels(path, target, split)
+    rows = [row for row in load_labels(path, target, split) if row["grade"] is not None]
     positive = sum(row["grade"] >= settings.positive_above for row in rows)
     if positive in (0, len(rows)):
         raise UserError(

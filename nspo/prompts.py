@@ -1,35 +1,50 @@
 """Prompts and human labels in one form each: who reads them never sees where they came from.
 
 `prompts.parquet` has one row per prompt: role (general, harmful, benign), domain, split (train, validation, heldout),
-prompt, check (JSON, how an answer is marked; empty if it is not), category. `labels.parquet` has one row per graded
-response: set, target (cost or reward), split, prompt, response, grade (0 to 1), category. Rows stand in a seeded random
-order, so the first n of any filter are a random sample, and both files are small enough for Snakemake to compare by
-content. Commands: `nspo prepare-prompts`, `nspo prepare-labels`.
+prompt, check (JSON, how an answer is marked; empty if it is not), category. Rows stand in a seeded random order, so the
+first n of any filter are a random sample. Commands: `nspo prepare-prompts`, `nspo prepare-labels`.
 
-A prompt belongs to the split its own hash gives it, so no prompt is in two splits and no file's order matters. (The
-authors' release trains and tests on whatever the file order gives.)
+`labels.parquet` has one row per judged response: id, set, target (cost or reward), split, prompt, response, category,
+and what people said of it:
+
+- grade: of the response alone, from 0 to 1 (cost: 1 is harmful; reward: 1 does what was asked); null where
+  nobody judged it alone, as in plain preference pairs;
+- pair, role: two rows with one `pair` are two responses to one prompt that people compared. Role `chosen` is the one
+  that they prefer, the safer for target cost and the better for target reward; the other is `rejected`. Both empty
+  where a response stands alone. So the cost model scores `rejected` above `chosen`, the reward model the reverse.
+
+A prompt belongs to the split its own hash gives it, so no prompt is in two splits, whatever the set, and no file's
+order matters. (The authors' release trains and tests on whatever the file order gives.)
 """
 
 import hashlib
 import json
+import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from nspo.artifacts import atomic_path, dumps, make_manifest, read_table
+from nspo.columns import encodable, optional, text
 from nspo.data_settings import DataSet, LabelSettings, PromptSettings, SplitSettings
 from nspo.errors import UserError
+from nspo.label_formats import read_set
 from nspo.sources import Source, read_rows
 
 PROMPT_COLUMNS = ("id", "role", "domain", "split", "prompt", "check", "category")
-LABEL_COLUMNS = ("id", "set", "target", "split", "prompt", "response", "grade", "category")
+LABEL_COLUMNS = ("id", "set", "target", "split", "prompt", "response", "grade", "category", "pair", "role")
 MIN_ROWS = 8
 
 
-def position(text: str, seed: int) -> float:
+def normal(prompt: str) -> str:
+    """What two prompts that count as one have in common: the words, whatever their case and the space between them."""
+    return " ".join(prompt.lower().split())
+
+
+def position(prompt: str, seed: int) -> float:
     """A number in [0, 1) from the text and the seed alone: its place in the shuffle, and so its split."""
-    digest = hashlib.sha256(f"{seed}\0{' '.join(text.lower().split())}".encode()).digest()
+    digest = hashlib.sha256(f"{seed}\0{normal(prompt)}".encode()).digest()
     return int.from_bytes(digest[:8]) / 2**64
 
 
@@ -59,32 +74,33 @@ def prepare_prompts(settings: PromptSettings, wheels_dir: Path, out: Path) -> No
 
 
 def prepare_labels(settings: LabelSettings, wheels_dir: Path, out: Path) -> None:
-    """Read every graded set of `settings` and write `labels.parquet`; equal (prompt, response) pairs are kept once.
+    """Read every set of judged responses and write `labels.parquet`; a repeated judgement counts once.
 
     Raises:
-        UserError: a missing column, a grade outside 0 to 1, or too few rows, naming the file and the key.
+        UserError: a missing column, a grade outside 0 to 1, or no rows, naming the file and the key.
     """
-    rows: dict[tuple[str, str, str], dict[str, Any]] = {}
+    rows: list[dict[str, Any]] = []
     for name, labels in settings.labels.items():
-        for source in labels.source:
-            for raw in read_rows(Source.parse(source), wheels_dir):
-                key = f"data.labels.{name} ({source})"
-                prompt, response = _text(raw, labels.prompt, key), _text(raw, labels.response, key)
-                grade = _grade(raw, labels.score, key)
-                split = split_of(position(prompt, settings.seed), settings.heldout_fraction, 0.0)
-                row = {
-                    "set": name,
-                    "target": labels.target,
-                    "split": split,
-                    "prompt": prompt,
-                    "response": response,
-                    "grade": 1.0 - grade if labels.inverted else grade,
-                    "category": _optional(raw, "harm_category", key) or name,
-                }
-                rows.setdefault((name, prompt, response), row)
-    for index, row in enumerate(rows.values()):
-        row["id"] = f"{row['set']}-{index:05d}"
-    _write(rows.values(), LABEL_COLUMNS, "labels", settings, out)
+        found = read_set(name, labels, wheels_dir)
+        for index, row in enumerate(found):
+            row["id"] = f"{name}-{index:05d}"
+            row["split"] = split_of(position(row["prompt"], settings.seed), settings.heldout_fraction, 0.0)
+        rows += sample(found, labels.fraction, settings.seed)
+    _write(rows, LABEL_COLUMNS, "labels", settings, out)
+
+
+def sample(rows: Sequence[dict[str, Any]], fraction: float, seed: int) -> list[dict[str, Any]]:
+    """The rows of a share of the prompts, drawn alike from every split, category and class (by systematic sampling).
+
+    Prompts are shuffled by `seed` within the strata that their rows form, the strata laid end to end, and every
+    1/fraction-th prompt taken: a stratum of n gives n times `fraction` of them, rounded up or down.
+    """
+    strata: dict[str, set[tuple[str, str, str]]] = {}
+    for row in rows:
+        strata.setdefault(normal(row["prompt"]), set()).add((row["split"], row["category"], str(row["grade"])))
+    order = sorted(strata, key=lambda prompt: (sorted(strata[prompt]), position(prompt, seed + 2)))
+    kept = {p for i, p in enumerate(order) if math.floor((i + 1) * fraction) > math.floor(i * fraction)}
+    return [row for row in rows if normal(row["prompt"]) in kept]
 
 
 def load_prompts(
@@ -133,15 +149,15 @@ def _read(
     where = f"{key} ({data.source})"
     rows: dict[str, dict[str, Any]] = {}
     for index, item in enumerate(read_rows(Source.parse(data.source), wheels_dir)):
-        prompt = _text(item, data.prompt, where)
+        prompt = text(item, data.prompt, where)
         rows[prompt] = {
-            "id": _optional(item, "id", where) or _optional(item, "task_id", where) or f"{domain}-{index:05d}",
+            "id": optional(item, "id", where) or optional(item, "task_id", where) or f"{domain}-{index:05d}",
             "role": role,
             "domain": domain,
             "split": split_of(position(prompt, settings.seed), heldout, validation),
             "prompt": prompt,
             "check": _check(item, data.prompt, where),
-            "category": _optional(item, "category", where),
+            "category": optional(item, "category", where),
         }
     if len(rows) < MIN_ROWS:
         raise UserError(f"{key}: {data.source} holds {len(rows)} different prompts, expected at least {MIN_ROWS}")
@@ -153,28 +169,8 @@ def _read(
 
 def _without_leaks(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Drop held-out prompts that some set also trains on: the same text in two files."""
-
-    def normal(row: dict[str, Any]) -> str:
-        return " ".join(row["prompt"].lower().split())
-
-    seen = {normal(row) for row in rows if row["split"] != "heldout"}
-    return [row for row in rows if row["split"] != "heldout" or normal(row) not in seen]
-
-
-def _text(raw: dict[str, Any], column: str, key: str) -> str:
-    if column not in raw:
-        raise UserError(f"{key}: no column {column!r}, found {', '.join(map(str, raw))}")
-    text = raw[column]
-    if not isinstance(text, str | None):
-        raise UserError(f"{key}: a row has the {column!r} {text!r:.60}: expected text")
-    if not text or not text.strip():
-        raise UserError(f"{key}: a row has an empty {column!r}: expected text")
-    return _encodable(text.strip(), column, key)
-
-
-def _optional(raw: dict[str, Any], column: str, key: str) -> str:
-    """The text or number in a column that may be missing or empty."""
-    return _encodable(str(raw.get(column) or ""), column, key)
+    seen = {normal(row["prompt"]) for row in rows if row["split"] != "heldout"}
+    return [row for row in rows if row["split"] != "heldout" or normal(row["prompt"]) not in seen]
 
 
 def _check(raw: dict[str, Any], prompt: str, key: str) -> str:
@@ -184,29 +180,9 @@ def _check(raw: dict[str, Any], prompt: str, key: str) -> str:
     if not isinstance(check, dict):
         raise UserError(f"{key}: a row has the 'check' {check!r:.60}: expected a mapping with a `type`")
     try:
-        return _encodable(dumps(check), "check", key) if check else ""
+        return encodable(dumps(check), "check", key) if check else ""
     except (TypeError, ValueError) as error:
         raise UserError(f"{key}: a row has a 'check' that is no JSON ({error}): mend it") from error
-
-
-def _encodable(text: str, column: str, key: str) -> str:
-    """`text`, unless it holds half a surrogate pair, which JSON can spell and no file can store."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"{key}: a row has a {column!r} that is no Unicode text ({error.reason}): mend it") from error
-    return text
-
-
-def _grade(raw: dict[str, Any], prefix: str, key: str) -> float:
-    found = [raw[c] for c in raw if str(c).startswith(prefix) and raw[c] not in (None, "")]
-    try:
-        grades = [float(value) for value in found]
-    except (TypeError, ValueError, OverflowError) as error:
-        raise UserError(f"{key}: found the grade {found!r:.80}, expected numbers from 0 to 1") from error
-    if not grades or not all(0 <= grade <= 1 for grade in grades):
-        raise UserError(f"{key}: found the grade {found!r:.80} in columns {prefix!r}*, expected numbers from 0 to 1")
-    return sum(grades) / len(grades)
 
 
 def _write(
@@ -218,7 +194,8 @@ def _write(
     ordered = sorted(rows, key=lambda row: position(row["prompt"] + row.get("response", ""), settings.seed + 1))
     if not ordered:
         raise UserError(f"no {kind} were read: the data sections of the config are empty")
-    table = pa.Table.from_pylist([{c: row[c] for c in columns} for row in ordered])
+    schema = pa.schema([(column, pa.float64() if column == "grade" else pa.string()) for column in columns])
+    table = pa.Table.from_pylist([{c: row[c] for c in columns} for row in ordered], schema)
     manifest = make_manifest(kind, rows=len(ordered), settings=settings.dump())
     table = table.replace_schema_metadata({"nspo": dumps(manifest)})
     with atomic_path(out) as scratch:

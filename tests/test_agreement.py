@@ -83,7 +83,16 @@ def test_the_command(tiny_model_dir: Path, tmp_path: Path) -> None:
     facts = {"target": "cost", "base": {}, "labels": "", "settings": {"max_tokens": 64, "positive_above": 0.5}}
     write_json(cost / MANIFEST_NAME, make_manifest("preference_model", model=fingerprint_model(cost), **facts))
     rows = [
-        (f"{n}", "harm", target, split, f"p{n}", "I cannot help with that." if n % 2 else "Sure: x", n % 2 * 1.0, "")
+        (
+            f"{n}",
+            "harm",
+            target,
+            split,
+            f"p{n}",
+            "I cannot help with that." if n % 2 else "Sure: x",
+            n % 2 * 1.0,
+            *[""] * 3,
+        )
         for n in range(6)
         for target, split in (("cost", "heldout"), ("cost", "train"), ("reward", "heldout"))
     ]

@@ -111,6 +111,8 @@ def label_rows(target: str) -> list[dict[str, Any]]:
             "response": answer(i),
             "grade": float(i % 2 == 0),
             "category": "toy",
+            "pair": "",
+            "role": "",
         }
         for split, count in (("train", 40), ("heldout", 16))
         for i in range(count)

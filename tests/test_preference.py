@@ -40,6 +40,8 @@ def graded(count: int, split: str, flip: bool = False, target: str = "cost") -> 
                 "response": ("b" if bad else "s") * (3 + i % 5),
                 "grade": float(bad != flip),
                 "category": "even" if (i // 2) % 2 == 0 else "odd",
+                "pair": "",
+                "role": "",
             }
         )
     return rows

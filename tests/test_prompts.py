@@ -109,7 +109,7 @@ def test_bad_prompts(rows: list[dict[str, Any]], said: str, settings: dict[str, 
 
 def labelled(tmp_path: Path, rows: list[dict[str, Any]], **fields: Any) -> LabelSettings:
     """Label settings over one file."""
-    columns = {"prompt": "prompt", "response": "response", "score": "grade", "target": "cost"}
+    columns = {"kind": "graded", "prompt": "prompt", "response": "response", "score": "grade", "target": "cost"}
     source = write(tmp_path / "labels.jsonl", rows)
     return validate(
         LabelSettings, {"wheels": {}, "labels": {"harm": {"source": [source], **columns, **fields}}}, "data"

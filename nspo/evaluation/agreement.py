@@ -34,12 +34,12 @@ def judge_agreement(settings: JudgeSettings, cost: Path, labels: Path, out: Path
 
     Args:
         cost: folder of the cost model.
-        labels: labels.parquet; its held-out cost labels are judged.
+        labels: labels.parquet; its held-out cost labels are judged (not pairs that nobody called harmful or safe).
 
     Raises:
         UserError: when an input is missing or broken, or a judge cannot go on; what it said is kept.
     """
-    rows = load_labels(labels, "cost", "heldout")
+    rows = [row for row in load_labels(labels, "cost", "heldout") if row["grade"] is not None]
     model = CostModel(cost, device_of(runtime.device))
     threshold = read_json(cost / MANIFEST_NAME)["settings"]["positive_above"]
     added = added_judges(settings.judges, runtime)
