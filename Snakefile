@@ -38,3 +38,4 @@ rule all:
     input:
         "<results>/report.html",
         "<results>/summary.csv",
+        every_benchmark(),

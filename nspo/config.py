@@ -1,7 +1,7 @@
 """Typed settings of every stage: the one place where a key, its default, its meaning and its limits are written.
 
-The sections of data, policies and judges stand in `nspo/data_settings.py`, `nspo/policy_settings.py` and
-`nspo/judge_settings.py`, kinds of value in `nspo/value_types.py`.
+The sections of data, policies, judges and benchmarks stand in `nspo/data_settings.py`, `nspo/policy_settings.py`,
+`nspo/judge_settings.py` and `nspo/benchmark_settings.py`, kinds of value in `nspo/value_types.py`.
 `config/config.yaml` and `workflow/schemas/config.schema.json` are generated from here (`nspo config write`), a test
 fails when they drift.
 How a violation is told stands in `nspo/validation.py`.
@@ -13,6 +13,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, PositiveFloat, model_validator
 
+from nspo.benchmark_settings import BenchmarkSettings
 from nspo.data_settings import DataSettings
 from nspo.judge_settings import JudgeSettings, RequestSettings
 from nspo.policy_settings import PolicySettings
@@ -164,6 +165,7 @@ class Config(Section):
     policy: PolicySettings = PolicySettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     attribution: AttributionSettings = AttributionSettings()
+    benchmarks: BenchmarkSettings = BenchmarkSettings()
     runtime: RuntimeSettings = RuntimeSettings()
 
     @model_validator(mode="after")

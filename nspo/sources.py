@@ -167,17 +167,9 @@ def read_rows(source: Source, wheels_dir: Path) -> list[dict[str, Any]]:
         UserError: missing file, unknown suffix, malformed content, rows that are no mappings, or no rows at all.
     """
     if source.kind == "hub":
-        return _hub_rows(source)
+        return hub_rows(source)
     path = resolve(source, wheels_dir)
-    suffixes = [suffix for suffix in path.suffixes if suffix != ".gz"]
-    suffix = suffixes[-1] if suffixes else ""
-    if suffix not in READERS:
-        raise UserError(f"{path}: unknown suffix {suffix!r}: expected one of {', '.join(READERS)}")
-    try:
-        data = path.read_bytes()
-        rows = READERS[suffix](gzip.decompress(data) if path.suffix == ".gz" else data)
-    except Exception as error:  # each reader's own family of exceptions, and whatever a damaged file makes it raise
-        raise UserError(f"{path}: cannot be read as {suffix}: {_first_line(error)}") from error
+    rows = read_file(path)
     if not rows:
         raise UserError(f"{path} holds no rows: expected a data set")
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
@@ -185,14 +177,36 @@ def read_rows(source: Source, wheels_dir: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _hub_rows(source: Source) -> list[dict[str, Any]]:
+def read_file(path: Path) -> Any:
+    """What a data file holds, by its suffix (see `read_rows`); JSON and YAML may hold anything.
+
+    Raises:
+        UserError: missing file, unknown suffix, or malformed content.
+    """
+    suffixes = [suffix for suffix in path.suffixes if suffix != ".gz"]
+    suffix = suffixes[-1] if suffixes else ""
+    if suffix not in READERS:
+        raise UserError(f"{path}: unknown suffix {suffix!r}: expected one of {', '.join(READERS)}")
+    try:
+        data = path.read_bytes()
+        return READERS[suffix](gzip.decompress(data) if path.suffix == ".gz" else data)
+    except Exception as error:  # each reader's own family of exceptions, and whatever a damaged file makes it raise
+        raise UserError(f"{path}: cannot be read as {suffix}: {_first_line(error)}") from error
+
+
+def hub_rows(source: Source, subset: str | None = None, split: str = "train") -> list[dict[str, Any]]:
+    """All rows of one split of a data set on the hub; `subset` is the hub's name of a configuration.
+
+    Raises:
+        UserError: when it cannot be loaded.
+    """
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
     try:
-        return list(load_dataset(source.location, revision=source.revision, split="train"))
+        return list(load_dataset(source.location, subset, revision=source.revision, split=split))
     except (OSError, ValueError, DatasetsError) as error:
-        raise UserError(f"hub:{source.location}: cannot be loaded, split train: {_first_line(error)}") from error
+        raise UserError(f"hub:{source.location}: cannot be loaded, split {split}: {_first_line(error)}") from error
 
 
 def _first_line(error: Exception) -> str:

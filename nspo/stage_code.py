@@ -11,6 +11,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent
 NOT_SHAPING = {
     "nspo",
+    "nspo.benchmark_settings",
     "nspo.config",
     "nspo.config_files",
     "nspo.data_settings",

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nspo.benchmark_settings import BenchmarkSettings
 from nspo.config import (
     ActivationSettings,
     AttributionSettings,
@@ -144,8 +145,21 @@ STAGES = {
         },
     ),
     "evaluate": Stage(
+        "nspo.benchmarks.run:evaluate",
+        "answer named benchmarks with any model and score the answers",
+        {"settings": BenchmarkSettings, "judging": JudgeSettings, "runtime": RuntimeSettings},
+        {
+            "model": Argument("folder of the model to evaluate"),
+            "cost": Argument("folder of a cost model that judges safety", required=False),
+            "training": Argument("prompts.parquet, labels.parquet: what was trained on", many=True, required=False),
+            "name": Argument("name of the method, for the record", type=str, required=False),
+            "seed": Argument("seed of the method, for the record", type=int, required=False),
+            "out": OUT_FOLDER,
+        },
+    ),
+    "evaluate-heldout": Stage(
         "nspo.evaluation:evaluate",
-        "answer the held-out prompts and score the answers",
+        "answer the run's own held-out prompts, score the answers, compare with the base",
         {"settings": EvaluationSettings, "runtime": RuntimeSettings},
         {
             "name": Argument("name of the method; base for the base model", type=str),

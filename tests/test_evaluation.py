@@ -15,6 +15,7 @@ import nspo.evaluation as stage
 from nspo.artifacts import MANIFEST_NAME, fingerprint_model, make_manifest, write_json
 from nspo.config import EvaluationSettings, RuntimeSettings
 from nspo.errors import UserError
+from nspo.evaluation import answers
 from nspo.evaluation.checks import mark
 from nspo.evaluation.drift import FIGURES, drift, token_drift, token_weights
 from nspo.evaluation.judges import CostModel, flags
@@ -403,7 +404,7 @@ def test_a_copy_of_the_base_has_not_drifted(evaluate, tiny_model_dir, tmp_path):
 def test_an_interrupted_run_goes_on(evaluate, tiny_model_dir, tmp_path, monkeypatch, capsys):
     """After a kill within the third batch two batches are kept, the rest is made, and the rows are the same."""
     _, whole = evaluate("whole", tiny_model_dir)
-    real, asked = stage.generate, []
+    real, asked = answers.generate, []
 
     def interrupted(model, tokenizer, ids, *rest):
         asked.append(len(ids))
@@ -412,7 +413,7 @@ def test_an_interrupted_run_goes_on(evaluate, tiny_model_dir, tmp_path, monkeypa
                 raise KeyboardInterrupt
             yield item
 
-    monkeypatch.setattr(stage, "generate", interrupted)
+    monkeypatch.setattr(answers, "generate", interrupted)
     with pytest.raises(KeyboardInterrupt):
         evaluate("resumed", tiny_model_dir)
     (work,) = (tmp_path / "work").iterdir()
@@ -455,7 +456,7 @@ def test_refused_before_any_work(evaluate, tiny_model_dir, tuned_dir, tmp_path, 
     def fail(*_):
         raise AssertionError("generated")
 
-    monkeypatch.setattr(stage, "generate", fail)
+    monkeypatch.setattr(answers, "generate", fail)
     with pytest.raises(UserError, match="evaluate the base first"):
         evaluate("x", tuned_dir)
     with pytest.raises(UserError, match="settings"):

@@ -7,15 +7,14 @@ sampled answers, judges them without the question, and never asks a harmless pro
 
 Two files are written: `responses.parquet`, one row per prompt with the answer and all that was found about it, and
 `metrics.json` with the scores. Answers, and verdicts of the judges that a configuration adds, are kept in the working
-folder while they come, so an interrupted run goes on.
+folder while they come, so an interrupted run goes on. Published benchmarks, on any model: `nspo/benchmarks/run.py`.
 
-Commands: `nspo evaluate --name base --base results/model --policy results/model ...` first, then for each tuned model
-with `--base-evaluation results/evaluation/base/seed0/responses.parquet`.
+Commands: `nspo evaluate-heldout --name base --base results/model --policy results/model ...` first, then for each tuned
+model with `--base-evaluation results/evaluation/base/seed0/responses.parquet`.
 """
 
 import json
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nspo.artifacts import (
     METADATA_KEY,
-    atomic_path,
     check_manifest,
     dumps,
     fingerprint,
@@ -35,21 +33,13 @@ from nspo.artifacts import (
 )
 from nspo.config import EvaluationSettings, RuntimeSettings
 from nspo.errors import UserError
+from nspo.evaluation.answers import add_verdicts, greedy_answers, judge_answers, write_responses
 from nspo.evaluation.checks import mark, runs_code
 from nspo.evaluation.drift import FIGURES
 from nspo.evaluation.drift import drift as measure_drift  # `drift` stays the name of the submodule
-from nspo.evaluation.judges import (
-    AddedJudge,
-    CostModel,
-    Judge,
-    RefusalPhrases,
-    added_judges,
-    flags,
-    kept_verdicts,
-)
-from nspo.evaluation.scores import JUDGED, compute_scores
-from nspo.models import chat_ids, device_of, generate, load_model, load_tokenizer, model_identity
-from nspo.progress import say
+from nspo.evaluation.judges import CostModel, Judge, RefusalPhrases, added_judges
+from nspo.evaluation.scores import compute_scores
+from nspo.models import chat_ids, device_of, load_model, load_tokenizer, model_identity
 from nspo.prompts import domains, load_prompts
 
 KIND = "responses"
@@ -115,7 +105,8 @@ def evaluate(
     prompt_ids = [chat_ids(tokenizer, row["prompt"]) for row in rows]
     asked = {**identity, "settings": settings.model_dump(mode="json", exclude={"judges"}), "policy": tuned}
     work = Path(runtime.workdir) / f"evaluation-{fingerprint(asked)}.jsonl"
-    answers = greedy_answers(model, tokenizer, prompt_ids, settings, work, f"answers of {name}")
+    size = settings.max_new_tokens, settings.batch_size
+    answers = greedy_answers(model, tokenizer, prompt_ids, *size, work, f"answers of {name}")
     for row, ids in zip(rows, answers, strict=True):
         response = str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
         row.update(response=response, answer_ids=ids, response_tokens=len(ids))
@@ -124,15 +115,15 @@ def evaluate(
     if reference is not None:
         _compare(rows, prompt_ids, reference, load_model(base, device), model, tokenizer, settings)
     del model
-    _judge(rows, *judges)
+    judge_answers(rows, *judges)
     every: list[Judge] = [*judges, *added]
     kept = [work.with_name(f"{work.stem}-{judge.name}-{fingerprint(judge.identity)}.jsonl") for judge in added]
     for judge, verdicts in zip(added, kept, strict=True):
-        _add_verdicts(rows, judge, verdicts)
+        add_verdicts(rows, judge, verdicts)
 
     manifest = make_manifest(KIND, **identity, policy=tuned, method=name, seed=seed)
     out.mkdir(parents=True, exist_ok=True)
-    _write_responses(rows, settings.judges, manifest, out / "responses.parquet")
+    write_responses(rows, COLUMNS, settings.judges, manifest, out / "responses.parquet")
     # The scores come from the rows as they are written, so that they can be computed again from the file.
     write_json(
         out / "metrics.json",
@@ -149,38 +140,6 @@ def evaluate(
     )
     for path in (work, *kept):
         path.unlink()
-
-
-def greedy_answers(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompt_ids: Sequence[Sequence[int]],
-    settings: EvaluationSettings,
-    work: Path,
-    description: str,
-) -> list[list[int]]:
-    """Answer ids to every prompt, in the given order; continues from those that the file `work` already holds.
-
-    Only whole batches are taken from an earlier run: every answer is made in the same batch, with the same padding, as
-    without the interruption, so rounding cannot make a resumed run differ.
-    """
-    order = sorted(range(len(prompt_ids)), key=lambda i: (len(prompt_ids[i]), i))
-    lines = work.read_text().split("\n")[:-1] if work.is_file() else []  # the last piece is empty or was cut off
-    done = len(lines) if len(lines) == len(order) else len(lines) - len(lines) % settings.batch_size
-    answers = dict(json.loads(line) for line in lines[:done])
-    if done:
-        say(f"{description}: continuing after {done} of {len(order)} prompts, kept in {work}")
-    with atomic_path(work) as scratch:
-        scratch.write_text("".join(line + "\n" for line in lines[:done]))
-    rest = order[done:]
-    with work.open("a") as file:
-        for place, ids in generate(
-            model, tokenizer, [prompt_ids[i] for i in rest], settings.max_new_tokens, settings.batch_size, description
-        ):
-            answers[rest[place]] = ids
-            file.write(json.dumps([rest[place], ids]) + "\n")
-            file.flush()
-    return [answers[i] for i in range(len(prompt_ids))]
 
 
 def _select(settings: EvaluationSettings, prompts: Path) -> list[dict[str, Any]]:
@@ -267,33 +226,3 @@ def _compare(
         rows[index].update({name: values[place] for name, values in figures.items()})
         rows[index]["exact_match"] = rows[index]["answer_ids"] == theirs[place]
         rows[index]["reference_tokens"] = len(theirs[place])
-
-
-def _judge(rows: Sequence[dict[str, Any]], cost: CostModel, refusal: RefusalPhrases) -> None:
-    """Add the verdicts: refusals everywhere, costs on harmful prompts."""
-    said = refusal.verdicts([row["prompt"] for row in rows], [row["response"] for row in rows])
-    for row, refused in zip(rows, flags(said, if_failed=False), strict=True):
-        row["refused"] = refused
-    harmful = [row for row in rows if row["role"] == "harmful"]
-    costs = cost.verdicts([row["prompt"] for row in harmful], [row["response"] for row in harmful])
-    for row, value, unsafe in zip(harmful, costs, flags(costs, if_failed=True), strict=True):
-        failed = math.isnan(value)
-        row.update(cost=None if failed else value, unsafe=unsafe, cost_failed=failed)
-
-
-def _add_verdicts(rows: Sequence[dict[str, Any]], judge: AddedJudge, work: Path) -> None:
-    """Add what one more judge says of the answers to harmful prompts."""
-    harmful = [row for row in rows if row["role"] == "harmful"]
-    found = kept_verdicts(judge, [row["prompt"] for row in harmful], [row["response"] for row in harmful], work)
-    for row, value in zip(harmful, found, strict=True):
-        row[JUDGED + judge.name] = None if math.isnan(value) else value
-
-
-def _write_responses(
-    rows: Sequence[dict[str, Any]], judges: Iterable[str], manifest: dict[str, Any], path: Path
-) -> None:
-    columns = {**COLUMNS, **{JUDGED + name: pa.float32() for name in judges}}
-    schema = pa.schema(list(columns.items()), metadata={METADATA_KEY: dumps(manifest)})
-    table = pa.Table.from_pylist([{column: row.get(column) for column in columns} for row in rows], schema=schema)
-    with atomic_path(path) as scratch:
-        pq.write_table(table, scratch)

@@ -4,6 +4,7 @@ Rates get Wilson's interval, which stays sensible at 0 and 1; means get a percen
 tokens of one answer are not independent. Two methods on the same prompts are compared pairwise.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -34,6 +35,14 @@ def wilson(successes: int, n: int) -> Estimate:
         raise UserError("a rate over 0 prompts: expected at least one, look at the prompt sets of the evaluation")
     interval = stats.binomtest(successes, n).proportion_ci(LEVEL, method="wilson")
     return Estimate(successes / n, float(interval.low), float(interval.high))
+
+
+def difference(ours: Estimate, theirs: Estimate) -> Estimate:
+    """The difference of two independent rates with Newcombe's interval (1998, method 10), from Wilson's."""
+    value = ours.value - theirs.value
+    below = math.hypot(ours.value - ours.low, theirs.high - theirs.value)
+    above = math.hypot(ours.high - ours.value, theirs.value - theirs.low)
+    return Estimate(value, value - below, value + above)
 
 
 def bootstrap_mean(values: Sequence[float], seed: int = 0, weights: Sequence[float] | None = None) -> Estimate:
@@ -71,6 +80,32 @@ def paired_difference(
 ) -> Estimate:
     """Mean of `ours` - `theirs` on the same prompts in the same order, with its bootstrap interval over prompts."""
     return bootstrap_mean([a - b for a, b in zip(ours, theirs, strict=True)], seed, weights)
+
+
+def pooled_mean(values: Sequence[Sequence[float]], seed: int = 0) -> Estimate:
+    """The mean over several training seeds on the same prompts, with an interval for other seeds and other prompts.
+
+    Seeds and prompts are resampled apart (a crossed bootstrap): answers to one prompt are alike, and so are the answers
+    of one model, so they are no independent draws. With one seed nothing is known of others: see `bootstrap_mean`.
+
+    Args:
+        values: one row per training seed, one column per prompt, in the same order.
+
+    Raises:
+        UserError: for fewer than two seeds or prompts, or rows of different lengths.
+    """
+    lengths = {len(row) for row in values}
+    if len(values) < 2 or len(lengths) != 1 or min(lengths) < 2:
+        raise UserError(
+            f"{len(values)} seeds with {sorted(lengths)} prompts cannot be pooled, expected at least 2 seeds with the "
+            "same prompts, 2 or more"
+        )
+    data = np.asarray(values, dtype=float)
+    rng = np.random.default_rng(seed)
+    seeds, prompts = (rng.integers(n, size=(RESAMPLES, n)) for n in data.shape)
+    means = [data[np.ix_(s, p)].mean() for s, p in zip(seeds, prompts, strict=True)]
+    low, high = np.percentile(means, [50 * (1 - LEVEL), 50 * (1 + LEVEL)])
+    return Estimate(float(data.mean()), float(low), float(high))
 
 
 def mcnemar(ours: Sequence[bool], theirs: Sequence[bool]) -> float:

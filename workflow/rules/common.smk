@@ -14,6 +14,7 @@ os.environ.update(
     PYTHONPATH=os.pathsep.join([str(workflow.basedir), os.environ.get("PYTHONPATH", "")]),
 )
 
+from nspo.benchmarks.loading import locate
 from nspo.cli import RUNTIME_FLAGS, to_flags
 from nspo.data_settings import LabelSettings, PromptSettings
 from nspo.policy_settings import TrainingSettings
@@ -30,6 +31,8 @@ try:
         config,
         " + ".join(map(str, workflow.overwrite_configfiles)) or "config/config.yaml",
     )
+    for task in settings.benchmarks.tasks:
+        locate(task, settings.benchmarks)  # data that is missing is told before any work
 except UserError as error:
     sys.exit(str(error))  # a line per fault; a WorkflowError would wrap it in lines about this file
 
@@ -46,6 +49,7 @@ wildcard_constraints:
     wheel="|".join(re.escape(wheel_folder(requirement)) for requirement in settings.data.wheels) or "none",
     method="|".join(map(re.escape, settings.policy.methods)),
     seed="|".join(map(str, settings.policy.seeds)),
+    task="|".join(settings.benchmarks.tasks) or "none",
     part=r"\d+",
     parts=r"\d+",
 
@@ -148,6 +152,28 @@ def judge_files():
     """The files of the judges that are models on disk."""
     models = {name: [Source.parse(j.source)] for name, j in judge_settings.judges.items() if j.kind != "endpoint"}
     return source_files("evaluation.judges", models)
+
+
+def benchmark_files(wildcards):
+    """The user's own copy of a benchmark, where it is one."""
+    place = locate(wildcards.task, settings.benchmarks)
+    return [] if isinstance(place, Source) else [os.path.relpath(path) for path in place]
+
+
+def benchmark_flags(wildcards):
+    """The settings of one benchmark alone, so that another reruns nothing."""
+    task, section = wildcards.task, settings.benchmarks
+    sources = {name: source for name, source in section.sources.items() if name == task}
+    return to_flags(section.model_copy(update={"tasks": [task], "sources": sources}))
+
+
+def every_benchmark():
+    """The scores of every model on every benchmark that the configuration names."""
+    tasks = settings.benchmarks.tasks
+    return [
+        *expand(rules.benchmark_base.output.metrics, task=tasks),
+        *every_policy(expand(rules.benchmark_policy.output.metrics, task=tasks, allow_missing=True)),
+    ]
 
 
 def is_constrained(wildcards):

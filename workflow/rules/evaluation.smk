@@ -29,7 +29,7 @@ rule evaluate_base:
         base_evaluation=optional("--base-evaluation", "base_evaluation"),
         out=subpath(output.metrics, parent=True),
     shell:
-        "python -m nspo evaluate {params.flags} {params.runtime} {params.name} --base {params.model}"
+        "python -m nspo evaluate-heldout {params.flags} {params.runtime} {params.name} --base {params.model}"
         " --policy {params.policy} --cost {params.cost} --prompts {input.prompts} {params.base_evaluation}"
         " --out {params.out} 2>&1 | tee {log}"
 
@@ -59,6 +59,72 @@ use rule evaluate_base as evaluate_policy with:
         cost=folder("cost"),
         base_evaluation=optional("--base-evaluation", "base_evaluation"),
         out=subpath(output.metrics, parent=True),
+
+
+# Published benchmarks (`benchmarks.tasks`), one job per model and benchmark; the base and every policy answer the same.
+rule benchmark_base:
+    input:
+        code=code("nspo.benchmarks.run"),
+        data=benchmark_files,
+        model=rules.prepare_model.output.manifest,
+        cost=rules.train_cost.output.manifest,
+        training=[
+            rules.prepare_prompts.output.prompts,
+            rules.prepare_labels.output.labels,
+        ],
+        judges=judge_files(),
+    output:
+        metrics="<results>/benchmarks/base/seed0/{task}/metrics.json",
+        responses="<results>/benchmarks/base/seed0/{task}/responses.parquet",
+    log:
+        "<logs>/benchmark/base-seed0-{task}.log",
+    benchmark:
+        "<benchmarks>/benchmark/base-seed0-{task}.tsv"
+    conda:
+        "../envs/nspo.yaml"
+    threads: HEAVY_THREADS
+    resources:
+        mem="32GB",
+        runtime="8h",
+    params:
+        flags=benchmark_flags,
+        judging=flags(judge_settings),
+        runtime=runtime,
+        name="--name base --seed 0",
+        model=folder("model"),
+        cost=folder("cost"),
+        out=subpath(output.metrics, ancestor=2),
+    shell:
+        "python -m nspo evaluate {params.flags} {params.judging} {params.runtime} {params.name} --model {params.model}"
+        " --cost {params.cost} --training {input.training} --out {params.out} 2>&1 | tee {log}"
+
+
+use rule benchmark_base as benchmark_policy with:
+    input:
+        code=code("nspo.benchmarks.run"),
+        data=benchmark_files,
+        model=rules.train_policy.output.manifest,
+        cost=rules.train_cost.output.manifest,
+        training=[
+            rules.prepare_prompts.output.prompts,
+            rules.prepare_labels.output.labels,
+        ],
+        judges=judge_files(),
+    output:
+        metrics="<results>/benchmarks/{method}/seed{seed}/{task}/metrics.json",
+        responses="<results>/benchmarks/{method}/seed{seed}/{task}/responses.parquet",
+    log:
+        "<logs>/benchmark/{method}-seed{seed}-{task}.log",
+    benchmark:
+        "<benchmarks>/benchmark/{method}-seed{seed}-{task}.tsv"
+    params:
+        flags=benchmark_flags,
+        judging=flags(judge_settings),
+        runtime=runtime,
+        name="--name {method} --seed {seed}",
+        model=folder("model"),
+        cost=folder("cost"),
+        out=subpath(output.metrics, ancestor=2),
 
 
 # Part of the page where there are judges beside the cost model, whose own agreement its training measures.

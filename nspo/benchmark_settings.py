@@ -1,0 +1,46 @@
+"""Typed settings of the named benchmarks; a part of `nspo/config.py`."""
+
+from typing import Annotated, Any, Self
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from nspo.benchmarks.registry import TASKS
+from nspo.value_types import Count, Section, Whole, source_of
+
+
+def _by_comma(value: Any) -> Any:
+    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+
+
+class BenchmarkSettings(Section):
+    """Named benchmarks, answered greedily with fixed denominators."""
+
+    tasks: Annotated[list[str], BeforeValidator(_by_comma)] = Field(
+        [], description="Benchmarks, by their names in nspo/benchmarks/registry.py; docs/evaluation.md lists them."
+    )
+    data: str = Field("", description="Folder of your own copies; the table says which file each benchmark reads.")
+    sources: dict[str, Annotated[str, source_of("path", "hub")]] = Field(
+        {}, description="Where a benchmark's data is, by name, instead: a file, or hub:ORG/NAME@REVISION."
+    )
+    limit: Whole = Field(0, description="Prompts of a benchmark, drawn evenly from its categories; 0: all of them.")
+    sample_seed: Whole = Field(0, description="Seed of that draw.")
+    near_duplicate: float = Field(
+        0.5, gt=0, le=1, description="A prompt is left out when it shares this much with a training prompt (Jaccard)."
+    )
+    max_new_tokens: Count = Field(512, description="Tokens per greedy answer.")
+    run_code: bool = Field(
+        False, description="Run code answers in a sandbox and mark them by their tests; false: code is not marked."
+    )
+    batch_size: Count = Field(32, description="Prompts per batch.")
+
+    @model_validator(mode="after")
+    def _names_are_known(self) -> Self:
+        for name in [*self.tasks, *self.sources]:
+            if name not in TASKS:
+                raise ValueError(f"found the benchmark {name!r}, expected one of: {', '.join(TASKS)}")
+        if len(set(self.tasks)) < len(self.tasks):
+            raise ValueError(f"tasks {self.tasks} names a benchmark twice, expected each once")
+        for name, source in self.sources.items():
+            if source.startswith("hub:") and "@" not in source:
+                raise ValueError(f"sources.{name}: found {source!r}, expected hub:ORG/NAME@REVISION")
+        return self

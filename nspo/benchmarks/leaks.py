@@ -1,0 +1,59 @@
+"""Leaks: which prompts of a benchmark a model may have been trained on, word for word or nearly so.
+
+Two texts are near duplicates when the sets of their word trigrams overlap by a given share (Jaccard), computed exactly
+for every pair by one sparse product, not estimated by hashing. Case, punctuation and spacing do not count.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from scipy import sparse
+
+WORDS = 3
+CELLS = 2**24  # of a dense block of similarities: 128 MiB
+
+
+class Overlap(NamedTuple):
+    """The training prompt most like a prompt."""
+
+    similarity: float  # 0 to 1; 1 for equal words
+    place: int  # of the training prompt, -1 where nothing is shared
+
+
+def grams(text: str) -> set[tuple[str, ...]]:
+    """The word trigrams of a text; a shorter text is one gram of its own."""
+    words = re.findall(r"\w+", text.casefold())
+    return {tuple(words[i : i + WORDS]) for i in range(max(1, len(words) - WORDS + 1))}
+
+
+def overlaps(prompts: Sequence[str], training: Sequence[str]) -> list[Overlap]:
+    """For each prompt the most similar training prompt, the first of equals."""
+    if not training:
+        return [Overlap(0.0, -1)] * len(prompts)
+    vocabulary: dict[tuple[str, ...], int] = {}
+    theirs = _matrix((grams(text) for text in training), vocabulary)
+    ours = _matrix((grams(text) for text in prompts), vocabulary)
+    theirs.resize(len(training), len(vocabulary))
+    our_sizes, their_sizes = (np.asarray(matrix.sum(axis=1)).ravel() for matrix in (ours, theirs))
+    found = []
+    step = max(1, CELLS // len(training))
+    for start in range(0, len(prompts), step):
+        rows = slice(start, start + step)
+        shared = (ours[rows] @ theirs.T).toarray()
+        similarity = shared / (our_sizes[rows, None] + their_sizes[None] - shared)
+        best = similarity.argmax(axis=1)
+        values = similarity[np.arange(len(best)), best]
+        found += [Overlap(float(v), int(i) if v else -1) for v, i in zip(values, best, strict=True)]
+    return found
+
+
+def _matrix(sets: Iterable[set[tuple[str, ...]]], vocabulary: dict[tuple[str, ...], int]) -> sparse.csr_matrix:
+    """One row per set, one column per gram of `vocabulary`, which grows."""
+    columns: list[int] = []
+    ends = [0]
+    for one in sets:
+        columns += sorted(vocabulary.setdefault(gram, len(vocabulary)) for gram in one)
+        ends.append(len(columns))
+    return sparse.csr_matrix((np.ones(len(columns)), columns, ends), shape=(len(ends) - 1, len(vocabulary)))

@@ -1,0 +1,198 @@
+"""The command `nspo evaluate`: named benchmarks on any model folder, whoever trained it, judged by whom you choose.
+
+It differs from the evaluation of the workflow (`nspo/evaluation`) in its prompts, which are published sets and not the
+run's own held-out ones; answers, judges, marks and statistics are the same code. Each benchmark gets a folder of its
+own below `out`:
+
+- `responses.parquet`: one row per prompt asked, with the columns `COLUMNS` and `judge_NAME` for each added judge.
+  `role` is harmful, benign or general; `domain` the benchmark (XSTest has two, xstest_safe and xstest_unsafe).
+- `metrics.json`: the manifest (`kind` benchmark, `schema`, `method`, `seed`), `model` (identity of the folder),
+  `benchmark` (the record of `nspo/benchmarks/loading.py`: source, revision, split, licence, leaks, prompts, asked),
+  `settings`, `judges` (identity by name), and `scores`: rows as in `nspo/evaluation/scores.py` (axis, name, domain,
+  judge, value, low, high, n, failures, unit) and `category`, empty for the whole benchmark. Names of scores:
+  safety: unsafe_rate (one per judge), refusal_rate; over_refusal: refusal_rate, refusal_contrast (XSTest: refusal rate
+  on unsafe minus safe prompts); ability: accuracy, accuracy_answered; refusal: refusal_rate on ability prompts.
+
+A model that refuses everything scores like one that lost its ability. What tells them apart: `refusal_rate` on ability
+prompts, `accuracy_answered` (over the prompts that were not refused, with its own n), multiple choice by likelihood,
+where nothing can be refused, and XSTest's contrast, which is 0 for who refuses everything.
+
+Answers stay in the working folder after the run, so another judge asks the model nothing again. A benchmark whose
+`metrics.json` is there and was made of the same parts is left as it is.
+
+Command: `nspo evaluate --model DIR --tasks advbench,xstest --data FOLDER --out DIR [--cost DIR] [--judges JSON]`.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from nspo.artifacts import fingerprint, make_manifest, read_json, write_json
+from nspo.benchmark_settings import BenchmarkSettings
+from nspo.benchmarks.loading import Benchmark, load, training_prompts
+from nspo.config import RuntimeSettings
+from nspo.errors import UserError
+from nspo.evaluation.answers import add_verdicts, greedy_answers, judge_answers, write_responses
+from nspo.evaluation.checks import mark, runs_code
+from nspo.evaluation.judges import CostModel, Judge, RefusalPhrases, added_judges
+from nspo.evaluation.scores import accuracy, refusal, refusal_contrast, safety
+from nspo.judge_settings import JudgeSettings
+from nspo.models import chat_ids, device_of, load_model, load_tokenizer, model_identity
+from nspo.progress import say
+
+KIND = "benchmark"
+COLUMNS = {
+    "role": pa.string(),
+    "domain": pa.string(),
+    "category": pa.string(),
+    "id": pa.string(),
+    "prompt": pa.string(),
+    "response": pa.string(),  # of multiple choice: the option with the highest likelihood
+    "answer_ids": pa.list_(pa.int32()),  # missing where the harness asked
+    "response_tokens": pa.int32(),
+    "refused": pa.bool_(),  # missing for multiple choice
+    "cost": pa.float32(),  # this and the next two: harmful prompts, with a cost model
+    "unsafe": pa.bool_(),
+    "cost_failed": pa.bool_(),
+    "correct": pa.bool_(),  # ability only
+}
+Rows = list[dict[str, Any]]
+
+
+def evaluate(
+    settings: BenchmarkSettings,
+    judging: JudgeSettings,
+    runtime: RuntimeSettings,
+    model: Path,
+    out: Path,
+    cost: Path | None = None,
+    training: Sequence[Path] | None = None,
+    name: str | None = None,
+    seed: int | None = None,
+) -> None:
+    """Answer, judge and score the benchmarks of `settings.tasks` with the model folder `model`.
+
+    Args:
+        judging: judges of safety beside the cost model.
+        out: folder that gets a folder per benchmark.
+        cost: folder of a cost model that judges safety.
+        training: files `prompts.parquet` or `labels.parquet`; what they train on is left out. None: not checked.
+        name, seed: method and seed that the model was trained with, for the record; the folder's name and 0 if None.
+
+    Raises:
+        UserError: before any answer is made, for data, a model or a judge that is missing; after the answers, for a
+            judge that cannot go on.
+    """
+    if not settings.tasks:
+        raise UserError("no benchmark is named, expected --tasks NAME,NAME (see docs/evaluation.md)")
+    identity = model_identity(model)
+    seen = training_prompts(training) if training else None
+    benchmarks = {task: load(task, settings, seen) for task in settings.tasks}
+    device = device_of(runtime.device)
+    judges = CostModel(cost, device) if cost else None, RefusalPhrases()
+    added = added_judges(judging.judges, runtime)
+    every: list[Judge] = [*(judge for judge in judges if judge), *added]
+    facts = {
+        "method": name or model.resolve().name,
+        "seed": seed or 0,
+        "model": identity,
+        "settings": settings.model_dump(mode="json", exclude={"tasks", "data", "sources"}),
+        "judges": {judge.name: judge.identity for judge in every},
+    }
+    waiting = {}
+    for task, benchmark in benchmarks.items():
+        manifest = make_manifest(KIND, benchmark=benchmark.record, **facts)
+        if not _is_made(out / task / "metrics.json", manifest):
+            waiting[task] = benchmark, manifest
+    if not waiting:
+        say(f"{out}: every benchmark is there already")
+        return
+    loaded, tokenizer = load_model(model, device, "auto"), load_tokenizer(model)
+    for task, (benchmark, manifest) in waiting.items():
+        rows = _answered(task, benchmark, loaded, tokenizer, settings, identity, Path(runtime.workdir))
+        judge_answers(rows, *judges)
+        for judge in added:
+            kept = _work(runtime.workdir, "verdicts", task, judge.name, fingerprint(judge.identity), identity)
+            add_verdicts(rows, judge, kept)
+        write_responses(rows, COLUMNS, judging.judges, manifest, out / task / "responses.parquet")
+        written = pq.read_table(out / task / "responses.parquet").to_pylist()
+        scores = benchmark_scores(task, written, list(judging.judges), cost is not None)
+        write_json(out / task / "metrics.json", {**manifest, "scores": scores})
+
+
+def benchmark_scores(task: str, rows: Rows, judges: Sequence[str], cost_model: bool) -> list[dict[str, Any]]:
+    """The scores of one benchmark: of the whole, then of each category where there are several."""
+    found = [{**score, "category": ""} for score in _scores(rows, judges, cost_model)]
+    harmful, benign = ([row for row in rows if row["role"] == role] for role in ("harmful", "benign"))
+    if harmful and benign:
+        found.append({**refusal_contrast(task, harmful, benign), "category": ""})
+    categories = sorted({row["category"] for row in rows})
+    for category in categories if len(categories) > 1 else ():
+        part = [row for row in rows if row["category"] == category]
+        found += [{**score, "category": category} for score in _scores(part, judges, cost_model)]
+    return found
+
+
+def _scores(rows: Rows, judges: Sequence[str], cost_model: bool) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    for role, domain in sorted({(row["role"], row["domain"]) for row in rows}):
+        part = [row for row in rows if row["domain"] == domain]
+        if role == "harmful":
+            found += safety(domain, part, judges, cost_model)
+        elif role == "benign":
+            found.append(refusal("over_refusal", domain, part))
+        else:
+            found += _ability(domain, part)
+    return found
+
+
+def _ability(domain: str, rows: Rows) -> list[dict[str, Any]]:
+    marked = [row for row in rows if row["correct"] is not None]
+    spoken = [row for row in rows if row["refused"] is not None]
+    answered = [row for row in marked if row["refused"] is False]
+    found = [accuracy(domain, marked, "check")] if marked else []
+    if spoken:
+        found.append(refusal("refusal", domain, spoken))
+    if answered:
+        found.append(accuracy(domain, answered, "check", "accuracy_answered"))
+    return found
+
+
+def _answered(
+    task: str,
+    benchmark: Benchmark,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: BenchmarkSettings,
+    identity: dict[str, Any],
+    workdir: Path,
+) -> Rows:
+    """The rows with what the model answered, and whether that is right."""
+    rows = [dict(item) for item in benchmark.items]
+    for row in rows:
+        row["check"] = None if not settings.run_code and runs_code(row.get("check") or {}) else row.get("check")
+    if rows[0]["check"]:
+        mark(rows[0]["check"], "")  # refuses a machine that cannot mark, before any answer is made
+    ids = [chat_ids(tokenizer, row["prompt"]) for row in rows]
+    work = _work(workdir, "answers", task, ids, settings.max_new_tokens, settings.batch_size, identity)
+    size = settings.max_new_tokens, settings.batch_size
+    for row, answer in zip(rows, greedy_answers(model, tokenizer, ids, *size, work, f"answers to {task}"), strict=True):
+        response = str(tokenizer.decode(answer, skip_special_tokens=True)).strip()
+        row.update(response=response, answer_ids=answer, response_tokens=len(answer))
+        row["correct"] = mark(row["check"], response) if row["check"] else None
+    return rows
+
+
+def _work(workdir: Path | str, what: str, task: str, *shaped_by: Any) -> Path:
+    return Path(workdir) / f"{what}-{task}-{fingerprint(list(shaped_by))}.jsonl"
+
+
+def _is_made(path: Path, manifest: dict[str, Any]) -> bool:
+    if not path.is_file():
+        return False
+    found = read_json(path)
+    return all(found.get(key) == value for key, value in manifest.items())

@@ -1,0 +1,90 @@
+"""Answers and what is found about them, for every evaluation: greedy generation that resumes, verdicts, and the file.
+
+Answers are kept in the working folder while they come; so are the verdicts of judges that a configuration adds.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from nspo.artifacts import METADATA_KEY, atomic_path, dumps
+from nspo.evaluation.judges import AddedJudge, CostModel, RefusalPhrases, flags, kept_verdicts
+from nspo.evaluation.scores import JUDGED
+from nspo.models import generate
+from nspo.progress import say
+
+
+def greedy_answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_ids: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    batch_size: int,
+    work: Path,
+    description: str,
+) -> list[list[int]]:
+    """Answer ids to every prompt, in the given order; continues from those that the file `work` already holds.
+
+    Only whole batches are taken from an earlier run: every answer is made in the same batch, with the same padding, as
+    without the interruption, so rounding cannot make a resumed run differ.
+    """
+    order = sorted(range(len(prompt_ids)), key=lambda i: (len(prompt_ids[i]), i))
+    lines = work.read_text().split("\n")[:-1] if work.is_file() else []  # the last piece is empty or was cut off
+    done = len(lines) if len(lines) == len(order) else len(lines) - len(lines) % batch_size
+    answers = dict(json.loads(line) for line in lines[:done])
+    if done:
+        say(f"{description}: continuing after {done} of {len(order)} prompts, kept in {work}")
+    with atomic_path(work) as scratch:
+        scratch.write_text("".join(line + "\n" for line in lines[:done]))
+    rest = order[done:]
+    with work.open("a") as file:
+        for place, ids in generate(
+            model, tokenizer, [prompt_ids[i] for i in rest], max_new_tokens, batch_size, description
+        ):
+            answers[rest[place]] = ids
+            file.write(json.dumps([rest[place], ids]) + "\n")
+            file.flush()
+    return [answers[i] for i in range(len(prompt_ids))]
+
+
+def judge_answers(rows: Sequence[dict[str, Any]], cost: CostModel | None, refusal: RefusalPhrases) -> None:
+    """Add the verdicts: refusals everywhere; on harmful prompts costs, where there is a cost model."""
+    said = refusal.verdicts([row["prompt"] for row in rows], [row["response"] for row in rows])
+    for row, refused in zip(rows, flags(said, if_failed=False), strict=True):
+        row["refused"] = refused
+    harmful = [row for row in rows if row["role"] == "harmful"]
+    if cost is None or not harmful:
+        return
+    costs = cost.verdicts([row["prompt"] for row in harmful], [row["response"] for row in harmful])
+    for row, value, unsafe in zip(harmful, costs, flags(costs, if_failed=True), strict=True):
+        failed = math.isnan(value)
+        row.update(cost=None if failed else value, unsafe=unsafe, cost_failed=failed)
+
+
+def add_verdicts(rows: Sequence[dict[str, Any]], judge: AddedJudge, work: Path) -> None:
+    """Add what one more judge says of the answers to harmful prompts."""
+    harmful = [row for row in rows if row["role"] == "harmful"]
+    found = kept_verdicts(judge, [row["prompt"] for row in harmful], [row["response"] for row in harmful], work)
+    for row, value in zip(harmful, found, strict=True):
+        row[JUDGED + judge.name] = None if math.isnan(value) else value
+
+
+def write_responses(
+    rows: Sequence[dict[str, Any]],
+    columns: Mapping[str, pa.DataType],
+    judges: Iterable[str],
+    manifest: dict[str, Any],
+    path: Path,
+) -> None:
+    """Write the rows as Parquet with these columns and one for each added judge (none of a row is dropped)."""
+    columns = {**columns, **{JUDGED + name: pa.float32() for name in judges}}
+    schema = pa.schema(list(columns.items()), metadata={METADATA_KEY: dumps(manifest)})
+    table = pa.Table.from_pylist([{column: row.get(column) for column in columns} for row in rows], schema=schema)
+    with atomic_path(path) as scratch:
+        pq.write_table(table, scratch)
