@@ -1,4 +1,4 @@
-"""Loading models and tokenizers, the chat format, and greedy generation: one way for every stage.
+"""Loading models and tokenizers, the chat format, and generation: one way for every stage.
 
 The chat template is applied once and tokenised without special tokens (the authors' release added a second BOS and used
 no template for K). Weights are loaded in fp32: updates at a learning rate of 1e-6 vanish in bf16. Remote code is never
@@ -156,8 +156,12 @@ def generate(
     max_new_tokens: int,
     batch_size: int,
     description: str,
+    temperature: float = 0.0,
 ) -> Iterator[tuple[int, list[int]]]:
-    """Greedy answers to tokenised prompts, batched by length; shows progress under `description`.
+    """Answers to tokenised prompts, batched by length; shows progress under `description`.
+
+    Args:
+        temperature: of plain sampling from torch's generator; 0 is greedy.
 
     Yields:
         (index into `prompts`, answer ids up to and including the first stop token), in order of prompt length.
@@ -173,10 +177,10 @@ def generate(
                 input_ids=ids,
                 attention_mask=mask,
                 max_new_tokens=max_new_tokens,
-                do_sample=False,
-                temperature=None,
+                do_sample=temperature > 0,
+                temperature=temperature or None,
                 top_p=None,
-                top_k=None,
+                top_k=0 if temperature > 0 else None,
                 eos_token_id=stops,
                 pad_token_id=tokenizer.pad_token_id,
             )

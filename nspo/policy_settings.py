@@ -16,7 +16,14 @@ Objective = Literal[
     "release",
     "nspo_lagrangian",
     "grpo_lagrangian",
+    "dpo",
+    "bfpo",
+    "wdoor",
+    "nspo_dpo",
+    "nspo_bfpo",
+    "nspo_wdoor",
 ]
+Preference = Literal["dpo", "bfpo", "wdoor"]
 Constrains = Literal["exact", "random", "gradient", "mlp"]
 CONSTRAINTS: dict[Objective, Constrains] = {
     "nspo": "exact",
@@ -24,8 +31,20 @@ CONSTRAINTS: dict[Objective, Constrains] = {
     "gradient_only": "gradient",
     "release": "mlp",
     "nspo_lagrangian": "exact",
+    "nspo_dpo": "exact",
+    "nspo_bfpo": "exact",
+    "nspo_wdoor": "exact",
+}
+PREFERENCES: dict[Objective, Preference] = {
+    "dpo": "dpo",
+    "bfpo": "bfpo",
+    "wdoor": "wdoor",
+    "nspo_dpo": "dpo",
+    "nspo_bfpo": "bfpo",
+    "nspo_wdoor": "wdoor",
 }
 MULTIPLIER_KEYS = ("cost_limit", "multiplier_init", "multiplier_lr", "multiplier_max")
+WDOOR_KEYS = ("token_temperature", "safety_share", "guide")
 
 
 class MethodSettings(Section):
@@ -47,13 +66,28 @@ class MethodSettings(Section):
     cost_limit: float = Field(
         0.0,
         description="The mean cost of all answers that a Lagrangian objective allows; answers above 0 are harmful. "
-        "This and the keys below are for nspo_lagrangian and grpo_lagrangian only.",
+        "This and the multiplier's keys are for nspo_lagrangian and grpo_lagrangian only.",
     )
     multiplier_init: PositiveFloat = Field(1.0, description="The multiplier of the cost at the start.")
     multiplier_lr: PositiveFloat = Field(
         0.1, description="How fast the logarithm of the multiplier follows the mean cost, once per rollout."
     )
     multiplier_max: PositiveFloat = Field(5.0, description="The largest multiplier; reaching it is reported.")
+    beta: PositiveFloat = Field(
+        0.1,
+        description="How closely dpo, bfpo and wdoor, with or without nspo_ before them, hold to the base model.",
+    )
+    token_temperature: PositiveFloat = Field(
+        1.0,
+        description="How evenly the tokens of a safe answer count; lower stresses those that decide a refusal. This "
+        "and the keys below are for wdoor and nspo_wdoor only.",
+    )
+    safety_share: float = Field(
+        0.2, gt=0, lt=1, description="Weight of the loss on harmful prompts; the rest keeps answers to benign ones."
+    )
+    guide: str = Field(
+        "dpo", description="The method, of objective dpo or nspo_dpo, whose policy says how much each token counts."
+    )
 
     @property
     def constraint(self) -> Constrains | None:
@@ -80,9 +114,14 @@ class MethodSettings(Section):
         return self.objective.endswith("_lagrangian")
 
     @property
+    def preference(self) -> Preference | None:
+        """The loss on pairs of answers that the method trains with; None: it trains on rollouts of its own."""
+        return PREFERENCES.get(self.objective)
+
+    @property
     def twin(self) -> Objective:
         """The objective that this one is compared with: the same without the constraint and without KL."""
-        return "grpo_lagrangian" if self.lagrangian else "grpo_no_kl"
+        return "grpo_lagrangian" if self.lagrangian else self.preference or "grpo_no_kl"
 
     @model_validator(mode="after")
     def _kl_fits_objective(self) -> Self:
@@ -94,13 +133,19 @@ class MethodSettings(Section):
         return self
 
     @model_validator(mode="after")
-    def _multiplier_fits_objective(self) -> Self:
-        changed = [key for key in MULTIPLIER_KEYS if getattr(self, key) != type(self).model_fields[key].default]
-        if changed and not self.lagrangian:
-            raise ValueError(
-                f"{changed[0]} is {getattr(self, changed[0])} for objective {self.objective!r}: only nspo_lagrangian "
-                "and grpo_lagrangian have a multiplier, leave the key out"
-            )
+    def _keys_fit_objective(self) -> Self:
+        owners = (
+            (MULTIPLIER_KEYS, self.lagrangian, "nspo_lagrangian and grpo_lagrangian have a multiplier"),
+            (("beta",), self.preference is not None, "the preference objectives (dpo, bfpo, wdoor) have it"),
+            (WDOOR_KEYS, self.preference == "wdoor", "wdoor and nspo_wdoor weigh tokens"),
+        )
+        for keys, fits, who in owners:
+            changed = [key for key in keys if getattr(self, key) != type(self).model_fields[key].default]
+            if changed and not fits:
+                raise ValueError(
+                    f"{changed[0]} is {getattr(self, changed[0])} for objective {self.objective!r}: only {who}, leave "
+                    "the key out"
+                )
         if self.multiplier_init > self.multiplier_max:
             raise ValueError(
                 f"multiplier_init ({self.multiplier_init}) is above multiplier_max ({self.multiplier_max}): lower it"
@@ -160,6 +205,11 @@ class TrainingSettings(RolloutSettings):
         """Optimizer updates per rollout step."""
         return self.prompts_per_step * self.group_size // self.minibatch_size
 
+    @property
+    def pairs_per_update(self) -> int:
+        """Pairs of answers that a preference objective learns from in an update: one where others see a group."""
+        return self.minibatch_size // self.group_size
+
     @model_validator(mode="after")
     def _sizes_divide(self) -> Self:
         rollouts = self.prompts_per_step * self.group_size
@@ -198,6 +248,17 @@ class PolicySettings(TrainingSettings):
     def _runs_differ(self) -> Self:
         if twice := [seed for seed in self.seeds if self.seeds.count(seed) > 1]:
             raise ValueError(f"seeds: found {twice[0]} twice, expected each seed once")
+        return self
+
+    @model_validator(mode="after")
+    def _guides_are_trained(self) -> Self:
+        for name, method in self.methods.items():
+            guide = self.methods.get(method.guide)
+            if method.preference == "wdoor" and (guide is None or guide.preference != "dpo"):
+                raise ValueError(
+                    f"methods.{name}: found the guide {method.guide!r}, expected the name of a method with objective "
+                    "dpo or nspo_dpo, which is trained first: add one, or name it as the guide"
+                )
         return self
 
     @model_validator(mode="after")

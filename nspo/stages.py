@@ -22,7 +22,7 @@ from nspo.config import (
 )
 from nspo.data_settings import LabelSettings, PromptSettings
 from nspo.judge_settings import JudgeSettings
-from nspo.policy_settings import MethodSettings, TrainingSettings
+from nspo.policy_settings import MethodSettings, RolloutSettings, TrainingSettings
 from nspo.sources import Source
 from nspo.value_types import Section
 
@@ -128,6 +128,12 @@ STAGES = {
             "out": OUT_FOLDER,
         },
     ),
+    "sample-pairs": Stage(
+        "nspo.policy.pairs:sample_pairs",
+        "sample answers of the base model and pair the best with the worst, for the preference objectives",
+        {"rollouts": RolloutSettings, "runtime": RuntimeSettings},
+        {"seed": SEED, "model": MODEL, "reward": REWARD, "cost": COST, "prompts": PROMPTS, "out": OUT_FILE},
+    ),
     "train-policy": Stage(
         "nspo.policy.training:train_policy",
         "train one policy with one method and seed",
@@ -141,6 +147,8 @@ STAGES = {
             "reward": REWARD,
             "cost": COST,
             "prompts": PROMPTS,
+            "pairs": Argument("pairs.parquet, for the preference objectives", required=False),
+            "guide_policy": Argument("folder of the policy that weighs tokens, for wdoor", required=False),
             "out": OUT_FOLDER,
         },
     ),

@@ -129,9 +129,13 @@ def test_one_table_says_what_is_constrained() -> None:
     kl = {"grpo": 0.1}
     methods = {o: MethodSettings(objective=o, learning_rate=1.0, kl=kl.get(o, 0.0)) for o in get_args(Objective)}
     assert {name for name, method in methods.items() if method.needs_bases} == set(CONSTRAINTS)
-    assert {name for name, method in methods.items() if method.constrained} == {"nspo", "nspo_lagrangian"}
+    constrained = {"nspo", "nspo_lagrangian", "nspo_dpo", "nspo_bfpo", "nspo_wdoor"}
+    assert {name for name, method in methods.items() if method.constrained} == constrained
     assert {name for name, method in methods.items() if method.lagrangian} == {"nspo_lagrangian", "grpo_lagrangian"}
-    assert {name for name, method in methods.items() if method.twin == name} == {"grpo_no_kl", "grpo_lagrangian"}
+    free = {"grpo_no_kl", "grpo_lagrangian", "dpo", "bfpo", "wdoor"}
+    assert {name for name, method in methods.items() if method.twin == name} == free
+    for name in ("dpo", "bfpo", "wdoor"):
+        assert (methods[f"nspo_{name}"].twin, methods[f"nspo_{name}"].preference) == (name, name)
 
 
 def test_conda_environment_follows_the_lock() -> None:

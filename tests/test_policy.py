@@ -9,7 +9,7 @@ import shutil
 import signal
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -35,7 +35,7 @@ from nspo.policy.lagrangian import LagrangianReward
 from nspo.policy.rewards import SafetyReward, safety_reward
 from nspo.policy.rollouts import rollout_prompts
 from nspo.policy.training import last_checkpoint, train_policy
-from nspo.policy_settings import MethodSettings, TrainingSettings
+from nspo.policy_settings import MethodSettings, Objective, TrainingSettings
 from nspo.preference import train_preference
 from nspo.prompts import PROMPT_COLUMNS
 from nspo.sites import find_sites
@@ -67,7 +67,8 @@ METHODS = {
     "grpo": MethodSettings(objective="grpo", learning_rate=1e-2, kl=0.04),
     **{
         name: MethodSettings(objective=name, learning_rate=1e-2)
-        for name in ("random_projector", "gradient_only", "release", "nspo_lagrangian", "grpo_lagrangian")
+        for name in get_args(Objective)
+        if name not in ("nspo", "grpo_no_kl", "grpo")
     },
 }
 
@@ -157,7 +158,8 @@ def inputs(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> di
 
 def run(inputs: dict[str, Path], folder: Path, name: str, paths: Any = None, **changes: Any) -> Path:
     """Train the method `name` in `folder` with other `paths` (or `layers`) and `changes` to the settings."""
-    given = inputs | {"bases": inputs["bases"] if METHODS[name].needs_bases else None, "layers": ".*"} | (paths or {})
+    given = inputs | {"bases": inputs["bases"] if METHODS[name].needs_bases else None, "layers": ".*"}
+    given |= {"pairs": None, "guide_policy": None} | (paths or {})
     settings = TrainingSettings(**TRAINING.dump() | changes)
     runtime = RuntimeSettings(device="cpu", workdir=str(folder / "work"))
     train_policy(settings, METHODS[name], name, 0, **given, out=folder / "out", runtime=runtime)

@@ -259,14 +259,16 @@ def test_mistakes_end_before_any_work(finished: Path, sections: dict[str, dict[s
 
 
 def test_default_configuration_plans() -> None:
-    """A bare run reads config/config.yaml and plans every stage."""
+    """A bare run reads config/config.yaml and plans every stage; pairs of answers only for methods that need them."""
     command = [sys.executable, "-m", "snakemake", "--cores", "1", "--dry-run", "--forceall", "--nolock"]
     run = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
+    assert "rule train_policy" in run.stdout
+    assert "sample_pairs" not in run.stdout
 
 
 def test_bases_and_certificates_follow_the_objective(tmp_path: Path) -> None:
-    """A method trains with bases, and is certified as constrained, where its settings say so."""
+    """A method trains with bases, pairs and a guide, and is certified as constrained, where its settings say so."""
     methods = {
         name: MethodSettings(objective=name, learning_rate=1e-4, kl=0.1 if name == "grpo" else 0.0)
         for name in get_args(Objective)
@@ -281,7 +283,11 @@ def test_bases_and_certificates_follow_the_objective(tmp_path: Path) -> None:
         train = re.findall(rf"nspo train-policy .*--name {name} .*", run.stdout)
         verify = re.findall(rf'nspo verify .*"method": "{name}".*', run.stdout)
         assert [" --bases " in command for command in train] == [method.needs_bases]
+        assert [" --pairs " in command for command in train] == [method.preference is not None]
+        guided = [bool(re.search(r" --guide-policy \S+/policy/dpo/seed0 ", command)) for command in train]
+        assert guided == [method.preference == "wdoor"]
         assert [f'"constrained": {str(method.constrained).lower()}' in command for command in verify] == [True]
+    assert len(re.findall(r"nspo sample-pairs .*--seed 0 ", run.stdout)) == 1
 
 
 def test_snakemake_report(finished: Path) -> None:

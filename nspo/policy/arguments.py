@@ -26,6 +26,7 @@ def shared_arguments(
         "weight_decay": training.weight_decay,
         "max_grad_norm": training.max_grad_norm,
         "use_cpu": device.type == "cpu",
+        "gradient_checkpointing": True,
         "bf16": training.autocast == "bf16",
         "fp16": False,
         "logging_steps": 1,

@@ -10,13 +10,13 @@ from transformers import TrainerCallback
 from nspo.bases import NullSpaceBases
 from nspo.json_lines import JsonLines
 from nspo.policy.probes import Probe
-from nspo.policy.rewards import SafetyReward
 from nspo.progress import say, track
 from nspo.projection import Constraint, Mode, constrain
 
 LEAST_KEPT = 0.01  # share of the gradient's norm below which a run hardly learns, and is told so
 LOOSER_WHEN_RAISED = {"relative", "absolute", "leakage"}  # for all other rules a lower threshold protects less
 Columns = Callable[[int], dict[str, float]]  # what a callback adds to the log of an update
+Samples = Callable[[int], list[dict[str, Any]]]  # the scored answers that an update is the first to learn from
 
 
 class LoggedCallback(TrainerCallback):
@@ -113,11 +113,11 @@ FROM_PROBE = {"kl_per_token": "kl_to_base", "leakage": "leakage"}
 
 
 class LogCallback(TrainerCallback):
-    """Keep one row per optimizer step and the scored samples of each rollout."""
+    """Keep one row per optimizer step and the scored answers that it learnt from."""
 
-    def __init__(self, folder: Path, reward: SafetyReward, columns: Sequence[Columns], every: int) -> None:
+    def __init__(self, folder: Path, samples: Samples, columns: Sequence[Columns], every: int) -> None:
         self.steps, self.samples = JsonLines(folder / "training.jsonl"), JsonLines(folder / "samples.jsonl")
-        self.reward, self.columns, self.every = reward, columns, every
+        self.samples_of, self.columns, self.every = samples, columns, every
         self.progress = ExitStack()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -139,11 +139,10 @@ class LogCallback(TrainerCallback):
         for columns in self.columns:
             row |= columns(state.global_step)
         self.steps.append([{"step": state.global_step, **row}])
-        self.samples.append(self.reward.samples)
-        self.reward.samples = []
+        self.samples.append(self.samples_of(state.global_step))
         self.bar.update(1)
         if state.global_step % self.every == 0:
-            shown = ("reward", "cost", "unsafe", "helpfulness", "multiplier", "seconds")
+            shown = ("reward", "cost", "unsafe", "helpfulness", "multiplier", "margin", "accuracy", "seconds")
             say(f"step {state.global_step}: " + ", ".join(f"{k} {row[k]:.3f}" for k in shown if k in row))
 
 

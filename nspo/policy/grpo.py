@@ -4,12 +4,14 @@ The fields of TRL's trainer that shape the result are set here, not left to defa
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from nspo.policy.arguments import shared_arguments
+from nspo.policy.callbacks import LoggedCallback
 from nspo.policy.lagrangian import LagrangianReward, Multiplier, MultiplierCallback
 from nspo.policy.rewards import SafetyReward
 from nspo.policy.rollouts import rollout_prompts
@@ -21,7 +23,7 @@ class RolloutLearner:
     """Learns from answers that the policy samples as it goes.
 
     Attributes:
-        scorer: scores the answers, keeps the samples of the last rollout, owns the cost model.
+        cost: the cost model, for the probes.
         parts: callbacks that also add columns to the log.
     """
 
@@ -41,7 +43,8 @@ class RolloutLearner:
         """
         self.method, self.prompts, self.device = method, prompts, device
         self.scorer, multiplier = reward_of(training, method, cost, reward, device)
-        self.parts = [] if multiplier is None else [multiplier]
+        self.cost = self.scorer.cost
+        self.parts: list[LoggedCallback] = [] if multiplier is None else [multiplier]
 
     def trainer(
         self,
@@ -65,6 +68,11 @@ class RolloutLearner:
             processing_class=tokenizer,
             callbacks=callbacks,
         )
+
+    def samples(self, step: int) -> list[dict[str, Any]]:
+        """The scored answers of the last rollout, once."""
+        samples, self.scorer.samples = self.scorer.samples, []
+        return samples
 
 
 def reward_of(

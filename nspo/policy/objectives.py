@@ -36,15 +36,24 @@ from nspo.sites import find_sites
 MLP = "mlp"  # in the names of MLP layers, as the release tells them
 
 
+def check_given(method: MethodSettings, name: str, what: str, path: Path | None, needed: bool) -> None:
+    """Refuse an input that is missing, or given although the objective has no use for it.
+
+    Raises:
+        UserError: naming the objective and the flag.
+    """
+    if (path is not None) != needed:
+        change = f"needs {what}: give the path" if needed else f"takes no {what}: leave it out"
+        raise UserError(f"objective {method.objective!r} of method {name!r} {change} (`--{what.replace(' ', '-')}`)")
+
+
 def load_bases(method: MethodSettings, name: str, path: Path | None, model: Path) -> NullSpaceBases | None:
     """The bases of the file `path`, checked against the model folder; None for a method without constraint.
 
     Raises:
         UserError: bases missing or not asked for, or made for another model or tokenizer.
     """
-    if (path is not None) != method.needs_bases:
-        what = "needs bases: give the file" if method.needs_bases else "takes no bases: leave them out"
-        raise UserError(f"objective {method.objective!r} of method {name!r} {what} (`--bases`)")
+    check_given(method, name, "bases", path, method.needs_bases)
     if path is None:
         return None
     bases = NullSpaceBases.load(path)

@@ -1,4 +1,4 @@
-"""Train one policy: GRPO (clip 0.2) with one of the objectives of `nspo.policy.objectives`.
+"""Train one policy with one of the objectives of `nspo.policy.objectives`: GRPO (clip 0.2), or a preference loss.
 
 Differences from the authors' release: every linear layer of every block (that `activations.layers` matches) is
 constrained and all else is frozen (theirs constrains MLP layers and lets the rest train); the weights are re-anchored
@@ -30,7 +30,8 @@ from nspo.json_lines import JsonLines
 from nspo.models import device_of, load_model, load_tokenizer, model_identity
 from nspo.policy.callbacks import LogCallback, LoggedCallback, ProbeCallback
 from nspo.policy.grpo import RolloutLearner
-from nspo.policy.objectives import constraint_of, load_bases, prepare_layers
+from nspo.policy.objectives import check_given, constraint_of, load_bases, prepare_layers
+from nspo.policy.offline import PairLearner
 from nspo.policy.probes import Probe
 from nspo.policy.theory import theory
 from nspo.policy_settings import MethodSettings, TrainingSettings
@@ -48,6 +49,8 @@ def train_policy(
     reward: Path,
     cost: Path,
     prompts: Path,
+    pairs: Path | None,
+    guide_policy: Path | None,
     out: Path,
     runtime: RuntimeSettings,
 ) -> None:
@@ -56,12 +59,15 @@ def train_policy(
     Interrupted work resumes from the last checkpoint in `runtime.workdir` and says from which step.
 
     Args:
+        pairs, guide_policy: for the preference objectives, and the policy that weighs tokens for W-DOOR.
         layers: `activations.layers`. Unconstrained methods never see the bases, and so learn which layers to train.
 
     Raises:
-        UserError: bases missing or not asked for, made for another model or tokenizer, or for other layers than
-            `layers` matches; or no prompt short enough.
+        UserError: bases or pairs missing or not asked for, made for another model or tokenizer; bases for other
+            layers than `layers` matches; or no prompt short enough.
     """
+    check_given(method, name, "pairs", pairs, method.preference is not None)
+    check_given(method, name, "guide policy", guide_policy, method.preference == "wdoor")
     protected = load_bases(method, name, bases, model)
     device = device_of(runtime.device)
     identity = make_manifest(
@@ -75,6 +81,8 @@ def train_policy(
         reward=read_json(reward / MANIFEST_NAME),
         cost=read_json(cost / MANIFEST_NAME),
         prompts=fingerprint_files([prompts]),
+        pairs=fingerprint_files([pairs]) if pairs else None,
+        guide=model_identity(guide_policy) if guide_policy else None,
     )
     work = Path(runtime.workdir) / f"policy-{name}-seed{seed}-{fingerprint(identity)}"
     work.mkdir(parents=True, exist_ok=True)
@@ -84,9 +92,13 @@ def train_policy(
     policy = load_model(model, device)
     prepare_layers(policy, method, layers, protected)
     constraint = constraint_of(method, seed, protected, model)
-    learner = RolloutLearner(training, method, cost, reward, prompts, device)
+    learner: RolloutLearner | PairLearner
+    if pairs is None:
+        learner = RolloutLearner(training, method, cost, reward, prompts, device)
+    else:
+        learner = PairLearner(method, model, cost, pairs, guide_policy, device)
     count, length = training.probe_prompts, training.max_new_tokens
-    probe = Probe.load(model, tokenizer, learner.scorer.cost, prompts, count, length, device)
+    probe = Probe.load(model, tokenizer, learner.cost, prompts, count, length, device)
     updates = training.updates_per_step
     also = [constraint.leakage] if constraint is not None else []
     probes = ProbeCallback(probe, work, training.probe_every * updates, training.target_unsafe, also)
@@ -95,7 +107,7 @@ def train_policy(
         # Interrupted after its last update: a run of exactly this length has nothing left but to be written.
         training = training.model_copy(update={"steps": step_of(checkpoint) // updates})
     parts: list[LoggedCallback] = [*([] if constraint is None else [constraint]), *learner.parts]
-    log = LogCallback(work, learner.scorer, [part.columns for part in (*parts, probes)], runtime.log_every)
+    log = LogCallback(work, learner.samples, [part.columns for part in (*parts, probes)], runtime.log_every)
     trainer = learner.trainer(training, policy, tokenizer, seed, work, [*parts, log, probes])
     trainer.remove_callback(PrinterCallback)
     if checkpoint is not None:

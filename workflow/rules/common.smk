@@ -17,7 +17,7 @@ os.environ.update(
 from nspo.benchmarks.loading import locate
 from nspo.cli import RUNTIME_FLAGS, to_flags
 from nspo.data_settings import LabelSettings, PromptSettings
-from nspo.policy_settings import TrainingSettings
+from nspo.policy_settings import RolloutSettings, TrainingSettings
 from nspo.errors import UserError
 from nspo.judge_settings import JudgeSettings
 from nspo.sources import Source, wheel_folder
@@ -98,6 +98,11 @@ def optional(flag, name):
     return lambda wildcards, input: (
         " ".join([flag, *map(shlex.quote, paths)]) if (paths := _paths(input, name)) else ""
     )
+
+
+def optional_folder(flag, name):
+    """As `optional`, with the folder of the input."""
+    return lambda wildcards, input: f"{flag} {folder(name)(wildcards, input)}" if _paths(input, name) else ""
 
 
 def _paths(input, name):
@@ -190,6 +195,21 @@ def bases_parts(wildcards):
 def bases_of_method(wildcards):
     """The bases, for a method that trains with them."""
     return bases_file if settings.policy.methods[wildcards.method].needs_bases else []
+
+
+def pairs_of_method(wildcards):
+    """The pairs of answers, for a method that learns from them."""
+    if settings.policy.methods[wildcards.method].preference is None:
+        return []
+    return f"{settings.runtime.results}/pairs/seed{wildcards.seed}.parquet"
+
+
+def guide_of_method(wildcards):
+    """The manifest of the policy whose token rewards a method takes, of the same seed."""
+    method = settings.policy.methods[wildcards.method]
+    if method.preference != "wdoor":
+        return []
+    return f"{settings.runtime.results}/policy/{method.guide}/seed{wildcards.seed}/manifest.json"
 
 
 def heldout_activations(wildcards):

@@ -1,3 +1,34 @@
+# What the preference objectives learn from; all of a seed share it.
+rule sample_pairs:
+    input:
+        code=code("nspo.policy.pairs"),
+        model=rules.prepare_model.output.manifest,
+        reward=rules.train_reward.output.manifest,
+        cost=rules.train_cost.output.manifest,
+        prompts=rules.prepare_prompts.output.prompts,
+    output:
+        pairs="<results>/pairs/seed{seed}.parquet",
+    log:
+        "<logs>/sample_pairs/seed{seed}.log",
+    benchmark:
+        "<benchmarks>/sample_pairs/seed{seed}.tsv"
+    conda:
+        "../envs/nspo.yaml"
+    threads: HEAVY_THREADS
+    resources:
+        mem="64GB",
+        runtime="12h",
+    params:
+        rollouts=flags(settings.policy, RolloutSettings.model_fields),
+        runtime=runtime,
+        model=folder("model"),
+        reward=folder("reward"),
+        cost=folder("cost"),
+    shell:
+        "python -m nspo sample-pairs {params.rollouts} {params.runtime} --seed {wildcards.seed} --model {params.model}"
+        " --reward {params.reward} --cost {params.cost} --prompts {input.prompts} --out {output.pairs} 2>&1 | tee {log}"
+
+
 rule train_policy:
     input:
         code=code("nspo.policy.training"),
@@ -6,6 +37,8 @@ rule train_policy:
         cost=rules.train_cost.output.manifest,
         prompts=rules.prepare_prompts.output.prompts,
         bases=bases_of_method,
+        pairs=pairs_of_method,
+        guide=guide_of_method,
     output:
         manifest="<results>/policy/{method}/seed{seed}/manifest.json",
         settings="<results>/policy/{method}/seed{seed}/settings.json",
@@ -31,10 +64,12 @@ rule train_policy:
         reward=folder("reward"),
         cost=folder("cost"),
         bases=optional("--bases", "bases"),
+        pairs=optional("--pairs", "pairs"),
+        guide=optional_folder("--guide-policy", "guide"),
         out=subpath(output.manifest, parent=True),
     shell:
         "python -m nspo train-policy {params.training} {params.method} {params.layers} {params.runtime}"
-        " --name {wildcards.method} --seed {wildcards.seed} --model {params.model} {params.bases} --reward {params.reward} --cost {params.cost}"
+        " --name {wildcards.method} --seed {wildcards.seed} --model {params.model} {params.bases} {params.pairs} {params.guide} --reward {params.reward} --cost {params.cost}"
         " --prompts {input.prompts} --out {params.out} 2>&1 | tee {log}"
 
 
