@@ -33,6 +33,12 @@ KNOWN = {
     "random_projector": "#882255",
     "gradient_only": "#aa4499",
     "release": "#999933",
+    "dpo": "#117733",
+    "nspo_dpo": "#44aa99",
+    "bfpo": "#661100",
+    "nspo_bfpo": "#cc6677",
+    "wdoor": "#6699cc",
+    "nspo_wdoor": "#004488",
 }
 SPARE = ("#cc79a7", "#56b4e9", "#b8860b", "#7a5195")
 SEQUENCE = ("#7fbf9f", "#4fa58f", "#2f8582", "#1a5f6b", "#0c3547")  # first to last block

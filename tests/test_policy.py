@@ -158,8 +158,8 @@ def inputs(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> di
 
 def run(inputs: dict[str, Path], folder: Path, name: str, paths: Any = None, **changes: Any) -> Path:
     """Train the method `name` in `folder` with other `paths` (or `layers`) and `changes` to the settings."""
-    given = inputs | {"bases": inputs["bases"] if METHODS[name].needs_bases else None, "layers": ".*"}
-    given |= {"pairs": None, "guide_policy": None} | (paths or {})
+    given = {"pairs": None, "guide_policy": None, "layers": ".*"} | inputs
+    given |= {"bases": inputs["bases"] if METHODS[name].needs_bases else None} | (paths or {})
     settings = TrainingSettings(**TRAINING.dump() | changes)
     runtime = RuntimeSettings(device="cpu", workdir=str(folder / "work"))
     train_policy(settings, METHODS[name], name, 0, **given, out=folder / "out", runtime=runtime)

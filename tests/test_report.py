@@ -418,7 +418,7 @@ def test_the_twin_is_the_hardest_to_beat() -> None:
 
 
 def test_every_objective_has_its_place_on_the_page(tmp_path: Path) -> None:
-    """Each has a colour of its own and a row; a Lagrangian method is compared with its own twin, its multiplier drawn.
+    """Each has a colour of its own, a row, and its own twin to be compared with; a multiplier is drawn.
 
     Only what keeps to the bases is called constrained, and the verdict is about the first of these.
     """
@@ -437,9 +437,9 @@ def test_every_objective_has_its_place_on_the_page(tmp_path: Path) -> None:
     assert "Multiplier of the cost" in text
     assert "nspo_lagrangian against grpo_lagrangian" in text
     against = re.findall(r"(\w+) against (\w+), on the same prompts", text)
-    assert dict(against) == {n: "grpo_no_kl" for n in names if n not in ("grpo_no_kl", "grpo_lagrangian")} | {
-        "nspo_lagrangian": "grpo_lagrangian"
-    }
+    expected = dict.fromkeys(("nspo", "random_projector", "gradient_only", "release"), "grpo_no_kl")
+    expected |= {"nspo_lagrangian": "grpo_lagrangian", "nspo_dpo": "dpo", "nspo_bfpo": "bfpo", "nspo_wdoor": "wdoor"}
+    assert dict(against) == expected
     assert len(set(plots.colours(names).values()) | set(plots.SPARE)) == len(plots.KNOWN) + len(plots.SPARE)
     config = load_config(given["config"])
     pairs = comparison.comparisons(config, {n: [response_rows(n, TWIN)] for n in names}, comparison.measures(config))
