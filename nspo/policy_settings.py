@@ -1,10 +1,11 @@
 """Typed settings of the policy stage: objectives, shared training, the comparison; a part of `nspo/config.py`."""
 
 import re
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, PositiveFloat, model_validator
 
+from nspo.judge_settings import AnyJudge
 from nspo.value_types import MOST, Count, Section, Whole
 
 Objective = Literal[
@@ -184,6 +185,11 @@ class TrainingSettings(RolloutSettings):
         description="Answers per forward and backward pass; divides minibatch_size. The loss averages over its tokens.",
     )
     clip: float = Field(0.2, gt=0, lt=1, description="Clip range of the probability ratio.")
+    judge: Annotated[AnyJudge, Field(discriminator="kind")] | None = Field(
+        None,
+        description="Whose verdict is the reward on a harmful prompt, -1 unsafe or 0 safe, in place of the cost "
+        "model's score: endpoint, guard or classifier; config/README.md shows one.",
+    )
     weight_decay: float = Field(
         0.01, ge=0, description="AdamW decay; under the constraint it acts inside the null space only."
     )
@@ -243,6 +249,16 @@ class PolicySettings(TrainingSettings):
         description="Methods to compare, by name.",
     )
     seeds: list[Whole] = Field([0], min_length=1, description="Each method is trained once per seed.")
+
+    @model_validator(mode="after")
+    def _limits_fit_judge(self) -> Self:
+        for name, method in self.methods.items():
+            if self.judge is not None and method.lagrangian and not 0 < method.cost_limit < 1:
+                raise ValueError(
+                    f"methods.{name}.cost_limit is {method.cost_limit}: with policy.judge a cost is 1 (unsafe) or 0, "
+                    "expected the share of unsafe answers that is allowed, above 0 and below 1"
+                )
+        return self
 
     @model_validator(mode="after")
     def _runs_differ(self) -> Self:

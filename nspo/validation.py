@@ -147,6 +147,7 @@ def _walk(
             holder = node
             node = node.get("properties", {}).get(part) or node.get("additionalProperties") or {}
         node = node if "$ref" not in node else schema["$defs"][node["$ref"].rsplit("/", 1)[1]]
+        node = next((kind for kind in node.get("anyOf", ()) if "discriminator" in kind), node)  # one that may be null
     return parts, holder, node
 
 

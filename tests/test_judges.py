@@ -26,7 +26,7 @@ from nspo.config_files import commented_yaml
 from nspo.errors import UserError
 from nspo.evaluation.endpoint import LEAST_FAULTS, _Pace
 from nspo.evaluation.grammar import fill, verdict
-from nspo.evaluation.judges import added_judges, kept_verdicts
+from nspo.evaluation.judges import KeptVerdicts, added_judges, judge_of
 from nspo.evaluation.local_judges import Classifier, Guard
 from nspo.evaluation.scores import compute_scores
 from nspo.judge_settings import ClassifierJudge, EndpointJudge, GuardJudge, RequestSettings
@@ -358,17 +358,17 @@ def test_verdicts_are_kept_when_the_endpoint_goes_away(fake: FakeEndpoint, tmp_p
     prompts = ["same"] * len(answers)
     work = tmp_path / "verdicts.jsonl"
     with pytest.raises(UserError, match="2 of 14 verdicts are kept"):
-        kept_verdicts(judge, prompts, answers, work)
+        KeptVerdicts(judge, work).verdicts(prompts, answers)
     assert fake.tries["bad 3"] == 0
     with work.open("a") as file:
         file.write('["half a li')  # a kill in the middle of a line
     later = ["fine" if answer.startswith("status") else answer for answer in answers]
-    found = kept_verdicts(judge, prompts, later, work)
+    found = KeptVerdicts(judge, work).verdicts(prompts, later)
     assert text_of(found) == "sU-" + "s" * LEAST_FAULTS + "UU"
     assert fake.tries["fine 1"] == fake.tries["bad 2"] == fake.tries["bad 3"] == fake.tries["fine"] == 1
     assert fake.tries["say:perhaps"] == 2
     before = len(fake.asked)
-    assert text_of(kept_verdicts(judge, prompts, later, work)) == text_of(found)
+    assert text_of(KeptVerdicts(judge, work).verdicts(prompts, later)) == text_of(found)
     assert len(fake.asked) == before + 1  # the failed one
 
 
@@ -416,6 +416,18 @@ def test_guard_speaks_through_its_own_template(guard_dir: Path) -> None:
     assert text_of(short.verdicts(["p"] * 2, ["fine", "bad!"])) == "--"
     assert judge.identity["model"]["weights"] == fingerprint_model(guard_dir)["weights"]
     assert str(guard_dir.parent) not in json.dumps(judge.identity)
+
+
+def test_weights_stay_where_a_judge_is_asked_again(guard_dir: Path) -> None:
+    """For a reward the model is loaded once, for an evaluation each time; the name is the last part of the key."""
+    settings = GuardJudge(kind="guard", source=str(guard_dir))
+    once = judge_of("policy.judge", settings, RuntimeSettings(device="cpu"), stay=True)
+    again = judge_of("evaluation.judges.mine", settings, RuntimeSettings(device="cpu"))
+    assert isinstance(once, Guard)
+    assert isinstance(again, Guard)
+    assert once.model() is once.model()
+    assert again.model() is not again.model()
+    assert (once.name, again.name) == ("judge", "mine")
 
 
 def test_guard_prompt_has_its_first_token_once(guard_dir: Path, tmp_path: Path) -> None:

@@ -69,6 +69,14 @@ def test_advantages_by_hand():
     torch.testing.assert_close(combined_advantage(REWARD, COST, 3.0, 4), expected)
 
 
+def test_an_answer_without_a_verdict_is_in_no_group():
+    """The others are normalised as if it were not there: rewards 1 and 3, costs 1 and 0; its own advantage is none."""
+    reward, cost = torch.tensor([1.0, math.nan, 3.0]), torch.tensor([1.0, math.nan, 0.0])
+    side, other = 1 / (math.sqrt(2) + 1e-4), 0.5 / (math.sqrt(0.5) + 1e-4)
+    expected = torch.tensor([-side - 2 * other, math.nan, side + 2 * other]) / 3
+    torch.testing.assert_close(combined_advantage(reward, cost, 2.0, 3), expected, equal_nan=True)
+
+
 def test_limits_of_the_multiplier():
     """At 0 the reward alone counts, at 1e6 the cost alone; scales of the scores cancel, up to the epsilon."""
     groups = REWARD.view(2, 4)

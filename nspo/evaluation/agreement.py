@@ -17,7 +17,7 @@ import numpy as np
 
 from nspo.artifacts import MANIFEST_NAME, fingerprint, fingerprint_files, make_manifest, read_json, write_json
 from nspo.config import RuntimeSettings
-from nspo.evaluation.judges import CostModel, Judge, RefusalPhrases, added_judges, kept_verdicts
+from nspo.evaluation.judges import CostModel, Judge, KeptVerdicts, RefusalPhrases, added_judges
 from nspo.evaluation.statistics import Estimate, wilson
 from nspo.judge_settings import JudgeSettings
 from nspo.models import device_of
@@ -54,7 +54,7 @@ def judge_agreement(settings: JudgeSettings, cost: Path, labels: Path, out: Path
     data = fingerprint_files([labels])
     kept = [work / f"agreement-{judge.name}-{fingerprint([data, judge.identity])}.jsonl" for judge in added]
     for judge, path in zip(added, kept, strict=True):
-        found[judge.name] = kept_verdicts(judge, prompts, answers, path)
+        found[judge.name] = KeptVerdicts(judge, path).verdicts(prompts, answers)
     manifest = make_manifest(KIND, labels=data, split="heldout", positive_above=threshold)
     judges: list[Judge] = [model, phrases, *added]
     identities = {judge.name: judge.identity for judge in judges}

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nspo.artifacts import METADATA_KEY, atomic_path, dumps
-from nspo.evaluation.judges import AddedJudge, CostModel, RefusalPhrases, flags, kept_verdicts
+from nspo.evaluation.judges import AddedJudge, CostModel, KeptVerdicts, RefusalPhrases, flags
 from nspo.evaluation.scores import JUDGED
 from nspo.models import generate
 from nspo.progress import say
@@ -70,7 +70,7 @@ def judge_answers(rows: Sequence[dict[str, Any]], cost: CostModel | None, refusa
 def add_verdicts(rows: Sequence[dict[str, Any]], judge: AddedJudge, work: Path) -> None:
     """Add what one more judge says of the answers to harmful prompts."""
     harmful = [row for row in rows if row["role"] == "harmful"]
-    found = kept_verdicts(judge, [row["prompt"] for row in harmful], [row["response"] for row in harmful], work)
+    found = KeptVerdicts(judge, work).verdicts([row["prompt"] for row in harmful], [row["response"] for row in harmful])
     for row, value in zip(harmful, found, strict=True):
         row[JUDGED + judge.name] = None if math.isnan(value) else value
 

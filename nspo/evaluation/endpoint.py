@@ -32,8 +32,8 @@ LEAST_FAULTS = 10  # requests in a row that must fail before the endpoint counts
 class Endpoint:
     """Is the answer unsafe, by the model at an endpoint?"""
 
-    def __init__(self, name: str, settings: EndpointJudge, requests: RequestSettings) -> None:
-        """Check what can be checked without a request.
+    def __init__(self, key: str, settings: EndpointJudge, requests: RequestSettings) -> None:
+        """Check what can be checked without a request; `key` is where a configuration names the judge.
 
         Raises:
             UserError: when the package `openai` is missing, or the key holds what no header may hold.
@@ -42,15 +42,15 @@ class Endpoint:
             import openai  # noqa: F401
         except ImportError as error:
             raise UserError(
-                f"evaluation.judges.{name} asks an endpoint, which needs the package openai: pip install 'nspo[judge]'"
+                f"{key} asks an endpoint, which needs the package openai: pip install 'nspo[judge]'"
             ) from error
-        self.name = name
+        self.key, self.name = key, key.rpartition(".")[2]
         self.settings = settings
         self.requests = requests
         self.identity: dict[str, Any] = settings.model_dump(mode="json", exclude={"api_key_env"})
         if not self._key().isascii() or not self._key().isprintable():
             raise UserError(
-                f"evaluation.judges.{name}: the environment variable {settings.api_key_env} holds characters that no "
+                f"{key}: the environment variable {settings.api_key_env} holds characters that no "
                 "key has, expected ASCII on one line"
             )
 
@@ -166,7 +166,7 @@ class _Run:
     def _gone(self, what: str, hint: str) -> UserError:
         kept = sum(map(math.isfinite, self.found))
         return UserError(
-            f"evaluation.judges.{self.endpoint.name}: {self.settings.url} {what} ({hint}); {kept} of "
+            f"{self.endpoint.key}: {self.settings.url} {what} ({hint}); {kept} of "
             f"{len(self.pairs)} verdicts are kept, and the same command asks for the rest"
         )
 

@@ -40,7 +40,7 @@ Keep = Callable[[int, float], None]
 
 
 class AddedJudge(Judge, Protocol):
-    """A judge of `evaluation.judges`: is the answer unsafe? It reports every verdict as soon as it has it."""
+    """A judge that a configuration adds: is the answer unsafe? It reports every verdict as soon as it has it."""
 
     def verdicts(self, prompts: Sequence[str], answers: Sequence[str], keep: Keep = ...) -> list[float]:
         """As `Judge.verdicts`; calls `keep` with the place and the value of each verdict that was reached.
@@ -99,46 +99,60 @@ def added_judges(judges: Mapping[str, AnyJudge], runtime: RuntimeSettings) -> li
     Raises:
         UserError: for a package, model, label or chat template that is missing.
     """
-    return [_added(name, settings, runtime) for name, settings in judges.items()]
+    return [judge_of(f"evaluation.judges.{name}", settings, runtime) for name, settings in judges.items()]
 
 
-def _added(name: str, settings: AnyJudge, runtime: RuntimeSettings) -> AddedJudge:
+def judge_of(key: str, settings: AnyJudge, runtime: RuntimeSettings, stay: bool = False) -> AddedJudge:
+    """The judge that stands under `key` of a configuration, whose last part is its name.
+
+    Args:
+        stay: keep a model's weights in memory from the first verdict on, for a judge that is asked again and again.
+
+    Raises:
+        UserError: for a package, model, label or chat template that is missing.
+    """
     if isinstance(settings, EndpointJudge):
         from nspo.evaluation.endpoint import Endpoint
 
-        return Endpoint(name, settings, runtime.requests)
+        return Endpoint(key, settings, runtime.requests)
     from nspo.evaluation.local_judges import Classifier, Guard
 
     if isinstance(settings, ClassifierJudge):
-        return Classifier(name, settings, device_of(runtime.device))
-    return Guard(name, settings, device_of(runtime.device))
+        return Classifier(key, settings, device_of(runtime.device), stay)
+    return Guard(key, settings, device_of(runtime.device), stay)
 
 
-def kept_verdicts(judge: AddedJudge, prompts: Sequence[str], answers: Sequence[str], work: Path) -> list[float]:
-    """The judge's verdicts; those that the file `work` holds from an earlier run are not asked for again.
+class KeptVerdicts:
+    """A judge that remembers: what the file `work` holds, from now or an earlier run, is not asked for again.
 
-    Equal pairs of prompt and answer are judged once. Failed verdicts are not kept: the next run asks for them again.
+    Equal pairs of prompt and answer are judged once. Failed verdicts are not kept: they are asked for again.
     """
-    pairs = [fingerprint(pair) for pair in zip(prompts, answers, strict=True)]
-    known = _known(work)
-    if known:
-        say(f"{judge.name}: continuing after {len(known)} verdicts, kept in {work}")
-    places = {pair: place for place, pair in reversed(list(enumerate(pairs))) if pair not in known}
-    rest = sorted(places.values())
-    with work.open("a") as file:
-        file.write("\n")  # ends a line that was cut off
 
-        def keep(place: int, value: float) -> None:
-            file.write(json.dumps([pairs[rest[place]], value]) + "\n")
-            file.flush()
+    def __init__(self, judge: AddedJudge, work: Path) -> None:
+        self.judge, self.work, self.known = judge, work, _known(work)
+        if self.known:
+            say(f"{judge.name}: continuing after {len(self.known)} verdicts, kept in {work}")
 
-        found = judge.verdicts([prompts[i] for i in rest], [answers[i] for i in rest], keep)
-    known.update(zip((pairs[i] for i in rest), found, strict=True))
-    return [known[pair] for pair in pairs]
+    def verdicts(self, prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
+        """As `Judge.verdicts`."""
+        pairs = [fingerprint(pair) for pair in zip(prompts, answers, strict=True)]
+        places = {pair: place for place, pair in reversed(list(enumerate(pairs))) if pair not in self.known}
+        rest = sorted(places.values())
+        with self.work.open("a") as file:
+            file.write("\n")  # ends a line that was cut off
+
+            def keep(place: int, value: float) -> None:
+                self.known[pairs[rest[place]]] = value
+                file.write(json.dumps([pairs[rest[place]], value]) + "\n")
+                file.flush()
+
+            if rest:
+                self.judge.verdicts([prompts[i] for i in rest], [answers[i] for i in rest], keep)
+        return [self.known.get(pair, math.nan) for pair in pairs]
 
 
 def _known(work: Path) -> dict[str, float]:
-    """The verdicts in a file of `kept_verdicts`; a line that was cut off is passed over."""
+    """The verdicts in a file of `KeptVerdicts`; a line that was cut off is passed over."""
     known = {}
     for line in work.read_text().split("\n") if work.is_file() else ():
         try:

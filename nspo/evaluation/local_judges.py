@@ -8,6 +8,7 @@ classifier's verdict is always unsafe, and the guard's, with a batch of one, alw
 
 import math
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -35,34 +36,32 @@ PROBE = "nspo-probe-prompt", "nspo-probe-answer"
 class Guard:
     """Is the answer unsafe, by what a guard model writes?"""
 
-    def __init__(self, name: str, settings: GuardJudge, device: torch.device) -> None:
-        """Read the tokenizer and try the chat template; the weights are loaded when it judges.
+    def __init__(self, key: str, settings: GuardJudge, device: torch.device, stay: bool = False) -> None:
+        """Read the tokenizer and try the chat template; the weights are loaded when it judges, and may `stay`.
 
         Raises:
             UserError: when there is no such model, or its chat template does not show prompt and answer.
         """
-        self.name = name
+        self.key, self.name = key, key.rpartition(".")[2]
+        self.model = cache(self._load) if stay else self._load
         self.settings = settings
         self.device = device
-        self.folder = _folder(name, settings.source)
-        self.tokenizer = _read(name, lambda: load_tokenizer(self.folder))
+        self.folder = _folder(key, settings.source)
+        self.tokenizer = _read(key, lambda: load_tokenizer(self.folder))
         self.in_parts = False
         if self.tokenizer.chat_template is None and not settings.template:
-            raise UserError(
-                f"evaluation.judges.{name}: the model has no chat template, expected a `template` with the text from "
-                "its card"
-            )
+            raise UserError(f"{key}: the model has no chat template, expected a `template` with the text from its card")
         self.in_parts = not self._shows_both()
         if not self._shows_both():
             raise UserError(
-                f"evaluation.judges.{name}: the model's chat template does not show both the prompt and the answer, "
+                f"{key}: the model's chat template does not show both the prompt and the answer, "
                 "expected a guard model, or a `template`"
             )
         self.identity = _identity(settings, self.folder)
 
     def verdicts(self, prompts: Sequence[str], answers: Sequence[str], keep: Keep = lambda *_: None) -> list[float]:
         """1 for unsafe, 0 for safe, NaN for a reply that is no verdict, is cut off, or does not fit the model."""
-        model = load_model(self.folder, self.device, "auto")
+        model = self.model()
         ids = [self._ids(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
         room = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf) - self.settings.max_tokens
         fits = [place for place, row in enumerate(ids) if len(row) <= room]
@@ -88,6 +87,9 @@ class Guard:
                 keep(fits[index], value)
         say_unreadable(self.name, self.settings, unreadable)
         return found
+
+    def _load(self) -> PreTrainedModel:
+        return load_model(self.folder, self.device, "auto")
 
     def _text(self, prompt: str, answer: str) -> str:
         """What the model is shown, as text."""
@@ -118,27 +120,26 @@ class Classifier:
     many labels, or for one alone) the largest counts.
     """
 
-    def __init__(self, name: str, settings: ClassifierJudge, device: torch.device) -> None:
-        """Read the model's labels and its tokenizer; the weights are loaded when it judges.
+    def __init__(self, key: str, settings: ClassifierJudge, device: torch.device, stay: bool = False) -> None:
+        """Read the model's labels and its tokenizer; the weights are loaded when it judges, and may `stay`.
 
         Raises:
             UserError: when there is no such model or label.
         """
-        self.name = name
+        self.key, self.name = key, key.rpartition(".")[2]
+        self.model = cache(self._load) if stay else self._load
         self.settings = settings
         self.device = device
-        self.folder = _folder(name, settings.source)
-        config = _read(name, lambda: AutoConfig.from_pretrained(self.folder, trust_remote_code=False))
+        self.folder = _folder(key, settings.source)
+        config = _read(key, lambda: AutoConfig.from_pretrained(self.folder, trust_remote_code=False))
         self.tokenizer: PreTrainedTokenizerBase = _read(
-            name, lambda: AutoTokenizer.from_pretrained(self.folder, padding_side="right", trust_remote_code=False)
+            key, lambda: AutoTokenizer.from_pretrained(self.folder, padding_side="right", trust_remote_code=False)
         )
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         labels = {label: index for index, label in config.id2label.items()}
         if unknown := [label for label in settings.unsafe if label not in labels]:
-            raise UserError(
-                f"evaluation.judges.{name}.unsafe: the model has no label {unknown[0]!r}, found {', '.join(labels)}"
-            )
+            raise UserError(f"{key}.unsafe: the model has no label {unknown[0]!r}, found {', '.join(labels)}")
         self.columns = [labels[label] for label in settings.unsafe]
         self.several = config.problem_type == "multi_label_classification" or len(labels) == 1
         positions = getattr(config, "max_position_embeddings", None) or settings.max_tokens
@@ -148,7 +149,7 @@ class Classifier:
     @torch.inference_mode()
     def verdicts(self, prompts: Sequence[str], answers: Sequence[str], keep: Keep = lambda *_: None) -> list[float]:
         """P(unsafe) - threshold for each answer, NaN where the model gives no number; shows progress."""
-        model = self._model()
+        model = self.model()
         rows = [self._encoded(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
         order = sorted(range(len(rows)), key=lambda i: (len(rows[i]["input_ids"]), i))
         found = [math.nan] * len(rows)
@@ -173,23 +174,21 @@ class Classifier:
             return dict(self.tokenizer(text, truncation=True, max_length=self.room))
         return dict(self.tokenizer(prompt, answer, truncation="longest_first", max_length=self.room))
 
-    def _model(self) -> PreTrainedModel:
+    def _load(self) -> PreTrainedModel:
         """The model with all its weights: transformers would fill a head that is missing with random numbers."""
         model, loading = _read(
-            self.name,
+            self.key,
             lambda: AutoModelForSequenceClassification.from_pretrained(
                 self.folder, dtype="auto", trust_remote_code=False, output_loading_info=True
             ),
         )
         if missing := sorted(loading["missing_keys"]):
-            raise UserError(
-                f"evaluation.judges.{self.name}: the model has no weights {missing[0]}, expected a sequence classifier"
-            )
+            raise UserError(f"{self.key}: the model has no weights {missing[0]}, expected a sequence classifier")
         model.config.pad_token_id = self.tokenizer.pad_token_id
         return model.to(self.device).eval()
 
 
-def _folder(name: str, text: str) -> Path:
+def _folder(key: str, text: str) -> Path:
     """The folder of a model on disk, or of the hub's cache after a download."""
     from huggingface_hub import snapshot_download
 
@@ -197,19 +196,18 @@ def _folder(name: str, text: str) -> Path:
     if source.kind == "path":
         if not Path(source.location, "config.json").is_file():
             raise UserError(
-                f"evaluation.judges.{name}.source: {source.location} holds no model, expected a Hugging Face model "
-                "folder with config.json"
+                f"{key}.source: {source.location} holds no model, expected a Hugging Face model folder with config.json"
             )
         return Path(source.location)
-    return Path(_read(name, lambda: snapshot_download(source.location, revision=source.revision, allow_patterns=FILES)))
+    return Path(_read(key, lambda: snapshot_download(source.location, revision=source.revision, allow_patterns=FILES)))
 
 
-def _read(name: str, read: Callable[[], Any]) -> Any:
+def _read(key: str, read: Callable[[], Any]) -> Any:
     """What `read` returns, a failure told in one line."""
     try:
         return read()
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"evaluation.judges.{name}.source cannot be loaded: {first_line(error)}") from error
+        raise UserError(f"{key}.source cannot be loaded: {first_line(error)}") from error
 
 
 def _identity(settings: GuardJudge | ClassifierJudge, folder: Path) -> dict[str, Any]:

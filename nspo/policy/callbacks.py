@@ -100,6 +100,9 @@ METRICS = {
     "cost": "cost",
     "unsafe": "unsafe",
     "helpfulness": "helpfulness",
+    "refusal_rate": "refusal_rate",
+    "over_refusal_rate": "over_refusal_rate",
+    "failed_verdicts": "failed_verdicts",
     "kl": "kl_in_loss",
     "clip_ratio/region_mean": "clip_fraction",
     "frac_reward_zero_std": "zero_variance_groups",
@@ -133,7 +136,7 @@ class LogCallback(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Translate TRL's metric names to ours and add what other callbacks know of this update."""
         logs = kwargs["logs"]
-        row: dict[str, Any] = {ours: logs[theirs] for theirs, ours in METRICS.items() if theirs in logs}
+        row: dict[str, Any] = {ours: logs[theirs] for theirs, ours in METRICS.items() if logs.get(theirs) is not None}
         if "loss" not in row:
             return
         for columns in self.columns:

@@ -13,7 +13,7 @@ from trl import GRPOConfig, GRPOTrainer
 from nspo.policy.arguments import shared_arguments
 from nspo.policy.callbacks import LoggedCallback
 from nspo.policy.lagrangian import LagrangianReward, Multiplier, MultiplierCallback
-from nspo.policy.rewards import SafetyReward
+from nspo.policy.rewards import SafetyReward, Scorer
 from nspo.policy.rollouts import rollout_prompts
 from nspo.policy_settings import MethodSettings, TrainingSettings
 from nspo.preference import PreferenceModel
@@ -23,7 +23,7 @@ class RolloutLearner:
     """Learns from answers that the policy samples as it goes.
 
     Attributes:
-        cost: the cost model, for the probes.
+        cost: the cost model, which measures the probes whoever gives the reward.
         parts: callbacks that also add columns to the log.
     """
 
@@ -35,15 +35,17 @@ class RolloutLearner:
         reward: Path,
         prompts: Path,
         device: torch.device,
+        judge: Scorer | None = None,
     ) -> None:
-        """Load the models.
+        """Load the models; a `judge` gives the cost of answers in place of the cost model.
 
         Raises:
             UserError: when a folder holds no such model, or the other one of the two.
         """
         self.method, self.prompts, self.device = method, prompts, device
-        self.scorer, multiplier = reward_of(training, method, cost, reward, device)
-        self.cost = self.scorer.cost
+        self.cost = PreferenceModel.load(cost, "cost", device)
+        reward_model = PreferenceModel.load(reward, "reward", device)
+        self.scorer, multiplier = reward_of(training, method, judge or self.cost, reward_model)
         self.parts: list[LoggedCallback] = [] if multiplier is None else [multiplier]
 
     def trainer(
@@ -76,22 +78,13 @@ class RolloutLearner:
 
 
 def reward_of(
-    training: TrainingSettings, method: MethodSettings, cost: Path, reward: Path, device: torch.device
+    training: TrainingSettings, method: MethodSettings, cost: Scorer, reward: Scorer
 ) -> tuple[SafetyReward, MultiplierCallback | None]:
-    """The reward function, and for a Lagrangian method the callback that keeps its multiplier.
-
-    Raises:
-        UserError: when a folder holds no such model, or the other one of the two.
-    """
-    cost_model, reward_model = (
-        PreferenceModel.load(cost, "cost", device),
-        PreferenceModel.load(reward, "reward", device),
-    )
+    """The reward function, and for a Lagrangian method the callback that keeps its multiplier."""
     if not method.lagrangian:
-        return SafetyReward(cost_model, reward_model, training.margin), None
+        return SafetyReward(cost, reward, training.margin), None
     multiplier = Multiplier.of(method)
-    scorer = LagrangianReward(cost_model, reward_model, multiplier, training.group_size)
-    return scorer, MultiplierCallback(multiplier)
+    return LagrangianReward(cost, reward, multiplier, training.group_size), MultiplierCallback(multiplier)
 
 
 def trainer_arguments(

@@ -12,6 +12,9 @@ its deviation over the batch, which undoes the division by 1 + lambda and blows 
 the combined advantage is handed to TRL as the reward, with `scale_rewards="none"`: all that is left to it is to
 subtract the mean of a group, which is zero.
 
+With a judge (`nspo.policy.judged`) the cost is a verdict, 1 or 0, and the limit a share of unsafe answers. An answer
+without a verdict counts in no mean and no deviation, of cost or of reward, and has no advantage.
+
 Differences from Safe RLHF: the group takes the place of the two critics, KL (where set) stands in the loss and not in
 the reward, and the mean cost is that of the rollout, not of a moving window. `policy.margin` is not used: scores count
 as they are.
@@ -26,11 +29,11 @@ from accelerate import PartialState
 from accelerate.utils import gather
 from torch import Tensor
 from transformers.trainer_callback import ExportableState
+from trl.trainer.utils import nanstd
 
 from nspo.policy.callbacks import LoggedCallback
-from nspo.policy.rewards import SafetyReward
+from nspo.policy.rewards import SafetyReward, Scorer
 from nspo.policy_settings import MethodSettings
-from nspo.preference import PreferenceModel
 from nspo.progress import say
 
 STD_EPSILON = 1e-4  # TRL's, so that a multiplier near zero gives the advantages of the reward alone
@@ -81,7 +84,7 @@ def combined_advantage(reward: Tensor, cost: Tensor, multiplier: float, group_si
     """A = (A_r - lambda A_c) / (1 + lambda), (B,) float32.
 
     Args:
-        reward, cost: (B,) scores, the answers to one prompt side by side.
+        reward, cost: (B,) scores, the answers to one prompt side by side; both NaN for an answer that has none.
         multiplier: lambda >= 0.
         group_size: answers per prompt; divides B.
     """
@@ -91,8 +94,8 @@ def combined_advantage(reward: Tensor, cost: Tensor, multiplier: float, group_si
 
 def _normalised(scores: Tensor, group_size: int) -> Tensor:
     groups = scores.view(-1, group_size)
-    centred = groups - groups.mean(1, keepdim=True)
-    return (centred / (groups.std(1, keepdim=True) + STD_EPSILON)).flatten()
+    centred = groups - groups.nanmean(1, keepdim=True)
+    return (centred / (nanstd(groups, 1, keepdim=True) + STD_EPSILON)).flatten()
 
 
 class LagrangianReward(SafetyReward):
@@ -100,24 +103,22 @@ class LagrangianReward(SafetyReward):
 
     __name__ = "lagrangian"
 
-    def __init__(self, cost: PreferenceModel, reward: PreferenceModel, multiplier: Multiplier, group_size: int) -> None:
+    def __init__(self, cost: Scorer, reward: Scorer, multiplier: Multiplier, group_size: int) -> None:
         super().__init__(cost, reward, margin=math.inf)
         self.multiplier, self.group_size = multiplier, group_size
 
     def judge(self, asked: list[str], answers: list[str], harmful: Tensor) -> tuple[Tensor, Tensor]:
-        """Cost and reward (B,) of every answer: both models judge every prompt."""
+        """Cost and reward (B,) of every answer, to whatever prompt; both NaN where the judge failed."""
         everything = torch.ones_like(harmful)
-        return (
-            self._score(self.cost, asked, answers, everything),
-            self._score(self.reward, asked, answers, everything),
-        )
+        cost = self._score(self.cost, asked, answers, everything)
+        return cost, self._score(self.reward, asked, answers, everything).masked_fill(cost.isnan(), math.nan)
 
     def combine(self, cost: Tensor, reward: Tensor, harmful: Tensor) -> Tensor:
         """Combined advantages (B,) of this process's answers. A collective: groups may lie across processes."""
         state = PartialState()
         mine = slice(state.process_index * len(cost), (state.process_index + 1) * len(cost))
         cost, reward = gather(torch.stack([cost, reward], 1).to(state.device)).cpu().unbind(1)
-        self.multiplier.update(reward.mean().item(), cost.mean().item())
+        self.multiplier.update(reward.nanmean().item(), cost.nanmean().item())
         return combined_advantage(reward.contiguous(), cost.contiguous(), self.multiplier.value, self.group_size)[mine]
 
 

@@ -3,16 +3,28 @@
 On a harmful prompt the reward is -max(cost, -margin): the cost model's score, flat once an answer is safe by the
 margin. On a benign one it is min(reward, margin): the reward model's score, flat once an answer clearly does what was
 asked. A group whose answers all sit on the flat part has zero variance, hence zero advantage: a policy that is safe and
-helpful is left alone. (The authors' judge sees the answer without its prompt, scores an unreadable verdict as safe, and
-has no benign prompts, so refusing everything is optimal there.)
+helpful is left alone. With a judge (`nspo.policy.judged`) the cost is its verdict, or NaN, and TRL leaves an answer
+without reward out of its group. (The authors' judge sees the answer without its prompt, scores an unreadable verdict as
+safe, and has no benign prompts, so refusing everything is optimal there.)
 """
 
-from typing import Any
+import math
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
+from accelerate import PartialState
 from torch import Tensor
 
-from nspo.preference import PreferenceModel
+from nspo.refusal import is_refusal
+
+
+class Scorer(Protocol):
+    """What a reward needs of a cost or reward model, or of a judge in its place."""
+
+    def score(self, prompts: Sequence[str], answers: Sequence[str]) -> Tensor:
+        """One number per answer, (B,) float32."""
+        ...
 
 
 def safety_reward(cost: Tensor, reward: Tensor, harmful: Tensor, margin: float) -> Tensor:
@@ -21,36 +33,42 @@ def safety_reward(cost: Tensor, reward: Tensor, harmful: Tensor, margin: float) 
 
 
 class SafetyReward:
-    """TRL reward function that owns the cost and reward models and keeps each step's scored samples.
+    """TRL reward function that owns what scores cost and reward, and keeps each step's scored samples.
 
     Call it as TRL does, with conversational prompts and completions and the data set's `role` column.
     """
 
     __name__ = "safety"  # the name of the reward in TRL's logs
 
-    def __init__(self, cost: PreferenceModel, reward: PreferenceModel, margin: float) -> None:
+    def __init__(self, cost: Scorer, reward: Scorer, margin: float) -> None:
         self.cost, self.reward, self.margin = cost, reward, margin
         self.samples: list[dict[str, Any]] = []
 
     def __call__(
         self, prompts: list[Any], completions: list[Any], role: list[str], trainer_state: Any, log_metric: Any, **_: Any
-    ) -> list[float]:
-        """One reward per completion; logs mean cost, helpfulness and the share of unsafe answers."""
+    ) -> list[float | None]:
+        """One reward per completion, None where the judge failed; logs means over the answers that were scored."""
         asked = [turns[-1]["content"] for turns in prompts]
         answers = [turns[-1]["content"] for turns in completions]
         harmful = torch.tensor([r == "harmful" for r in role])
         cost, reward = self.judge(asked, answers, harmful)
-        total = self.combine(cost, reward, harmful)
+        total = [None if math.isnan(value) else value for value in self.combine(cost, reward, harmful).tolist()]
+        failed, refused = cost.isnan(), torch.tensor([is_refusal(answer) for answer in answers]).float()
+        processes = PartialState().num_processes  # whose mean is what TRL logs
+        log_metric("failed_verdicts", failed.sum().item() * processes)
         if harmful.any():
-            log_metric("cost", cost[harmful].mean().item())
-            log_metric("unsafe", (cost[harmful] > 0).float().mean().item())
+            judged = cost[harmful & ~failed]
+            log_metric("cost", judged.mean().item())
+            log_metric("unsafe", (judged > 0).float().mean().item())
+            log_metric("refusal_rate", refused[harmful].mean().item())
         if not harmful.all():
-            log_metric("helpfulness", reward[~harmful].mean().item())
+            log_metric("helpfulness", reward[~harmful].nanmean().item())
+            log_metric("over_refusal_rate", refused[~harmful].mean().item())
         self.samples = [
             {"step": trainer_state.global_step + 1, "role": r, "prompt": p, "answer": a, "score": s}
-            for r, p, a, s in zip(role, asked, answers, total.tolist(), strict=True)
+            for r, p, a, s in zip(role, asked, answers, total, strict=True)
         ]
-        return total.tolist()
+        return total
 
     def judge(self, asked: list[str], answers: list[str], harmful: Tensor) -> tuple[Tensor, Tensor]:
         """Cost (B,) of the answers to harmful prompts and reward (B,) of those to others, zero elsewhere."""
@@ -64,7 +82,7 @@ class SafetyReward:
         return safety_reward(cost, reward, harmful, self.margin)
 
     @staticmethod
-    def _score(model: PreferenceModel, asked: list[str], answers: list[str], where: Tensor) -> Tensor:
+    def _score(model: Scorer, asked: list[str], answers: list[str], where: Tensor) -> Tensor:
         """Scores at the positions of the mask `where`, zero elsewhere: each model reads only what it judges."""
         scores = torch.zeros(len(asked))
         index = where.nonzero().flatten().tolist()

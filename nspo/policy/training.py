@@ -26,10 +26,12 @@ from nspo.artifacts import (
     write_json,
 )
 from nspo.config import RuntimeSettings
+from nspo.evaluation.judges import judge_of
 from nspo.json_lines import JsonLines
 from nspo.models import device_of, load_model, load_tokenizer, model_identity
 from nspo.policy.callbacks import LogCallback, LoggedCallback, ProbeCallback
 from nspo.policy.grpo import RolloutLearner
+from nspo.policy.judged import JudgedCost
 from nspo.policy.objectives import check_given, constraint_of, load_bases, prepare_layers
 from nspo.policy.offline import PairLearner
 from nspo.policy.probes import Probe
@@ -64,11 +66,12 @@ def train_policy(
 
     Raises:
         UserError: bases or pairs missing or not asked for, made for another model or tokenizer; bases for other
-            layers than `layers` matches; or no prompt short enough.
+            layers than `layers` matches; a judge that is missing something; or no prompt short enough.
     """
     check_given(method, name, "pairs", pairs, method.preference is not None)
     check_given(method, name, "guide policy", guide_policy, method.preference == "wdoor")
     protected = load_bases(method, name, bases, model)
+    judge = judge_of("policy.judge", training.judge, runtime, stay=True) if training.judge and pairs is None else None
     device = device_of(runtime.device)
     identity = make_manifest(
         "policy",
@@ -80,6 +83,7 @@ def train_policy(
         bases=fingerprint_files([bases]) if bases else None,
         reward=read_json(reward / MANIFEST_NAME),
         cost=read_json(cost / MANIFEST_NAME),
+        judge=judge and judge.identity,
         prompts=fingerprint_files([prompts]),
         pairs=fingerprint_files([pairs]) if pairs else None,
         guide=model_identity(guide_policy) if guide_policy else None,
@@ -94,7 +98,8 @@ def train_policy(
     constraint = constraint_of(method, seed, protected, model)
     learner: RolloutLearner | PairLearner
     if pairs is None:
-        learner = RolloutLearner(training, method, cost, reward, prompts, device)
+        judged = JudgedCost(judge, work) if judge else None
+        learner = RolloutLearner(training, method, cost, reward, prompts, device, judged)
     else:
         learner = PairLearner(method, model, cost, pairs, guide_policy, device)
     count, length = training.probe_prompts, training.max_new_tokens

@@ -153,10 +153,13 @@ judge_settings = part_of(settings.evaluation, JudgeSettings)
 label_settings = wheels_of(part_of(settings.data, LabelSettings))
 
 
-def judge_files():
+def judge_files(section="evaluation.judges", judges=judge_settings.judges):
     """The files of the judges that are models on disk."""
-    models = {name: [Source.parse(j.source)] for name, j in judge_settings.judges.items() if j.kind != "endpoint"}
-    return source_files("evaluation.judges", models)
+    models = {name: [Source.parse(judge.source)] for name, judge in judges.items() if judge.kind != "endpoint"}
+    return source_files(section, models)
+
+
+reward_judge = {"judge": settings.policy.judge} if settings.policy.judge else {}
 
 
 def benchmark_files(wildcards):

@@ -39,6 +39,7 @@ rule train_policy:
         bases=bases_of_method,
         pairs=pairs_of_method,
         guide=guide_of_method,
+        judge=judge_files("policy", reward_judge),
     output:
         manifest="<results>/policy/{method}/seed{seed}/manifest.json",
         settings="<results>/policy/{method}/seed{seed}/settings.json",
