@@ -16,7 +16,7 @@ from pydantic import Field, PositiveFloat, model_validator
 from nspo.benchmark_settings import BenchmarkSettings
 from nspo.data_settings import DataSettings
 from nspo.judge_settings import JudgeSettings, RequestSettings
-from nspo.policy_settings import PolicySettings
+from nspo.policy_settings import PolicySettings, VLLMSettings
 from nspo.sources import Source, wheel_folder
 from nspo.value_types import Count, Pattern, Section, Whole, source_of
 
@@ -141,6 +141,7 @@ class RuntimeSettings(Section):
     )
     log_every: Count = Field(1, description="Steps between log lines.")
     requests: RequestSettings = RequestSettings()
+    vllm: VLLMSettings = VLLMSettings()
     results: str = Field(
         "results",
         pattern=r"^[^{}<>\x00-\x1f]+$",

@@ -154,6 +154,22 @@ class MethodSettings(Section):
         return self
 
 
+class VLLMSettings(Section):
+    """Where vLLM samples the answers, where `policy.rollout` is vllm."""
+
+    server: str | None = Field(
+        None,
+        pattern=r"^https?://\S+$",
+        description="Address of a running `vllm serve`; null: vLLM runs inside the training processes, on their GPUs.",
+    )
+    gpu_memory: float = Field(
+        0.3, gt=0, lt=1, description="Share of a GPU's memory for vLLM inside a training process: weights and cache."
+    )
+    tensor_parallel: Count = Field(
+        1, description="GPUs over which vLLM inside the training processes splits the model; divides their number."
+    )
+
+
 class RolloutSettings(Section):
     """Which prompts are answered, how, and what an answer earns: alike for all methods."""
 
@@ -179,12 +195,23 @@ class RolloutSettings(Section):
 class TrainingSettings(RolloutSettings):
     """Reinforcement learning settings that all methods share: same data, seed and rollout budget."""
 
+    rollout: Literal["transformers", "vllm"] = Field(
+        "transformers",
+        description="What samples the answers; vllm needs an NVIDIA GPU and requirements-vllm.lock "
+        "(`runtime.vllm` says where it runs).",
+    )
     minibatch_size: Count = Field(32, description="Answers per optimizer update; a multiple of group_size.")
     micro_batch_size: Count = Field(
         16,
         description="Answers per forward and backward pass; divides minibatch_size. The loss averages over its tokens.",
     )
     clip: float = Field(0.2, gt=0, lt=1, description="Clip range of the probability ratio.")
+    delta: float | None = Field(
+        None,
+        gt=1,
+        description="Most that the ratio counts where the advantage is negative (dual clip; the paper: 3.0); null: "
+        "as much as it is.",
+    )
     judge: Annotated[AnyJudge, Field(discriminator="kind")] | None = Field(
         None,
         description="Whose verdict is the reward on a harmful prompt, -1 unsafe or 0 safe, in place of the cost "
@@ -215,6 +242,12 @@ class TrainingSettings(RolloutSettings):
     def pairs_per_update(self) -> int:
         """Pairs of answers that a preference objective learns from in an update: one where others see a group."""
         return self.minibatch_size // self.group_size
+
+    @model_validator(mode="after")
+    def _clips_nest(self) -> Self:
+        if self.delta is not None and self.delta <= 1 + self.clip:
+            raise ValueError(f"delta ({self.delta}) must be above 1 + clip ({1 + self.clip}): raise it")
+        return self
 
     @model_validator(mode="after")
     def _sizes_divide(self) -> Self:

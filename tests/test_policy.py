@@ -5,8 +5,10 @@ import math
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args
@@ -17,7 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
 from nspo.bases import NullSpaceBases
 from nspo.compute_bases import compute_basis
@@ -35,7 +37,7 @@ from nspo.policy.lagrangian import LagrangianReward
 from nspo.policy.rewards import SafetyReward, safety_reward
 from nspo.policy.rollouts import rollout_prompts
 from nspo.policy.training import last_checkpoint, train_policy
-from nspo.policy_settings import MethodSettings, Objective, TrainingSettings
+from nspo.policy_settings import MethodSettings, Objective, TrainingSettings, VLLMSettings
 from nspo.preference import train_preference
 from nspo.prompts import PROMPT_COLUMNS
 from nspo.sites import find_sites
@@ -275,14 +277,21 @@ def test_every_method_sees_the_same_prompts(nspo_run, free_run):
 def test_trainer_arguments_are_written_out(monkeypatch, tmp_path):
     """Every field that shapes the update is passed to TRL, with the configured value."""
     monkeypatch.setattr(grpo, "GRPOConfig", dict)
-    changes = {"clip": 0.3, "weight_decay": 0.02, "max_grad_norm": 0.7, "temperature": 0.9, "max_new_tokens": 33}
+    changes: dict[str, Any] = {
+        "clip": 0.3,
+        "weight_decay": 0.02,
+        "max_grad_norm": 0.7,
+        "temperature": 0.9,
+        "max_new_tokens": 33,
+        "delta": 2.5,
+    }
     settings = TrainingSettings(**TRAINING.dump() | changes)
     method = MethodSettings(objective="grpo", learning_rate=3e-5, kl=0.07)
-    given = trainer_arguments(settings, method, 5, torch.device("cpu"), tmp_path)
+    given = trainer_arguments(settings, method, 5, torch.device("cpu"), tmp_path, VLLMSettings())
     expected = {
         "epsilon": 0.3,
         "epsilon_high": 0.3,
-        "delta": None,
+        "delta": 2.5,
         "beta": 0.07,
         "loss_type": "bnpo",
         "scale_rewards": "group",
@@ -317,11 +326,28 @@ def test_trainer_arguments_are_written_out(monkeypatch, tmp_path):
     assert {key: given.get(key, "not set") for key in expected} == expected
 
 
+# What GRPOConfig has beside: of another loss, of features that are off, of logs and servers, or set by other fields.
+WITHOUT_EFFECT = r"""sapo_.*|vespo_.*|entropy_(coef_.+|target)|ref_model_.*|router_aux_loss_coef|log_.*
+|num_completions_to_print|reward_weights|multi_objective_aggregation|max_tool_calling_iterations|.*transformers_continuous_batching.*
+|use_transformers_paged|cache_implementation|model_init_kwargs|trust_remote_code|pad_to_multiple_of|chat_template_kwargs
+|generation_kwargs|num_generations_eval|steps_per_generation|ds3_gather_for_generation
+|vllm_(server_host|server_port|server_timeout|group_port|structured_outputs_regex|importance_sampling_cap)"""
+
+
+def test_no_field_of_grpo_is_left_to_its_default(monkeypatch, tmp_path):
+    """A field that a newer TRL adds fails here until it is set, or found to have no effect."""
+    own = {field.name for field in fields(grpo.GRPOConfig)} - {field.name for field in fields(TrainingArguments)}
+    monkeypatch.setattr(grpo, "GRPOConfig", dict)
+    given = trainer_arguments(TRAINING, METHODS["nspo"], 0, torch.device("cpu"), tmp_path, VLLMSettings())
+    pattern = WITHOUT_EFFECT.replace("\n", "")
+    assert {name for name in own - given.keys() if not re.fullmatch(pattern, name)} == set()
+
+
 def test_batch_sizes_of_the_paper_divide(tmp_path):
     """200 prompts x 8 answers, minibatches of 800: TRL accepts the sizes and makes two updates per rollout."""
     sizes = {"prompts_per_step": 200, "group_size": 8, "minibatch_size": 800, "micro_batch_size": 16}
     given = trainer_arguments(
-        TrainingSettings(**TRAINING.dump() | sizes), METHODS["nspo"], 0, torch.device("cpu"), tmp_path
+        TrainingSettings(**TRAINING.dump() | sizes), METHODS["nspo"], 0, torch.device("cpu"), tmp_path, VLLMSettings()
     )
     assert (given.steps_per_generation, given.gradient_accumulation_steps, given.max_steps) == (100, 50, 8)
 

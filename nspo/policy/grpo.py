@@ -15,7 +15,8 @@ from nspo.policy.callbacks import LoggedCallback
 from nspo.policy.lagrangian import LagrangianReward, Multiplier, MultiplierCallback
 from nspo.policy.rewards import SafetyReward, Scorer
 from nspo.policy.rollouts import rollout_prompts
-from nspo.policy_settings import MethodSettings, TrainingSettings
+from nspo.policy.vllm_rollouts import vllm_arguments
+from nspo.policy_settings import MethodSettings, TrainingSettings, VLLMSettings
 from nspo.preference import PreferenceModel
 
 
@@ -35,6 +36,7 @@ class RolloutLearner:
         reward: Path,
         prompts: Path,
         device: torch.device,
+        vllm: VLLMSettings,
         judge: Scorer | None = None,
     ) -> None:
         """Load the models; a `judge` gives the cost of answers in place of the cost model.
@@ -42,7 +44,7 @@ class RolloutLearner:
         Raises:
             UserError: when a folder holds no such model, or the other one of the two.
         """
-        self.method, self.prompts, self.device = method, prompts, device
+        self.method, self.prompts, self.device, self.vllm = method, prompts, device, vllm
         self.cost = PreferenceModel.load(cost, "cost", device)
         reward_model = PreferenceModel.load(reward, "reward", device)
         self.scorer, multiplier = reward_of(training, method, judge or self.cost, reward_model)
@@ -65,7 +67,7 @@ class RolloutLearner:
         return GRPOTrainer(
             model=policy,
             reward_funcs=self.scorer,  # type: ignore[arg-type]  # TRL's type leaves out callables that are no functions
-            args=trainer_arguments(training, self.method, seed, self.device, work),
+            args=trainer_arguments(training, self.method, seed, self.device, work, self.vllm),
             train_dataset=rollout_prompts(training, self.prompts, tokenizer, seed),
             processing_class=tokenizer,
             callbacks=callbacks,
@@ -88,11 +90,17 @@ def reward_of(
 
 
 def trainer_arguments(
-    training: TrainingSettings, method: MethodSettings, seed: int, device: torch.device, work: Path
+    training: TrainingSettings,
+    method: MethodSettings,
+    seed: int,
+    device: torch.device,
+    work: Path,
+    vllm: VLLMSettings,
 ) -> GRPOConfig:
     """TRL's configuration with every field that shapes the result written out."""
     return GRPOConfig(
         **shared_arguments(training, method, seed, device, work),
+        **vllm_arguments(training, vllm),
         num_generations=training.group_size,
         generation_batch_size=training.prompts_per_step * training.group_size,
         per_device_train_batch_size=training.micro_batch_size,
@@ -102,16 +110,19 @@ def trainer_arguments(
         temperature=training.temperature,
         top_p=1.0,
         top_k=0,
+        min_p=None,
         repetition_penalty=1.0,
         epsilon=training.clip,
         epsilon_high=training.clip,
-        delta=None,
+        delta=training.delta,
         beta=method.kl,
+        use_bias_correction_kl=True,
         loss_type="bnpo",
         scale_rewards="none" if method.lagrangian else "group",  # combined advantages are scaled already
         importance_sampling_level="token",
         mask_truncated_completions=False,
         disable_dropout=True,
+        cast_lm_head_to_fp32=False,
         entropy_coef=0.0,
         use_adaptive_entropy=False,
         top_entropy_quantile=1.0,

@@ -36,6 +36,7 @@ from nspo.policy.objectives import check_given, constraint_of, load_bases, prepa
 from nspo.policy.offline import PairLearner
 from nspo.policy.probes import Probe
 from nspo.policy.theory import theory
+from nspo.policy.vllm_rollouts import check_rollout
 from nspo.policy_settings import MethodSettings, TrainingSettings
 from nspo.progress import say
 
@@ -66,13 +67,16 @@ def train_policy(
 
     Raises:
         UserError: bases or pairs missing or not asked for, made for another model or tokenizer; bases for other
-            layers than `layers` matches; a judge that is missing something; or no prompt short enough.
+            layers than `layers` matches; a judge that is missing something; vLLM asked for where it cannot run; or no
+            prompt short enough.
     """
     check_given(method, name, "pairs", pairs, method.preference is not None)
     check_given(method, name, "guide policy", guide_policy, method.preference == "wdoor")
     protected = load_bases(method, name, bases, model)
     judge = judge_of("policy.judge", training.judge, runtime, stay=True) if training.judge and pairs is None else None
     device = device_of(runtime.device)
+    if pairs is None:
+        check_rollout(training, runtime.vllm, device, processes=1)
     identity = make_manifest(
         "policy",
         method=name,
@@ -99,7 +103,7 @@ def train_policy(
     learner: RolloutLearner | PairLearner
     if pairs is None:
         judged = JudgedCost(judge, work) if judge else None
-        learner = RolloutLearner(training, method, cost, reward, prompts, device, judged)
+        learner = RolloutLearner(training, method, cost, reward, prompts, device, runtime.vllm, judged)
     else:
         learner = PairLearner(method, model, cost, pairs, guide_policy, device)
     count, length = training.probe_prompts, training.max_new_tokens
