@@ -19,7 +19,6 @@ where there is none (with `--cpu` accelerate starts one process only).
 """
 
 import errno
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,7 +27,6 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -37,7 +35,8 @@ from nspo.artifacts import MANIFEST_NAME, atomic_path, fingerprint, make_manifes
 from nspo.config import ActivationSettings, RuntimeSettings
 from nspo.errors import UserError
 from nspo.linears import layer_norms
-from nspo.models import device_of, generate, load_model, load_tokenizer, model_identity
+from nspo.models import generate, load_model, load_tokenizer, model_identity
+from nspo.processes import own_device, processes_of
 from nspo.progress import say, track
 from nspo.sequences import Answered, Chunk, kept_positions, make_chunks, padded_batches
 from nspo.sites import Site, find_sites, watch
@@ -48,7 +47,6 @@ GENERATION_BATCH = 32  # prompts
 BATCH_TOKENS = 2048  # tokens of one forward pass, padding included; also how many products float32 sums up
 ACCUMULATOR_BYTES = 4 * 2**30  # float64 moments held at once; sites beyond it take a further pass over the same tokens
 POLL_SECONDS = 0.2  # between two looks whether the other processes have finished
-GRACE_SECONDS = 5.0  # how long another process's error waits for the main process to say the same first
 
 
 def collect(settings: ActivationSettings, model: Path, prompts: Path, out: Path, runtime: RuntimeSettings) -> None:
@@ -63,17 +61,14 @@ def collect(settings: ActivationSettings, model: Path, prompts: Path, out: Path,
     Raises:
         UserError: a layer pattern that matches nothing, no prompts that fit, NaN or Inf in an input, or a full disk.
     """
-    processes = _processes(runtime)
-    try:
-        _collect(settings, model, prompts, out, runtime, processes)
-    except (UserError, OSError) as error:
-        if not processes.is_main_process:
-            time.sleep(GRACE_SECONDS)  # the launcher ends this process once the main one has said it
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            where = f"{runtime.workdir}: no space left on the disk"
-            raise UserError(f"{where}; free some or lower activations.disk_budget_gb") from error
-        raise
-    processes.destroy_process_group()
+    with processes_of(runtime.device, "runtime.processes") as processes:
+        try:
+            _collect(settings, model, prompts, out, runtime, processes)
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                where = f"{runtime.workdir}: no space left on the disk"
+                raise UserError(f"{where}; free some or lower activations.disk_budget_gb") from error
+            raise
 
 
 def _collect(
@@ -86,7 +81,7 @@ def _collect(
 ) -> None:
     tokenizer = load_tokenizer(model)
     chunks = make_chunks(settings, prompts, tokenizer)
-    network = load_model(model, processes.device if processes.num_processes > 1 else device_of(runtime.device))
+    network = load_model(model, own_device(processes, runtime.device))
     sites = find_sites(network, settings.layers)
     storage = choose_storage(settings, sites, chunks)
     identity = {
@@ -124,17 +119,6 @@ def _collect(
 
 
 # ------------------------------------------------------------------------------------------- processes
-
-
-def _processes(runtime: RuntimeSettings) -> PartialState:
-    """This process among those of `accelerate launch`; alone when it was started plainly, without a process group."""
-    wanted = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    on_gpu = device_of(runtime.device).type == "cuda" and not parse_flag_from_env("ACCELERATE_USE_CPU")
-    if on_gpu and wanted > torch.cuda.device_count():
-        raise UserError(
-            f"runtime.processes is {wanted}, but torch finds {torch.cuda.device_count()} GPUs: lower it to at most that"
-        )
-    return PartialState(cpu=not on_gpu)
 
 
 def _prefix(processes: PartialState) -> str:

@@ -232,6 +232,15 @@ class TrainingSettings(RolloutSettings):
         le=1,
         description="Stop at the first probe whose unsafe rate is this low, so methods meet at equal safety.",
     )
+    processes: Count = Field(
+        1,
+        description="Processes that train one policy, one per GPU (`accelerate launch`). Rollouts and updates keep "
+        "their sizes, and micro_batch_size x processes divides minibatch_size. Another number samples other answers.",
+    )
+    sharding: Literal["none", "fsdp2", "zero2", "zero3"] = Field(
+        "none",
+        description="How the processes split the model: not at all (DDP), PyTorch FSDP2, DeepSpeed ZeRO-2 or ZeRO-3.",
+    )
 
     @property
     def updates_per_step(self) -> int:
@@ -267,6 +276,13 @@ class TrainingSettings(RolloutSettings):
                 f"minibatch_size ({self.minibatch_size}) must be divisible by "
                 f"micro_batch_size ({self.micro_batch_size})"
             )
+        if self.minibatch_size % (self.micro_batch_size * self.processes):
+            raise ValueError(
+                f"minibatch_size ({self.minibatch_size}) must be divisible by micro_batch_size x processes "
+                f"({self.micro_batch_size} x {self.processes}): lower micro_batch_size"
+            )
+        if self.sharding != "none" and self.processes == 1:
+            raise ValueError(f"sharding is {self.sharding!r} with one process: expected 'none', or more `processes`")
         return self
 
 

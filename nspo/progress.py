@@ -8,6 +8,7 @@ from tqdm import tqdm
 
 LOG_SECONDS = 10.0
 DELAY_SECONDS = 3.0  # work that is over sooner shows no bar
+_silent = False
 
 
 class _LogLines:
@@ -27,6 +28,7 @@ def track(description: str, total: int, unit: str, start: int = 0) -> Iterator["
     """A progress bar; call `.update(n)` on it. `start` counts work that an earlier, interrupted run had done."""
     terminal = sys.stderr.isatty()
     with tqdm(
+        disable=_silent,
         desc=description,
         total=total,
         initial=start,
@@ -44,4 +46,11 @@ def track(description: str, total: int, unit: str, start: int = 0) -> Iterator["
 
 def say(message: str) -> None:
     """One plain line on standard error, above any bar."""
-    tqdm.write(message, file=sys.stderr)
+    if not _silent:
+        tqdm.write(message, file=sys.stderr)
+
+
+def silence() -> None:
+    """Say and show nothing from here on: another process does the same work and speaks for this one."""
+    global _silent
+    _silent = True

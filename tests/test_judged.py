@@ -157,7 +157,7 @@ def test_verdicts_become_costs(tmp_path):
                 keep(place, told[answer])
         return [told.get(answer, math.nan) for answer in answers]
 
-    scorer = JudgedCost(SimpleNamespace(name="judge", verdicts=verdicts), tmp_path)  # type: ignore[arg-type]
+    scorer = JudgedCost(SimpleNamespace(name="judge", verdicts=verdicts), tmp_path / "verdicts.jsonl")  # type: ignore[arg-type]
     found = scorer.score(["p"] * 4, ["unsafe", "safe", "?", "border"])
     torch.testing.assert_close(found, torch.tensor([1.0, 0.0, math.nan, 0.0]), equal_nan=True)
     with pytest.raises(UserError, match="none of the 2 answers"):

@@ -12,6 +12,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from nspo.policy.lagrangian import LagrangianReward, Multiplier, MultiplierCallback, combined_advantage
+from nspo.policy.rewards import whole_rollout
 from nspo.policy_settings import MethodSettings
 
 REWARD = torch.tensor([1.0, 2.0, 3.0, 2.0, 5.0, 5.0, 5.0, 5.0])
@@ -103,13 +104,13 @@ def half_of_a_group(rank: int, port: int, out: str) -> None:
     PartialState(cpu=True)
     torch.set_num_threads(1)
     reward, mine = scorer(), slice(4 * rank, 4 * rank + 4)
-    advantages = reward.combine(COST[mine], REWARD[mine], torch.ones(4, dtype=torch.bool))
-    torch.save((advantages, reward.multiplier.log), f"{out}/{rank}.pt")
+    rollout = whole_rollout(COST[mine], REWARD[mine], torch.ones(4, dtype=torch.bool))
+    torch.save((reward.combine(*rollout), reward.multiplier.log), f"{out}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
 def test_two_processes_see_one_rollout(tmp_path: Path):
-    """A group that lies across two processes is normalised as one, and both step the multiplier alike."""
+    """A group that lies across two processes is normalised as one by both, and both step the multiplier alike."""
     import socket
 
     with socket.socket() as free:
@@ -119,7 +120,7 @@ def test_two_processes_see_one_rollout(tmp_path: Path):
     parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     alone = scorer()
     expected: Tensor = alone.combine(COST, REWARD, torch.ones(8, dtype=torch.bool))
-    assert torch.equal(torch.cat([part[0] for part in parts]), expected)
+    assert all(torch.equal(part[0], expected) for part in parts)
     assert {part[1] for part in parts} == {alone.multiplier.log}
 
 

@@ -4,6 +4,7 @@ One real run of config/smoke.yaml in a copy of the project; the cases then chang
 ask Snakemake for its plan.
 """
 
+import json
 import os
 import re
 import shutil
@@ -191,6 +192,30 @@ def test_processes_share_out_the_collection(finished: Path) -> None:
     assert run.returncode == 0, run.stdout[-3000:]
     assert contents(finished / "results/processes/activations") == contents(finished / "results/smoke/activations")
     assert plan(finished, changed(finished, runtime={"processes": 2})) == set()
+
+
+def test_processes_share_out_the_training(finished: Path) -> None:
+    """`policy.processes` starts the stage with accelerate: one saved policy, in the null space, told by one voice.
+
+    Its key reruns the policies, since other processes sample other answers; sizes that do not divide are refused.
+    """
+    results = finished / "results/several"
+    shutil.copytree(finished / "results/smoke", results)
+    shutil.rmtree(results / "policy/nspo")
+    policy = yaml.safe_load((finished / "config/smoke.yaml").read_text())["policy"]
+    two = {**policy, "processes": 2, "micro_batch_size": 2}
+    target = "results/several/certificates/nspo/seed0.json"
+    config = changed(finished, policy=two, runtime={"results": "results/several"})
+    run = snakemake(finished, target, config=config)
+    assert run.returncode == 0, run.stdout[-6000:]
+    certificate = json.loads((finished / target).read_text())
+    assert certificate["max_protected"] < 1e-6
+    log = next(results.rglob("*nspo-seed0.log"))
+    assert "accelerate launch" in run.stdout
+    assert log.read_text().count("probe step 0") == 1
+    assert {f"train_policy {method}" for method in policy["methods"]} <= plan(finished, changed(finished, policy=two))
+    refused = snakemake(finished, config=changed(finished, policy={**policy, "processes": 2}))
+    assert "micro_batch_size x processes (4 x 2)" in refused.stdout
 
 
 def test_artifacts_are_cached_between_workflows(finished: Path, tmp_path: Path) -> None:

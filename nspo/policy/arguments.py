@@ -37,4 +37,5 @@ def shared_arguments(
         "disable_tqdm": True,
         "remove_unused_columns": False,
         "dataloader_num_workers": 0,
+        "ddp_find_unused_parameters": False,
     }

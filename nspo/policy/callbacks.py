@@ -1,10 +1,14 @@
-"""What nspo adds to TRL's trainer: the constraint, the probes and the logs, as callbacks and nothing else."""
+"""What nspo adds to TRL's trainer: the constraint, the probes and the logs, as callbacks and nothing else.
+
+Of several processes each calls them alike; only the main one (`state.is_world_process_zero`) writes files.
+"""
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
 
 from nspo.bases import NullSpaceBases
@@ -125,8 +129,9 @@ class LogCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Drop what an interrupted run logged after the checkpoint it resumes from; start the progress bar."""
-        self.steps.rewind(state.global_step)
-        self.samples.rewind(state.global_step)
+        if state.is_world_process_zero:
+            self.steps.rewind(state.global_step)
+            self.samples.rewind(state.global_step)
         self.bar = self.progress.enter_context(track("train policy", state.max_steps, "step", start=state.global_step))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -141,8 +146,10 @@ class LogCallback(TrainerCallback):
             return
         for columns in self.columns:
             row |= columns(state.global_step)
-        self.steps.append([{"step": state.global_step, **row}])
-        self.samples.append(self.samples_of(state.global_step))
+        samples = self.samples_of(state.global_step)
+        if state.is_world_process_zero:
+            self.steps.append([{"step": state.global_step, **row}])
+            self.samples.append(samples)
         self.bar.update(1)
         if state.global_step % self.every == 0:
             shown = ("reward", "cost", "unsafe", "helpfulness", "multiplier", "margin", "accuracy", "seconds")
@@ -151,6 +158,9 @@ class LogCallback(TrainerCallback):
 
 class ProbeCallback(LoggedCallback):
     """Probe before the first step and every `every` steps; stop at the target unsafe rate.
+
+    Every process measures everything, in step, so that sharded weights can be gathered; what counts is the main one's
+    row, so that all stop together.
 
     Args:
         also: what else is measured then, by other callbacks.
@@ -165,10 +175,10 @@ class ProbeCallback(LoggedCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measure the starting point, or forget probes later than the checkpoint that is resumed."""
-        if state.global_step > 0:
-            self.log.rewind(state.global_step)
-        else:  # a run that was interrupted before its first checkpoint has probed step 0 already
-            self.log.rewind(-1)
+        if state.is_world_process_zero:
+            # A run that was interrupted before its first checkpoint has probed step 0 already.
+            self.log.rewind(state.global_step or -1)
+        if state.global_step == 0:
             self._measure(state, kwargs["model"])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
@@ -193,10 +203,12 @@ class ProbeCallback(LoggedCallback):
         return any(row["step"] == step and row["unsafe_rate"] <= self.target for row in self.log.rows())
 
     def _measure(self, state: Any, model: Any) -> dict[str, Any]:
-        row = {"step": state.global_step, **self.probe.measure(model)}
+        measured = {"step": state.global_step, **self.probe.measure(model)}
         for measure in self.also:
-            row |= measure()
-        self.log.append([row])
+            measured |= measure()
+        (row,) = broadcast_object_list([measured])
+        if state.is_world_process_zero:
+            self.log.append([row])
         self.last = row
         say("probe " + ", ".join(f"{k} {v:.4g}" for k, v in row.items()))
         return row

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
@@ -74,9 +75,10 @@ class RolloutLearner:
         )
 
     def samples(self, step: int) -> list[dict[str, Any]]:
-        """The scored answers of the last rollout, once."""
-        samples, self.scorer.samples = self.scorer.samples, []
-        return samples
+        """The scored answers of the last rollout, once. A collective: those of all processes."""
+        own, self.scorer.samples = self.scorer.samples, []
+        everyone: list[dict[str, Any]] = gather_object(own)
+        return everyone
 
 
 def reward_of(
@@ -104,7 +106,7 @@ def trainer_arguments(
         num_generations=training.group_size,
         generation_batch_size=training.prompts_per_step * training.group_size,
         per_device_train_batch_size=training.micro_batch_size,
-        gradient_accumulation_steps=training.minibatch_size // training.micro_batch_size,
+        gradient_accumulation_steps=training.minibatch_size // (training.micro_batch_size * training.processes),
         num_iterations=1,
         max_completion_length=training.max_new_tokens,
         temperature=training.temperature,

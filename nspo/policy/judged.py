@@ -29,9 +29,9 @@ TRL_LOG = "trl.trainer.grpo_trainer"
 class JudgedCost:
     """Scores answers by what a judge says of them; takes the place of the cost model in a reward."""
 
-    def __init__(self, judge: AddedJudge, work: Path) -> None:
-        """Verdicts of `judge`, kept in the folder `work`."""
-        self.kept = KeptVerdicts(judge, work / "verdicts.jsonl")
+    def __init__(self, judge: AddedJudge, path: Path) -> None:
+        """Verdicts of `judge`, kept in the file `path`, which no other process writes."""
+        self.kept = KeptVerdicts(judge, path)
         logging.getLogger(TRL_LOG).addFilter(_told_already)
 
     def score(self, prompts: Sequence[str], answers: Sequence[str]) -> Tensor:

@@ -25,8 +25,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import gather
 from torch import Tensor
 from transformers.trainer_callback import ExportableState
 from trl.trainer.utils import nanstd
@@ -114,12 +112,9 @@ class LagrangianReward(SafetyReward):
         return cost, self._score(self.reward, asked, answers, everything).masked_fill(cost.isnan(), math.nan)
 
     def combine(self, cost: Tensor, reward: Tensor, harmful: Tensor) -> Tensor:
-        """Combined advantages (B,) of this process's answers. A collective: groups may lie across processes."""
-        state = PartialState()
-        mine = slice(state.process_index * len(cost), (state.process_index + 1) * len(cost))
-        cost, reward = gather(torch.stack([cost, reward], 1).to(state.device)).cpu().unbind(1)
+        """Combined advantages (B,) of the whole rollout, after the multiplier's step."""
         self.multiplier.update(reward.nanmean().item(), cost.nanmean().item())
-        return combined_advantage(reward.contiguous(), cost.contiguous(), self.multiplier.value, self.group_size)[mine]
+        return combined_advantage(reward, cost, self.multiplier.value, self.group_size)
 
 
 class MultiplierCallback(LoggedCallback, ExportableState):

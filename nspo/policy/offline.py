@@ -193,10 +193,11 @@ def trainer_arguments(
     training: TrainingSettings, method: MethodSettings, seed: int, device: torch.device, work: Path
 ) -> TrainingArguments:
     """The trainer's configuration: as many updates as the other objectives take, each of `pairs_per_update` pairs."""
-    size = math.gcd(training.pairs_per_update, max(1, training.micro_batch_size // 2))
+    share = training.pairs_per_update // training.processes
+    size = math.gcd(share, max(1, training.micro_batch_size // 2))
     return TrainingArguments(
         **shared_arguments(training, method, seed, device, work),
         per_device_train_batch_size=size,
-        gradient_accumulation_steps=training.pairs_per_update // size,
+        gradient_accumulation_steps=share // size,
         train_sampling_strategy="sequential",  # `in_order` has made the order
     )

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather
 from torch import Tensor
 
 from nspo.refusal import is_refusal
@@ -32,10 +33,18 @@ def safety_reward(cost: Tensor, reward: Tensor, harmful: Tensor, margin: float) 
     return torch.where(harmful, -cost.clamp(min=-margin), reward.clamp(max=margin))
 
 
+def whole_rollout(*columns: Tensor) -> list[Tensor]:
+    """(B,) float32 or bool of this process as (B of all processes,), by process. A collective: call it on all alike."""
+    table = torch.stack([column.float() for column in columns], 1)
+    whole = gather(table.to(PartialState().device)).cpu()
+    return [values.to(column.dtype).contiguous() for values, column in zip(whole.unbind(1), columns, strict=True)]
+
+
 class SafetyReward:
     """TRL reward function that owns what scores cost and reward, and keeps each step's scored samples.
 
-    Call it as TRL does, with conversational prompts and completions and the data set's `role` column.
+    Call it as TRL does, with conversational prompts and completions and the data set's `role` column. Of several
+    processes each scores its own answers; what is combined and logged is the whole rollout.
     """
 
     __name__ = "safety"  # the name of the reward in TRL's logs
@@ -51,11 +60,11 @@ class SafetyReward:
         asked = [turns[-1]["content"] for turns in prompts]
         answers = [turns[-1]["content"] for turns in completions]
         harmful = torch.tensor([r == "harmful" for r in role])
-        cost, reward = self.judge(asked, answers, harmful)
+        refused = torch.tensor([is_refusal(answer) for answer in answers]).float()
+        cost, reward, harmful, refused = whole_rollout(*self.judge(asked, answers, harmful), harmful, refused)
         total = [None if math.isnan(value) else value for value in self.combine(cost, reward, harmful).tolist()]
-        failed, refused = cost.isnan(), torch.tensor([is_refusal(answer) for answer in answers]).float()
-        processes = PartialState().num_processes  # whose mean is what TRL logs
-        log_metric("failed_verdicts", failed.sum().item() * processes)
+        failed = cost.isnan()
+        log_metric("failed_verdicts", failed.sum().item())
         if harmful.any():
             judged = cost[harmful & ~failed]
             log_metric("cost", judged.mean().item())
@@ -64,11 +73,13 @@ class SafetyReward:
         if not harmful.all():
             log_metric("helpfulness", reward[~harmful].nanmean().item())
             log_metric("over_refusal_rate", refused[~harmful].mean().item())
+        first = PartialState().process_index * len(answers)
+        own = total[first : first + len(answers)]
         self.samples = [
             {"step": trainer_state.global_step + 1, "role": r, "prompt": p, "answer": a, "score": s}
-            for r, p, a, s in zip(role, asked, answers, total, strict=True)
+            for r, p, a, s in zip(role, asked, answers, own, strict=True)
         ]
-        return total
+        return own
 
     def judge(self, asked: list[str], answers: list[str], harmful: Tensor) -> tuple[Tensor, Tensor]:
         """Cost (B,) of the answers to harmful prompts and reward (B,) of those to others, zero elsewhere."""
@@ -78,7 +89,7 @@ class SafetyReward:
         )
 
     def combine(self, cost: Tensor, reward: Tensor, harmful: Tensor) -> Tensor:
-        """What an answer earns (B,); see `safety_reward`."""
+        """What every answer of the rollout earns (B,); see `safety_reward`."""
         return safety_reward(cost, reward, harmful, self.margin)
 
     @staticmethod

@@ -13,6 +13,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate import PartialState
 from transformers import Trainer, set_seed
 from transformers.trainer_callback import PrinterCallback
 
@@ -28,17 +30,19 @@ from nspo.artifacts import (
 from nspo.config import RuntimeSettings
 from nspo.evaluation.judges import judge_of
 from nspo.json_lines import JsonLines
-from nspo.models import device_of, load_model, load_tokenizer, model_identity
+from nspo.models import load_model, load_tokenizer, model_identity
 from nspo.policy.callbacks import LogCallback, LoggedCallback, ProbeCallback
 from nspo.policy.grpo import RolloutLearner
 from nspo.policy.judged import JudgedCost
 from nspo.policy.objectives import check_given, constraint_of, load_bases, prepare_layers
 from nspo.policy.offline import PairLearner
 from nspo.policy.probes import Probe
+from nspo.policy.sharding import check_processes, prepare_engine, whole_weights
 from nspo.policy.theory import theory
 from nspo.policy.vllm_rollouts import check_rollout
 from nspo.policy_settings import MethodSettings, TrainingSettings
-from nspo.progress import say
+from nspo.processes import own_device, processes_of
+from nspo.progress import say, silence
 
 
 def train_policy(
@@ -59,7 +63,8 @@ def train_policy(
 ) -> None:
     """Train the policy `name` and write its folder: model, tokenizer, logs, probes, samples, manifest.
 
-    Interrupted work resumes from the last checkpoint in `runtime.workdir` and says from which step.
+    Interrupted work resumes from the last checkpoint in `runtime.workdir` and says from which step. Under `accelerate
+    launch` the processes share out rollouts and updates, and the main one writes.
 
     Args:
         pairs, guide_policy: for the preference objectives, and the policy that weighs tokens for W-DOOR.
@@ -67,16 +72,42 @@ def train_policy(
 
     Raises:
         UserError: bases or pairs missing or not asked for, made for another model or tokenizer; bases for other
-            layers than `layers` matches; a judge that is missing something; vLLM asked for where it cannot run; or no
-            prompt short enough.
+            layers than `layers` matches; a judge that is missing something; vLLM asked for where it cannot run; no
+            prompt short enough; or other processes than `policy.processes` and `policy.sharding` say.
     """
     check_given(method, name, "pairs", pairs, method.preference is not None)
     check_given(method, name, "guide policy", guide_policy, method.preference == "wdoor")
+    with processes_of(runtime.device, "policy.processes") as processes:
+        check_processes(training, method, processes)
+        inputs = (model, bases, layers, reward, cost, prompts, pairs, guide_policy)
+        device = own_device(processes, runtime.device)
+        _train_policy(training, method, name, seed, *inputs, out, runtime, processes, device)
+
+
+def _train_policy(
+    training: TrainingSettings,
+    method: MethodSettings,
+    name: str,
+    seed: int,
+    model: Path,
+    bases: Path | None,
+    layers: str,
+    reward: Path,
+    cost: Path,
+    prompts: Path,
+    pairs: Path | None,
+    guide_policy: Path | None,
+    out: Path,
+    runtime: RuntimeSettings,
+    processes: PartialState,
+    device: torch.device,
+) -> None:
+    if not processes.is_main_process:
+        silence()
     protected = load_bases(method, name, bases, model)
     judge = judge_of("policy.judge", training.judge, runtime, stay=True) if training.judge and pairs is None else None
-    device = device_of(runtime.device)
     if pairs is None:
-        check_rollout(training, runtime.vllm, device, processes=1)
+        check_rollout(training, runtime.vllm, device, processes.num_processes)
     identity = make_manifest(
         "policy",
         method=name,
@@ -102,7 +133,7 @@ def train_policy(
     constraint = constraint_of(method, seed, protected, model)
     learner: RolloutLearner | PairLearner
     if pairs is None:
-        judged = JudgedCost(judge, work) if judge else None
+        judged = JudgedCost(judge, work / f"verdicts-{processes.process_index}.jsonl") if judge else None
         learner = RolloutLearner(training, method, cost, reward, prompts, device, runtime.vllm, judged)
     else:
         learner = PairLearner(method, model, cost, pairs, guide_policy, device)
@@ -119,19 +150,23 @@ def train_policy(
     log = LogCallback(work, learner.samples, [part.columns for part in (*parts, probes)], runtime.log_every)
     trainer = learner.trainer(training, policy, tokenizer, seed, work, [*parts, log, probes])
     trainer.remove_callback(PrinterCallback)
+    prepare_engine(trainer, training.sharding)
     if checkpoint is not None:
         say(f"resuming {name} (seed {seed}) from {checkpoint.name}")
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
-    with atomic_path(out) as scratch:
-        policy.save_pretrained(scratch)
-        tokenizer.save_pretrained(scratch)
-        for file in ("training", "probes", "samples"):
-            write_rows(JsonLines(work / f"{file}.jsonl").rows(), scratch / f"{file}.parquet")
-        settings = resolved_settings(trainer, identity)
-        write_json(scratch / "settings.json", settings | {"theory": theory(log.steps.rows())})
-        write_json(scratch / MANIFEST_NAME, {**identity, "tuned": model_identity(scratch)})
-    shutil.rmtree(work)
+    state = whole_weights(trainer)
+    processes.wait_for_everyone()  # nobody writes to the work folder any more
+    if processes.is_main_process:
+        with atomic_path(out) as scratch:
+            policy.save_pretrained(scratch, state_dict=state)
+            tokenizer.save_pretrained(scratch)
+            for file in ("training", "probes", "samples"):
+                write_rows(JsonLines(work / f"{file}.jsonl").rows(), scratch / f"{file}.parquet")
+            settings = resolved_settings(trainer, identity)
+            write_json(scratch / "settings.json", settings | {"theory": theory(log.steps.rows())})
+            write_json(scratch / MANIFEST_NAME, {**identity, "tuned": model_identity(scratch)})
+        shutil.rmtree(work)
 
 
 def last_checkpoint(work: Path) -> Path | None:

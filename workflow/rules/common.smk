@@ -79,11 +79,22 @@ def device(wildcards, threads):
 
 def launch(wildcards, threads):
     """What starts a stage that several processes may share: their number does not change what it makes."""
-    count = settings.runtime.processes
+    return _launcher(settings.runtime.processes, threads)
+
+
+def launch_training(wildcards, threads):
+    """What starts the training of a policy; the number of processes is one of its settings."""
+    return _launcher(settings.policy.processes, threads, settings.policy.sharding)
+
+
+def _launcher(count, threads, sharding="none"):
     if count == 1:
         return "python -m"
-    share = f"--multi_gpu --num_processes {count} --num_cpu_threads_per_process {max(1, threads // count)}"
-    return f"accelerate launch {share} --num_machines 1 --mixed_precision no --dynamo_backend no -m"
+    how = "--multi_gpu --mixed_precision no --dynamo_backend no"
+    if sharding != "none":
+        how = f"--config_file {shlex.quote(str(Path(workflow.basedir, 'config', 'accelerate', f'{sharding}.yaml')))}"
+    share = f"--num_processes {count} --num_cpu_threads_per_process {max(1, threads // count)}"
+    return f"accelerate launch {how} {share} --num_machines 1 -m"
 
 
 def folder(name):

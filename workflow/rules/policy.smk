@@ -61,6 +61,7 @@ rule train_policy:
         method=lambda wildcards: to_flags(settings.policy.methods[wildcards.method]),
         layers=flags(settings.activations, ("layers",)),
         runtime=runtime,
+        launch=launch_training,
         model=folder("model"),
         reward=folder("reward"),
         cost=folder("cost"),
@@ -69,7 +70,7 @@ rule train_policy:
         guide=optional_folder("--guide-policy", "guide"),
         out=subpath(output.manifest, parent=True),
     shell:
-        "python -m nspo train-policy {params.training} {params.method} {params.layers} {params.runtime}"
+        "{params.launch} nspo train-policy {params.training} {params.method} {params.layers} {params.runtime}"
         " --name {wildcards.method} --seed {wildcards.seed} --model {params.model} {params.bases} {params.pairs} {params.guide} --reward {params.reward} --cost {params.cost}"
         " --prompts {input.prompts} --out {params.out} 2>&1 | tee {log}"
 
