@@ -1,5 +1,6 @@
 """Cells of a data set's rows, checked: what a column holds, or one line that names the file, the key and the fault."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -74,3 +75,12 @@ def which(raw: Row, column: str, where: str) -> int:
     if str(found) not in ("0", "1"):
         raise UserError(f"{where}: a row has the {column!r} {found!r:.60}: expected 0 or 1, the number of a response")
     return int(found)
+
+
+def matches(raw: Row, only: Mapping[str, str], where: str) -> bool:
+    """Whether every column of `only` matches its regular expression somewhere.
+
+    Raises:
+        UserError: when a column is missing.
+    """
+    return all(re.search(pattern, str(cell(raw, column, where))) for column, pattern in only.items())

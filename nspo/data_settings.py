@@ -11,6 +11,19 @@ SMOLLM2 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 PYRIT = "wheel:pyrit==1.1.0:pyrit/datasets/"
 RESERVED = {"harmful", "benign", "all"}  # what activations and scores call what is no general domain
 
+Only = Annotated[
+    dict[str, Pattern],
+    Field(description="Keep the rows whose column matches a regular expression, by column; empty: all rows."),
+]
+Fraction = Annotated[
+    float,
+    Field(
+        gt=0,
+        le=1,
+        description="Share of the prompts that is used, drawn by `seed` alike from every category and class.",
+    ),
+]
+
 
 class DataSet(Section):
     """A file of prompts."""
@@ -20,6 +33,8 @@ class DataSet(Section):
     )
     prompt: str = Field("prompt", description="Column that holds the prompt.")
     name: str = Field("", description="What the page calls it; empty: the key it stands under.")
+    only: Only = Field({})
+    fraction: Fraction = 1.0
 
 
 class LabelSet(Section):
@@ -27,15 +42,8 @@ class LabelSet(Section):
 
     source: list[DataSource] = Field(min_length=1, description="Files that are read as one set, in this order.")
     target: Literal["cost", "reward"] = Field(description="Which model learns from this set.")
-    only: dict[str, Pattern] = Field(
-        {}, description="Keep the rows whose column matches a regular expression, by column; empty: all rows."
-    )
-    fraction: float = Field(
-        1.0,
-        gt=0,
-        le=1,
-        description="Share of the prompts that is used, drawn by `seed` alike from every category and class.",
-    )
+    only: Only = Field({})
+    fraction: Fraction = 1.0
 
     @property
     def further_sources(self) -> list[str]:

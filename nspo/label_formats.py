@@ -9,12 +9,11 @@ Of an earlier conversation the turns stay in the prompt, with their marks, as on
 """
 
 import os
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from nspo.columns import Row, cell, encodable, flag, optional, text, which
+from nspo.columns import Row, cell, encodable, flag, matches, optional, text, which
 from nspo.data_settings import AnyLabelSet, GradedSet, PairSet, Questions, SafeRLHFSet
 from nspo.errors import UserError
 from nspo.progress import say
@@ -35,7 +34,7 @@ def read_set(name: str, labels: AnyLabelSet, wheels_dir: Path) -> list[dict[str,
     equal = 0
     for source in labels.source:
         where = f"data.labels.{name} ({source})"
-        raws = [raw for raw in read_rows(Source.parse(source), wheels_dir) if _kept(raw, labels, where)]
+        raws = [raw for raw in read_rows(Source.parse(source), wheels_dir) if matches(raw, labels.only, where)]
         for judged in _read(raws, labels, where, name, wheels_dir):
             responses = [row["response"] for row in judged]
             if len(judged) == 2 and responses[0] == responses[1]:
@@ -62,10 +61,6 @@ def _read(raws: Sequence[Row], labels: AnyLabelSet, where: str, name: str, wheel
             return _pairs(raws, labels, where)
         case SafeRLHFSet():
             return _safe_rlhf(raws, labels, where)
-
-
-def _kept(raw: Row, labels: AnyLabelSet, where: str) -> bool:
-    return all(re.search(pattern, str(cell(raw, column, where))) for column, pattern in labels.only.items())
 
 
 def _prompts_by_key(questions: Questions | None, name: str, wheels_dir: Path) -> dict[str, str] | None:

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from nspo.artifacts import atomic_path, dumps, make_manifest, read_table
-from nspo.columns import encodable, optional, text
+from nspo.columns import encodable, matches, optional, text
 from nspo.data_settings import DataSet, LabelSettings, PromptSettings, SplitSettings
 from nspo.errors import UserError
 from nspo.label_formats import read_set
@@ -97,7 +97,7 @@ def sample(rows: Sequence[dict[str, Any]], fraction: float, seed: int) -> list[d
     """
     strata: dict[str, set[tuple[str, str, str]]] = {}
     for row in rows:
-        strata.setdefault(normal(row["prompt"]), set()).add((row["split"], row["category"], str(row["grade"])))
+        strata.setdefault(normal(row["prompt"]), set()).add((row["split"], row["category"], str(row.get("grade", ""))))
     order = sorted(strata, key=lambda prompt: (sorted(strata[prompt]), position(prompt, seed + 2)))
     kept = {p for i, p in enumerate(order) if math.floor((i + 1) * fraction) > math.floor(i * fraction)}
     return [row for row in rows if normal(row["prompt"]) in kept]
@@ -149,6 +149,8 @@ def _read(
     where = f"{key} ({data.source})"
     rows: dict[str, dict[str, Any]] = {}
     for index, item in enumerate(read_rows(Source.parse(data.source), wheels_dir)):
+        if not matches(item, data.only, where):
+            continue
         prompt = text(item, data.prompt, where)
         rows[prompt] = {
             "id": optional(item, "id", where) or optional(item, "task_id", where) or f"{domain}-{index:05d}",
@@ -159,12 +161,13 @@ def _read(
             "check": _check(item, data.prompt, where),
             "category": optional(item, "category", where),
         }
-    if len(rows) < MIN_ROWS:
-        raise UserError(f"{key}: {data.source} holds {len(rows)} different prompts, expected at least {MIN_ROWS}")
-    twice = [name for name, count in Counter(row["id"] for row in rows.values()).items() if count > 1]
+    kept = sample(list(rows.values()), data.fraction, settings.seed)
+    if len(kept) < MIN_ROWS:
+        raise UserError(f"{key}: {data.source} holds {len(kept)} different prompts, expected at least {MIN_ROWS}")
+    twice = [name for name, count in Counter(row["id"] for row in kept).items() if count > 1]
     if twice:
         raise UserError(f"{where}: different prompts have the id {twice[0]!r}, expected each id once")
-    return list(rows.values())
+    return kept
 
 
 def _without_leaks(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
