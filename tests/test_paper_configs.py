@@ -58,6 +58,8 @@ SMALLER: dict[str, Any] = {
     "micro_batch_size": 5,
     "max_new_tokens": 8,
     "rollout": "transformers",
+    "processes": 1,
+    "sharding": "none",
     "judge": None,
     "probe_prompts": 4,
 }
@@ -138,7 +140,7 @@ def test_the_papers_settings_reach_the_trainer(name, tmp_path):
         "bf16": True,
     }
     assert {key: getattr(args, key) for key in expected} == expected
-    update = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    update = args.per_device_train_batch_size * args.gradient_accumulation_steps * config.policy.processes
     assert update == 800
     assert (config.bases.rule, config.bases.threshold, config.activations.samples) == ("relative", 5e-4, 1000)
     assert config.policy.judge is not None

@@ -53,6 +53,30 @@ def test_no_prompt_is_in_two_splits(settings: dict[str, Any], tmp_path: Path) ->
     assert [row["prompt"] for row in after] == [row["prompt"] for row in before]
 
 
+def test_prompts_are_chosen_by_column_and_fraction(settings: dict[str, Any], tmp_path: Path) -> None:
+    """`only` keeps the rows that match; `fraction` draws evenly from every split."""
+    rows = [{"prompt": f"harmful {i}", "input": "" if i % 2 else "a table"} for i in range(400)]
+    settings["harmful"]["source"] = write(tmp_path / "h.jsonl", rows)
+
+    def harmful(**keys: Any) -> dict[str, str]:
+        raw = settings | {"harmful": settings["harmful"] | keys}
+        found = prepared(raw, tmp_path / "out.parquet")
+        return {row["prompt"]: row["split"] for row in found if row["domain"] == "harm"}
+
+    bare = harmful(only={"input": "^$"})
+    assert set(bare) == {row["prompt"] for row in rows if not row["input"]}
+    part = harmful(only={"input": "^$"}, fraction=0.4)
+    assert part.items() <= bare.items()
+    assert len(part) == 80
+    for split in ("train", "validation", "heldout"):
+        whole, drawn = (list(found.values()).count(split) for found in (bare, part))
+        assert abs(drawn - 0.4 * whole) < 1
+    with pytest.raises(UserError, match=r"data\.harmful: .* holds 4 different prompts, expected at least 8"):
+        harmful(fraction=0.01)
+    with pytest.raises(UserError, match=r"data\.harmful .*no column 'kind'"):
+        harmful(only={"kind": "x"})
+
+
 def test_splits_do_not_depend_on_order_or_neighbours(settings: dict[str, Any], tmp_path: Path) -> None:
     """Reversing a file, or adding prompts, moves no prompt to another split."""
     before = {row["prompt"]: row["split"] for row in prepared(settings, tmp_path / "a.parquet")}
