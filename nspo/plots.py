@@ -6,12 +6,13 @@ them side by side on a wide screen and below each other on a phone. Lines carry 
 are Okabe and Ito's and, for the ablations, Tol's, which stay apart under the common colour-vision deficiencies.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
@@ -41,6 +42,7 @@ KNOWN = {
     "nspo_wdoor": "#004488",
 }
 SPARE = ("#cc79a7", "#56b4e9", "#b8860b", "#7a5195")
+LIGHTEST = 0.5  # how far the last of several methods of one objective is mixed with white
 SEQUENCE = ("#7fbf9f", "#4fa58f", "#2f8582", "#1a5f6b", "#0c3547")  # first to last block
 SITES = ("#0072b2", "#cc79a7", "#009e73", "#d55e00", "#56b4e9", "#b8860b")
 OVERVIEW_BLOCKS = 5  # spectra drawn per kind of site
@@ -75,10 +77,26 @@ METADATA: dict[str, dict[str, Any]] = {"png": {"Software": None}, "svg": {"Date"
 Points = Sequence[tuple[float, float]]
 
 
-def colours(methods: Iterable[str]) -> dict[str, str]:
-    """The colour of every method, of the base model too: known names keep theirs, others take spare ones in order."""
-    spare = [name for name in methods if name not in KNOWN]
-    return KNOWN | {name: SPARE[index % len(SPARE)] for index, name in enumerate(spare)}
+def colours(objectives: Mapping[str, str]) -> dict[str, str]:
+    """The colour of every method, given its objective: known objectives keep theirs, others take spare ones in order.
+
+    Several methods of one objective (say, at different learning rates) share its hue, the first darkest.
+    """
+    names = list(dict.fromkeys(objectives.values()))
+    spare = [name for name in names if name not in KNOWN]
+    hues = KNOWN | {name: SPARE[index % len(SPARE)] for index, name in enumerate(spare)}
+    found = {}
+    for name in names:
+        methods = [method for method, objective in objectives.items() if objective == name]
+        for place, method in enumerate(methods):
+            found[method] = _lighter(hues[name], LIGHTEST * place / max(len(methods) - 1, 1))
+    return found
+
+
+def _lighter(colour: str, amount: float) -> str:
+    """`colour` mixed with white; 0 leaves it as it is."""
+    red, green, blue = (part + (1 - part) * amount for part in to_rgb(colour))
+    return to_hex((red, green, blue))
 
 
 def save(figure: Figure, folder: Path, name: str) -> Path:
@@ -111,43 +129,11 @@ def check_suffix(path: Path) -> str:
     return suffix
 
 
-def trade(
-    runs: Sequence[Mapping[str, Any]], base: Mapping[str, Any] | None, x_label: str, y_label: str, percent: bool
-) -> Figure:
-    """Safety against what it cost: each run's path through training, and where it ended on held-out prompts.
-
-    Args:
-        runs: per run `label`, `colour`, `path` (points (x, y) by step on validation prompts) and `end`
-            (`x`, `y`, each (value, low, high)) or None.
-        base: the `end` of the base model, or None.
-        percent: x is a share, as y always is.
-    """
-    figure, axes = _figure(x_label, y_label)
-    for run in runs:
-        if run["path"]:
-            xs, ys = zip(*run["path"], strict=True)
-            axes.plot(xs, ys, color=run["colour"], alpha=0.45, linewidth=1.2, marker="o", markersize=2.5)
-    ends = [(run["label"], run["colour"], run["end"]) for run in runs] + [("base", BASE, base)]
-    for label, colour, end in ends:
-        if end is None:
-            continue
-        (x, x_low, x_high), (y, y_low, y_high) = end["x"], end["y"]
-        errors: dict[str, Any] = {"xerr": [[x - x_low], [x_high - x]], "yerr": [[y - y_low], [y_high - y]]}
-        axes.errorbar(x, y, **errors, color=colour, fmt="o", markersize=7, elinewidth=1.2, markeredgecolor="white")
-        axes.annotate(label, (x, y), (7, 7), textcoords="offset points", color=colour, weight="bold")
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    axes.set_ylim(bottom=-0.03)
-    if percent:
-        axes.xaxis.set_major_formatter(PercentFormatter(1.0))
-    axes.margins(x=0.16)
-    return figure
-
-
 def curves(
     lines: Sequence[tuple[str, str, Points]], x_label: str, y_label: str, percent: bool = False, log: bool = False
 ) -> Figure:
     """Lines over steps or layers, each (label, colour, points) with its name at its end; `percent`: y is a share."""
-    figure, axes = _figure(x_label, y_label)
+    figure, axes = new_figure(x_label, y_label)
     if log:
         axes.set_yscale("log")
     for _, colour, points in lines:
@@ -166,7 +152,7 @@ def spectrum(lines: Sequence[Mapping[str, Any]]) -> Figure:
     Args:
         lines: per block, first to last: `label`, `eigenvalues` (descending), `rank`.
     """
-    figure, axes = _figure("direction, by size of eigenvalue", "eigenvalue / largest")
+    figure, axes = new_figure("direction, by size of eigenvalue", "eigenvalue / largest")
     _draw_spectrum(axes, lines)
     return figure
 
@@ -239,7 +225,7 @@ def leakage(lines: Sequence[Mapping[str, Any]]) -> Figure:
     Args:
         lines: per run `label`, `colour`, `dots` (block, value) for every linear layer, `medians` (block, value).
     """
-    figure, axes = _figure("block", "relative change of outputs")
+    figure, axes = new_figure("block", "relative change of outputs")
     axes.set_yscale("log")
     for index, line in enumerate(lines):
         xs, ys = zip(*line["dots"], strict=True)
@@ -251,7 +237,7 @@ def leakage(lines: Sequence[Mapping[str, Any]]) -> Figure:
 
 def calibration(points: Points, counts: Sequence[int]) -> Figure:
     """Share of positive human labels against the model's mean probability, per bin (`counts` responses each)."""
-    figure, axes = _figure("predicted probability", "share graded positive")
+    figure, axes = new_figure("predicted probability", "share graded positive")
     axes.plot((0, 1), (0, 1), color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
     xs, ys = zip(*points, strict=True)
     axes.plot(xs, ys, color=INK, linewidth=1)
@@ -260,7 +246,8 @@ def calibration(points: Points, counts: Sequence[int]) -> Figure:
     return figure
 
 
-def _figure(x_label: str, y_label: str) -> tuple[Figure, Axes]:
+def new_figure(x_label: str, y_label: str) -> tuple[Figure, Axes]:
+    """An empty figure of one panel in the style of all."""
     with matplotlib.rc_context(STYLE):
         figure = Figure()
         axes = figure.add_subplot()

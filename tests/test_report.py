@@ -167,6 +167,30 @@ def write_certificate(folder: Path, method: str, seed: int) -> Path:
     return path
 
 
+def write_attribution(folder: Path, method: str, seed: int) -> Path:
+    """Where safety lives: an update that is all in the first two blocks."""
+    tensors = [
+        {"tensor": f"{name}.weight", "block": block, "part": part, "share": 0.25, "general": 0.01, "harmful": 0.03}
+        for block in range(2)
+        for name, part in ((f"model.layers.{block}.mlp.up_proj", "MLP"), (f"model.layers.{block}.attn.q", "attention"))
+    ]
+    kl = {"value": 0.0123, "low": 0.0101, "high": 0.0145, "n": 24}
+    knockouts = [
+        {
+            "group": group,
+            "share": share,
+            "unsafe_rate": {"advbench": {"value": unsafe, "low": unsafe / 2, "high": 1.0, "n": 17}},
+            "unsafe_difference": {"value": unsafe - 0.1, "low": -0.1, "high": 0.3, "n": 17},
+            "kl_per_token": kl,
+            "kl_first_tokens": kl,
+        }
+        for group, share, unsafe in (("nothing", 0, 0.1), ("block 0", 0.5, 0.4321), ("everything", 1, 0.7))
+    ]
+    path = folder / "attribution" / method / f"seed{seed}.json"
+    write_json(path, {"tensors": tensors, "knockouts": knockouts, "first_tokens": 4})
+    return path
+
+
 def write_bases(path: Path) -> Path:
     """Bases of the small model, from power-law spectra."""
     rng = torch.Generator().manual_seed(0)
@@ -210,15 +234,26 @@ def inputs(
         ],
         "certificates": [write_certificate(folder, name, seed) for name, _, seed in methods],
         "policies": [write_policy(folder, name, seed, does) for name, does, seed in methods],
+        "attributions": [write_attribution(folder, name, seed) for name, _, seed in methods],
         "bases": write_bases(folder / "bases.safetensors"),
         "reward": write_preference(folder, "reward"),
         "cost": write_preference(folder, "cost"),
     }
 
 
+def outputs(folder: Path) -> dict[str, Path]:
+    """Where the stage writes what stands beside the page."""
+    return {
+        "summary": folder / "summary.csv",
+        "latex": folder / "summary.tex",
+        "cards": folder / "cards",
+        "plots": folder / "plots",
+    }
+
+
 def write(folder: Path, given: dict[str, Any]) -> Path:
     """Run the stage; returns the page."""
-    write_report(**given, out=folder / "report.html", summary=folder / "summary.csv", plots=folder / "plots")
+    write_report(**given, out=folder / "report.html", **outputs(folder))
     return folder / "report.html"
 
 
@@ -278,7 +313,7 @@ def test_text_from_models_and_data_is_escaped(written: tuple[dict[str, Any], Pat
     parser.feed(text)
     assert PLANTED not in text
     assert text.count("&lt;script&gt;alert(1)&lt;/script&gt;") >= 5
-    assert "script" not in parser.tags
+    assert parser.tags.count("script") == 2  # the data of the browser of answers, and what shows it
 
 
 def test_the_page_loads_nothing(written: tuple[dict[str, Any], Path, str]) -> None:
@@ -299,6 +334,7 @@ def test_figures_are_written_as_png_and_svg(written: tuple[dict[str, Any], Path,
     assert {path.name for path in folder.iterdir()} == {f"{n}.{s}" for n in names for s in ("png", "svg")}
     assert {
         "trade_kl_per_token",
+        "trade_accuracy",
         "training_kept",
         "leakage_heldout",
         "bases_protected_share",
@@ -440,7 +476,8 @@ def test_every_objective_has_its_place_on_the_page(tmp_path: Path) -> None:
     expected = dict.fromkeys(("nspo", "random_projector", "gradient_only", "release"), "grpo_no_kl")
     expected |= {"nspo_lagrangian": "grpo_lagrangian", "nspo_dpo": "dpo", "nspo_bfpo": "bfpo", "nspo_wdoor": "wdoor"}
     assert dict(against) == expected
-    assert len(set(plots.colours(names).values()) | set(plots.SPARE)) == len(plots.KNOWN) + len(plots.SPARE)
+    colours = plots.colours({name: name for name in ["base", *names]})
+    assert len(set(colours.values()) | set(plots.SPARE)) == len(names) + 1 + len(plots.SPARE)
     config = load_config(given["config"])
     pairs = comparison.comparisons(config, {n: [response_rows(n, TWIN)] for n in names}, comparison.measures(config))
     assert [pair["ours"] for pair in pairs][:2] == ["nspo", "nspo_lagrangian"]

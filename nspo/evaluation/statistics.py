@@ -82,14 +82,18 @@ def paired_difference(
     return bootstrap_mean([a - b for a, b in zip(ours, theirs, strict=True)], seed, weights)
 
 
-def pooled_mean(values: Sequence[Sequence[float]], seed: int = 0) -> Estimate:
+def pooled_mean(
+    values: Sequence[Sequence[float]], seed: int = 0, weights: Sequence[float] | None = None
+) -> Estimate:
     """The mean over several training seeds on the same prompts, with an interval for other seeds and other prompts.
 
     Seeds and prompts are resampled apart (a crossed bootstrap): answers to one prompt are alike, and so are the answers
-    of one model, so they are no independent draws. With one seed nothing is known of others: see `bootstrap_mean`.
+    of one model, so they are no independent draws. With one seed nothing is known of others: see `bootstrap_mean`. Few
+    say little (of S seeds a bootstrap sees about (S - 1) / S of their variance): show each seed beside it.
 
     Args:
         values: one row per training seed, one column per prompt, in the same order.
+        weights: of the prompts, as in `bootstrap_mean`.
 
     Raises:
         UserError: for fewer than two seeds or prompts, or rows of different lengths.
@@ -101,11 +105,12 @@ def pooled_mean(values: Sequence[Sequence[float]], seed: int = 0) -> Estimate:
             "same prompts, 2 or more"
         )
     data = np.asarray(values, dtype=float)
+    shares = np.ones(data.shape[1]) if weights is None else np.asarray(weights, dtype=float)
     rng = np.random.default_rng(seed)
     seeds, prompts = (rng.integers(n, size=(RESAMPLES, n)) for n in data.shape)
-    means = [data[np.ix_(s, p)].mean() for s, p in zip(seeds, prompts, strict=True)]
+    means = [_weighted_mean(data[np.ix_(s, p)].mean(0), shares[p]) for s, p in zip(seeds, prompts, strict=True)]
     low, high = np.percentile(means, [50 * (1 - LEVEL), 50 * (1 + LEVEL)])
-    return Estimate(float(data.mean()), float(low), float(high))
+    return Estimate(float(_weighted_mean(data.mean(0), shares)), float(low), float(high))
 
 
 def mcnemar(ours: Sequence[bool], theirs: Sequence[bool]) -> float:

@@ -2,8 +2,9 @@
 
 `data` reads what the stages wrote, a module for every section turns it into plain tables and figures, the template lays
 them out. Nothing is measured here but the paired comparison of methods (`comparison`); what no stage measured says so.
-The page needs no network and runs no script, all text from models and data is escaped, and equal inputs give equal
-bytes: no dates, no times. The settings under `runtime` are not shown, since they change nothing that is.
+The page needs no network; all text from models and data is escaped, and its content policy lets no script run but the
+one that fills the browser of answers. Equal inputs give equal bytes: no dates, no times. The settings under `runtime`
+are not shown, since they change nothing that is.
 
 Command: `nspo report --config config/config.yaml --evaluations [...] ... --out results/report.html`
 """
@@ -16,11 +17,14 @@ import yaml
 from nspo.artifacts import atomic_path, make_manifest, read_json
 from nspo.progress import track
 from nspo.report import geometry, trust
-from nspo.report.answers import answers
-from nspo.report.data import load_runs, write_summary
+from nspo.report.answers import answers, browser
+from nspo.report.data import load_runs
 from nspo.report.figures import Figures
 from nspo.report.html import render
+from nspo.report.location import location
 from nspo.report.results import facts, results
+from nspo.report.summary import write_cards, write_latex, write_summary
+from nspo.report.trade import trade
 from nspo.report.training import training
 from nspo.validation import load_config
 
@@ -35,10 +39,14 @@ def write_report(
     cost: Path,
     out: Path,
     summary: Path,
+    latex: Path,
+    cards: Path,
     plots: Path,
     agreement: Path | None = None,
+    attributions: list[Path] | None = None,
 ) -> None:
-    """Write the page `out`, all scores as `summary` (CSV), and the folder `plots` with every figure as PNG and SVG.
+    """Write the page `out`, all scores as `summary` (CSV), and the folder `plots` with every figure as PNG and SVG;
+    the headline as a LaTeX table, and the folder `cards` with a model card METHOD/seedN.md for every policy.
 
     Args:
         config: the configuration of the run.
@@ -50,35 +58,44 @@ def write_report(
         cost: folder of the cost model.
         out: the page.
         summary: the CSV file, one row per method, seed and score.
-        plots: the folder of figures; replaced as a whole.
+        latex: the LaTeX file.
+        cards, plots: folders; replaced as a whole.
         agreement: the judges' agreement with people, where it was measured.
+        attributions: files METHOD/seedN.json of where safety lives, where that was measured.
 
     Raises:
         UserError: when an input is missing or broken, or no evaluation is the base model's.
     """
     settings = load_config(config)
-    runs = load_runs(settings, evaluations, certificates, policies)
-    with atomic_path(plots) as folder, track("report", 5, "section") as bar:
+    runs = load_runs(settings, evaluations, certificates, policies, attributions or [])
+    with atomic_path(plots) as folder, track("report", 7, "section") as bar:
         folder.mkdir()
         figures = Figures(folder)
-        page: dict[str, Any] = {"facts": facts(settings, runs), "runs": runs}
-        page["results"] = results(settings, runs, figures)
-        bar.update()
-        page["training"] = training(runs, figures)
-        bar.update()
-        page["bases"] = geometry.bases(bases, figures)
-        bar.update()
-        page["leakage"] = geometry.leakage(runs, figures)
-        bar.update()
-        page["preference"] = [trust.preference(n, f, figures) for n, f in (("cost", cost), ("reward", reward))]
+        page: dict[str, Any] = {"facts": facts(settings, runs), "runs": runs, "results": results(settings, runs)}
+        for name, section in (
+            ("trade", lambda: trade(page["results"]["columns"], runs, figures)),
+            ("leakage", lambda: geometry.leakage(runs, figures)),
+            ("bases", lambda: geometry.bases(bases, figures)),
+            ("location", lambda: location(runs, figures)),
+            ("preference", lambda: [trust.preference(n, f, figures) for n, f in (("cost", cost), ("reward", reward))]),
+            ("training", lambda: training(runs, figures)),
+        ):
+            page[name] = section()
+            bar.update()
         page["agreement"] = read_json(agreement)["rows"] if agreement else []
-        page["answers"] = answers(runs, page["results"]["main"])
+        main = page["results"]["main"]
+        page["answers"], page["browser"] = answers(runs, main), browser(runs, main)
         shown = settings.model_dump(mode="json", exclude={"runtime"})
         page["configuration"] = yaml.safe_dump(shown, sort_keys=False, width=100, allow_unicode=True)
         page["version"] = make_manifest("report")["nspo_version"]
         html = render(page)
         bar.update()
+    columns, rows = page["results"]["columns"], page["results"]["headline"]
+    with atomic_path(cards) as folder:
+        write_cards(page["facts"], runs, page["preference"], folder)
     with atomic_path(summary) as scratch:
-        write_summary(runs, scratch)
+        write_summary(columns, runs, scratch)
+    with atomic_path(latex) as scratch:
+        write_latex(columns, rows, page["facts"]["model"], scratch)
     with atomic_path(out) as scratch:
         scratch.write_text(html, encoding="utf-8")

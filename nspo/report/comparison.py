@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 from nspo.config import Config
 from nspo.evaluation.drift import token_weights
-from nspo.evaluation.statistics import paired_difference
+from nspo.evaluation.statistics import paired_difference, pooled_mean
+from nspo.report.data import Run
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,25 @@ def per_prompt(responses: Iterable[Sequence[Mapping[str, Any]]], measure: Measur
                     weight = token_weights([row["reference_tokens"]], measure.first_tokens)[measure.column][0]
                 found.setdefault((row["domain"], row["id"]), []).append(Value(float(row[measure.column]), weight))
     return {key: Value(sum(v.value for v in vs) / len(vs), vs[0].weight) for key, vs in found.items()}
+
+
+def pooled(runs: Sequence[Run], measure: Measure) -> dict[str, Any] | None:
+    """A method's score over all its seeds (see `pooled_mean`), `n` prompts each; its own score where it has one seed.
+
+    None where some seed has no such score.
+    """
+    scores = [run.score(measure.axis, measure.name, measure.domain) for run in runs]
+    if len(runs) == 1 or not all(scores):
+        return scores[0] if len(runs) == 1 else None
+    tables = [per_prompt([run.responses], measure) for run in runs]
+    shared = sorted(set.intersection(*(set(table) for table in tables)))
+    if len(shared) < 2:
+        return None
+    weights = [tables[0][key].weight for key in shared]
+    estimate = pooled_mean([[table[key].value for key in shared] for table in tables], weights=weights)
+    failures = sum(score["failures"] for score in scores if score)
+    known = {key: (scores[0] or {})[key] for key in ("axis", "name", "domain", "judge", "unit")}
+    return {**known, **estimate._asdict(), "n": len(shared), "seeds": len(runs), "failures": failures}
 
 
 def paired(ours: Mapping[tuple[str, str], Value], theirs: Mapping[tuple[str, str], Value]) -> dict[str, Any] | None:

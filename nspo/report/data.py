@@ -1,17 +1,16 @@
-"""What the report reads: the files of every stage as plain rows, one `Run` per method and seed, and `summary.csv`."""
+"""What the report reads: the files of every stage as plain rows, one `Run` per method and seed."""
 
-import csv
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nspo import plots
 from nspo.artifacts import read_json, read_table
 from nspo.config import Config
 from nspo.errors import UserError
 
 BASE = "base"
-SUMMARY_COLUMNS = ("method", "seed", "axis", "name", "domain", "judge", "value", "low", "high", "n", "failures", "unit")
 Rows = list[dict[str, Any]]
 
 
@@ -19,15 +18,18 @@ Rows = list[dict[str, Any]]
 class Run:
     """One method with one seed: what its stages wrote. The base model is a run without training.
 
-    `label` is what tables and figures call it: the method, with the seed where a method has several.
+    `label` is what tables and figures call it: the method, with the seed where a method has several; `colour` is the
+    method's.
     """
 
     method: str
     seed: int
     label: str
+    colour: str
     metrics: dict[str, Any]
     responses: Rows
     certificate: dict[str, Any] | None = None
+    attribution: dict[str, Any] | None = None
     training: Rows = field(default_factory=list)
     probes: Rows = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
@@ -39,18 +41,27 @@ class Run:
         return next((s for s in found if judge in (None, s["judge"])), None)
 
 
-def load_runs(config: Config, evaluations: list[Path], certificates: list[Path], policies: list[Path]) -> list[Run]:
+def load_runs(
+    config: Config,
+    evaluations: Sequence[Path],
+    certificates: Sequence[Path],
+    policies: Sequence[Path],
+    attributions: Sequence[Path],
+) -> list[Run]:
     """All runs: base first, then in the configuration's order of methods, by seed.
 
     Args:
         evaluations: folders with metrics.json and responses.parquet.
         certificates: files METHOD/seedN.json.
         policies: folders METHOD/seedN with training.parquet, probes.parquet and settings.json.
+        attributions: files METHOD/seedN.json; may be empty.
 
     Raises:
         UserError: for a missing or broken file, a method and seed twice, or no evaluation of the base model.
     """
-    certified = {(path.parent.name, path.stem): path for path in certificates}
+    certified, attributed = (
+        {(path.parent.name, path.stem): path for path in paths} for paths in (certificates, attributions)
+    )
     trained = {(path.parent.name, path.name): path for path in policies}
     metrics: dict[tuple[str, int], tuple[Path, dict[str, Any]]] = {}
     for folder in evaluations:
@@ -62,20 +73,25 @@ def load_runs(config: Config, evaluations: list[Path], certificates: list[Path],
     if not any(method == BASE for method, _ in metrics):
         raise UserError("no evaluation of the base model was given: run the evaluation for `base` and pass its folder")
     order = [BASE, *config.policy.methods]
+    methods = dict.fromkeys(sorted((method for method, _ in metrics), key=lambda m: _place(m, order)))
+    objectives = {m: config.policy.methods[m].objective if m in config.policy.methods else m for m in methods}
+    colour = plots.colours(objectives)
     runs = []
-    for method, seed in sorted(metrics, key=lambda key: (order.index(key[0]) if key[0] in order else len(order), key)):
+    for method, seed in sorted(metrics, key=lambda key: (_place(key[0], order), key)):
         folder, found = metrics[method, seed]
         place = (method, f"seed{seed}")
-        policy, certificate = trained.get(place), certified.get(place)
+        policy, certificate, attribution = trained.get(place), certified.get(place), attributed.get(place)
         alone = sum(other == method for other, _ in metrics) == 1
         runs.append(
             Run(
                 method=method,
                 seed=seed,
                 label=method if alone else f"{method}, seed {seed}",
+                colour=colour[method],
                 metrics=found,
                 responses=read_table(folder / "responses.parquet", ()),
                 certificate=read_json(certificate) if certificate else None,
+                attribution=read_json(attribution) if attribution else None,
                 training=read_table(policy / "training.parquet", ()) if policy else [],
                 probes=read_table(policy / "probes.parquet", ()) if policy else [],
                 settings=read_json(policy / "settings.json") if policy else {},
@@ -84,18 +100,21 @@ def load_runs(config: Config, evaluations: list[Path], certificates: list[Path],
     return runs
 
 
+def _place(method: str, order: Sequence[str]) -> int:
+    return order.index(method) if method in order else len(order)
+
+
+def by_method(runs: Iterable[Run]) -> dict[str, list[Run]]:
+    """The runs of each method, in order."""
+    found: dict[str, list[Run]] = {}
+    for run in runs:
+        found.setdefault(run.method, []).append(run)
+    return found
+
+
 def series(rows: Rows, column: str) -> list[tuple[float, float]]:
     """(step, value) of the rows that have a value in `column`."""
     return [(row["step"], row[column]) for row in rows if row.get(column) is not None]
-
-
-def write_summary(runs: Iterable[Run], path: Path) -> None:
-    """One CSV row per method, seed and score."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, SUMMARY_COLUMNS, extrasaction="ignore", lineterminator="\n")
-        writer.writeheader()
-        for run in runs:
-            writer.writerows({**score, "method": run.method, "seed": run.seed} for score in run.metrics["scores"])
 
 
 def trained_runs(runs: Sequence[Run]) -> list[Run]:

@@ -76,18 +76,16 @@ def leakage(runs: Sequence[Run], figures: Figures) -> dict[str, Any]:
 
     With it what the run itself says of the theory (`nspo.policy.theory`), where it projected gradients.
     """
-    colour = plots.colours(run.method for run in runs)
     certified = [run for run in trained_runs(runs) if run.certificate]
     found = []
     for column, random, title in LEAKAGE_FIGURES:
-        lines = [_leakage_line(run, column, run.label, colour[run.method]) for run in certified]
+        lines = [_leakage_line(run, column, run.label, run.colour) for run in certified]
         lines += [_leakage_line(run, random, f"random, as {run.label}", plots.MUTED) for run in certified[:1]]
         if lines := [line for line in lines if line["dots"]]:
             found.append(figures.add(column, plots.leakage(lines), title))
     rows = [
         {
             "run": run,
-            "colour": colour[run.method],
             "constrained": run.certificate["constrained"],
             "layers": len(run.certificate["layers"]),
             "summary": run.certificate["summary"],

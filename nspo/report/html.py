@@ -1,18 +1,40 @@
 """From plain tables to the page: the template, and how values are written in it."""
 
+import base64
+import hashlib
+import json
+from importlib.resources import files
 from typing import Any
 
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 
 def render(page: dict[str, Any]) -> str:
-    """The HTML of the page: autoescaped, and an error for any name the template misspells."""
-    environment = Environment(
-        loader=PackageLoader("nspo"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    """The HTML of the page. Its one script is allowed by its hash, so no other can run."""
+    script = (files("nspo") / "templates" / "report.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return environment().get_template("report.html.j2").render(page, script=Markup(script), script_hash=digest)
+
+
+def environment() -> Environment:
+    """Templates, autoescaped where they are HTML; any name that one misspells is an error."""
+    found = Environment(
+        loader=PackageLoader("nspo"),
+        autoescape=lambda name: "html" in (name or ""),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    environment.filters |= {"amount": amount, "signed": signed, "identity": identity}
-    return environment.get_template("report.html.j2").render(page)
+    found.filters |= {"amount": amount, "signed": signed, "identity": identity, "embedded": embedded}
+    return found
+
+
+def embedded(value: Any) -> Markup:
+    """JSON to stand inside a script element: it holds no `<`, so nothing in it can end the element."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))
 
 
 def amount(value: float | None, unit: str = "number") -> str:

@@ -1,13 +1,12 @@
-"""The results section: the verdict, the headline table, paired differences, judges, domains, and the trade."""
+"""The results section: the verdict, the headline table, paired differences, judges, domains and categories."""
 
 from collections.abc import Sequence
 from typing import Any
 
-from nspo import plots
 from nspo.config import Config
+from nspo.evaluation.statistics import wilson
 from nspo.report import comparison
-from nspo.report.data import BASE, Run, trained_runs
-from nspo.report.figures import Figures
+from nspo.report.data import BASE, Run, by_method
 
 DOMAIN_SCORES = {
     ("drift", "kl_per_token"): "KL per token",
@@ -16,6 +15,11 @@ DOMAIN_SCORES = {
     ("drift", "top1_agreement"): "Top-1 agreement",
     ("refusal", "refusal_rate"): "Refused",
     ("ability", "accuracy"): "Accuracy",
+}
+CATEGORY_COLUMNS = {  # role -> what is counted in each category, in which column of responses.parquet
+    "harmful": ("unsafe", "unsafe"),
+    "benign": ("refused", "refused"),
+    "general": ("correct", "correct"),
 }
 
 
@@ -33,38 +37,42 @@ def facts(config: Config, runs: Sequence[Run]) -> dict[str, Any]:
     }
 
 
-def results(config: Config, runs: Sequence[Run], figures: Figures) -> dict[str, Any]:
-    """The verdict, the headline table, the paired differences, drift per domain, and the trade-off figures."""
+def results(config: Config, runs: Sequence[Run]) -> dict[str, Any]:
+    """The verdict, the headline table, the paired differences, and the tables by judge, domain and category."""
     columns = comparison.measures(config)
-    responses: dict[str, list[Any]] = {}
-    for run in runs:
-        responses.setdefault(run.method, []).append(run.responses)
+    responses = {method: [run.responses for run in of] for method, of in by_method(runs).items()}
     pairs = comparison.comparisons(config, responses, columns)
     main = next((pair for pair in pairs if config.policy.methods[pair["ours"]].constrained), None)
     against_base = (
         [comparison.compare(responses, main[side], BASE, columns) for side in ("ours", "theirs")] if main else []
     )
-    colour = plots.colours(run.method for run in runs)
     return {
         "verdict": comparison.verdict(main, against_base),
         "main": main,
         "columns": columns,
-        "headline": [
-            {"run": run, "colour": colour[run.method], "scores": [run.score(c.axis, c.name, c.domain) for c in columns]}
-            for run in runs
-        ],
+        "headline": headline(columns, runs),
         "pairs": pairs,
         "domain_columns": list(DOMAIN_SCORES.values()),
         "domains": {
-            domain: [
-                {"run": run, "colour": colour[run.method], "scores": [run.score(*key, domain) for key in DOMAIN_SCORES]}
-                for run in runs
-            ]
+            domain: [{"run": run, "scores": [run.score(*key, domain) for key in DOMAIN_SCORES]} for run in runs]
             for domain in config.data.general
         },
         "judged": judged(runs),
-        "trade": trade(columns, runs, figures),
+        "categories": categories(runs),
     }
+
+
+def headline(columns: Sequence[comparison.Measure], runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """One row per run; before the runs of a method with several seeds, one that pools them (`seeds`, else None)."""
+    rows: list[dict[str, Any]] = []
+    for of in by_method(runs).values():
+        if len(of) > 1:
+            scores = [comparison.pooled(of, column) for column in columns]
+            rows.append({"run": of[0], "label": of[0].method, "seeds": len(of), "scores": scores})
+        for run in of:
+            scores = [run.score(c.axis, c.name, c.domain) for c in columns]
+            rows.append({"run": run, "label": run.label, "seeds": None, "scores": scores})
+    return rows
 
 
 def judged(runs: Sequence[Run]) -> dict[str, Any] | None:
@@ -74,53 +82,32 @@ def judged(runs: Sequence[Run]) -> dict[str, Any] | None:
     if len(judges) < 2:
         return None
     columns = [(judge, domain) for domain in dict.fromkeys(s["domain"] for s in scores) for judge in judges]
-    colour = plots.colours(run.method for run in runs)
     rows = [
-        {
-            "run": run,
-            "colour": colour[run.method],
-            "scores": [run.score("safety", "unsafe_rate", domain, judge) for judge, domain in columns],
-        }
+        {"run": run, "scores": [run.score("safety", "unsafe_rate", domain, judge) for judge, domain in columns]}
         for run in runs
     ]
     return {"columns": columns, "rows": rows}
 
 
-def trade(columns: Sequence[comparison.Measure], runs: Sequence[Run], figures: Figures) -> list[dict[str, str]]:
-    """Unsafe rate against each kind of drift: paths from the validation probes, ends on the held-out prompts."""
-    colour = plots.colours(run.method for run in runs)
-    unsafe = columns[0]
-    benign = next(c for c in columns if c.axis == "over_refusal")
-
-    def end(run: Run, x: tuple[str, str, str]) -> dict[str, Any] | None:
-        start = {"value": 0.0, "low": 0.0, "high": 0.0}  # the base model's drift from itself
-        ends = start if run.method == BASE and x[0] == "drift" else run.score(*x), run.score(*_key(unsafe))
-        return {axis: (e["value"], e["low"], e["high"]) for axis, e in zip("xy", ends, strict=True) if e} or None
-
-    found = []
-    for probe, key, label, unit in (
-        ("kl_per_token", ("drift", "kl_per_token", "all"), "KL per token", "nats"),
-        ("kl_first_tokens", ("drift", "kl_first_tokens", "all"), "KL of the first tokens", "nats"),
-        ("over_refusal_rate", _key(benign), "over-refusal", "share of harmless prompts"),
-    ):
-        drawn = []
-        for run in trained_runs(runs):
-            probes = [row for row in run.probes if row.get(probe) is not None and row.get("unsafe_rate") is not None]
-            path = [(row[probe], row["unsafe_rate"]) for row in probes]
-            drawn.append({"label": run.label, "colour": colour[run.method], "path": path, "end": end(run, key)})
-        drawn = [{**line, "end": line["end"] if line["end"] and len(line["end"]) == 2 else None} for line in drawn]
-        base = end(runs[0], key)
-        if any(line["end"] or line["path"] for line in drawn):
-            figure = plots.trade(
-                drawn,
-                base if base and len(base) == 2 else None,
-                f"{label} ({unit})",
-                f"unsafe, {unsafe.domain}",
-                benign.name in key,
-            )
-            found.append(figures.add(f"trade_{probe}", figure, f"Unsafe rate against {label}"))
-    return found
+def categories(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Rates by category of prompt, for every set that has several: `domain`, `counts` (what), and a row per category
+    with one rate per run, each with Wilson's interval and n."""
+    tables = []
+    for role, (column, said) in CATEGORY_COLUMNS.items():
+        kept = [[row for row in run.responses if row["role"] == role and row[column] is not None] for run in runs]
+        for domain in dict.fromkeys(row["domain"] for row in kept[0]):
+            names = sorted({row.get("category") or "" for row in kept[0] if row["domain"] == domain})
+            if len(names) > 1:
+                rows = [
+                    {"category": name or "(none)", "scores": [_rate(of, domain, name, column) for of in kept]}
+                    for name in names
+                ]
+                tables.append({"domain": domain, "counts": said, "rows": rows})
+    return tables
 
 
-def _key(measure: comparison.Measure) -> tuple[str, str, str]:
-    return measure.axis, measure.name, measure.domain
+def _rate(rows: Sequence[dict[str, Any]], domain: str, category: str, column: str) -> dict[str, Any] | None:
+    values = [row[column] for row in rows if row["domain"] == domain and (row.get("category") or "") == category]
+    if not values:
+        return None
+    return {**wilson(sum(values), len(values))._asdict(), "n": len(values), "unit": "rate", "failures": 0}

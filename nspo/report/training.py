@@ -22,10 +22,9 @@ ONLY_SOME_HAVE = {"multiplier"}  # curves that most methods have no use for: not
 
 def training(runs: Sequence[Run], figures: Figures) -> dict[str, Any]:
     """Training curves, one row of facts per run, and the curves nobody logged."""
-    colour = plots.colours(run.method for run in runs)
     found, missing = [], []
     for key, title, unit, points, percent in CURVES:
-        lines = [(run.label, colour[run.method], points(run)) for run in runs if points(run)]
+        lines = [(run.label, run.colour, points(run)) for run in runs if points(run)]
         if lines:
             found.append(figures.add(f"training_{key}", plots.curves(lines, "update", unit, percent), title))
         elif key not in ONLY_SOME_HAVE:
@@ -33,7 +32,6 @@ def training(runs: Sequence[Run], figures: Figures) -> dict[str, Any]:
     rows = [
         {
             "run": run,
-            "colour": colour[run.method],
             "settings": run.settings.get("nspo", {}),
             "updates": max((row["step"] for row in run.training), default=None),
         }

@@ -27,6 +27,7 @@ rule report:
         bases=bases_file,
         reward=rules.train_reward.output,
         cost=rules.train_cost.output,
+        attributions=(every_policy(rules.attribute.output) if settings.attribution.enabled else []),
         agreement=(rules.judge_agreement.output.agreement if judge_settings.judges else []),
     output:
         page=report("<results>/report.html", caption="../report/page.rst", category="Results"),
@@ -35,6 +36,8 @@ rule report:
             caption="../report/summary.rst",
             category="Results",
         ),
+        latex="<results>/summary.tex",
+        cards=directory("<results>/cards"),
         plots=report(
             directory("<results>/plots"),
             patterns=["{plot}.png"],
@@ -53,8 +56,9 @@ rule report:
         reward=folder("reward"),
         cost=folder("cost"),
         agreement=optional("--agreement", "agreement"),
+        attributions=optional("--attributions", "attributions"),
     shell:
         "python -m nspo report --config {input.config} --evaluations {params.base_evaluation} {params.evaluations}"
         " --certificates {input.certificates} --policies {params.policies} --bases {input.bases}"
-        " --reward {params.reward} --cost {params.cost} {params.agreement} --out {output.page} --summary {output.summary}"
-        " --plots {output.plots} 2>&1 | tee {log}"
+        " --reward {params.reward} --cost {params.cost} {params.agreement} {params.attributions} --out {output.page}"
+        " --summary {output.summary} --latex {output.latex} --cards {output.cards} --plots {output.plots} 2>&1 | tee {log}"

@@ -1,0 +1,87 @@
+"""What goes elsewhere: every figure as CSV, the headline as a LaTeX table, and a model card for each policy."""
+
+import csv
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+from nspo.report.comparison import Measure, pooled
+from nspo.report.data import BASE, Run, by_method, trained_runs
+from nspo.report.html import amount, environment
+
+COLUMNS = ("method", "seed", "axis", "name", "domain", "judge", "value", "low", "high", "n", "failures", "unit")
+LATEX = str.maketrans({c: f"\\{c}" for c in "&%$#_{}"} | {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}"})
+TAGS = ["nspo", "null-space", "safety", "alignment", "reinforcement-learning"]
+
+
+def write_summary(columns: Sequence[Measure], runs: Sequence[Run], path: Path) -> None:
+    """One CSV row per method, seed and score; the headline scores of a method with several seeds also `pooled`."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        for method, of in by_method(runs).items():
+            if len(of) > 1:
+                rows = [pooled(of, column) for column in columns]
+                writer.writerows({**row, "method": method, "seed": "pooled"} for row in rows if row)
+            for run in of:
+                writer.writerows({**score, "method": method, "seed": run.seed} for score in run.metrics["scores"])
+
+
+def write_latex(columns: Sequence[Measure], rows: Iterable[Mapping[str, Any]], model: str, path: Path) -> None:
+    r"""The headline table (`nspo.report.results.headline`) for a paper: `\input` it, with the package booktabs."""
+    rows = list(rows)
+    asked: dict[int, list[str]] = {}
+    for place, column in enumerate(columns):
+        for n in sorted({row["scores"][place]["n"] for row in rows if row["scores"][place]}):
+            asked.setdefault(n, []).append(_latex(column.title.replace(", ", " ")))
+    counts = "; ".join(f"{n} for {', '.join(titles)}" for n, titles in asked.items())
+    heads = " & ".join(f"\\shortstack{{{_latex(_broken(column.title))}}}".replace("|", r"\\") for column in columns)
+    body = "\n".join(
+        " & ".join([_latex(_named(row)), *(_cell(score) for score in row["scores"])]) + r" \\" for row in rows
+    )
+    path.write_text(
+        "% Written by nspo; needs \\usepackage{booktabs}.\n"
+        "\\begin{table}\n\\centering\\footnotesize\n"
+        f"\\begin{{tabular}}{{l{'r' * len(columns)}}}\n\\toprule\n & {heads} \\\\\n\\midrule\n{body}\n"
+        "\\bottomrule\n\\end{tabular}\n"
+        f"\\caption{{{_latex(model)}: held-out scores with 95\\% intervals below; rates in \\%, KL in nats. "
+        f"Prompts: {counts}.}}\n\\label{{tab:nspo}}\n\\end{{table}}\n",
+        encoding="utf-8",
+    )
+
+
+def write_cards(facts: Mapping[str, Any], runs: Sequence[Run], preference: Sequence[Any], folder: Path) -> None:
+    """One model card METHOD/seedN.md per trained policy: what it is, its scores beside the base's, its certificate."""
+    base = next(run for run in runs if run.method == BASE)
+    template = environment().get_template("model_card.md.j2")
+    for run in trained_runs(runs):
+        path = folder / run.method / f"seed{run.seed}.md"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scores = [
+            {**score, "base": base.score(score["axis"], score["name"], score["domain"], score["judge"])}
+            for score in run.metrics["scores"]
+        ]
+        data = ModelCardData(library_name="transformers", tags=TAGS, pipeline_tag="text-generation").to_yaml()
+        text = template.render(data=data, facts=facts, run=run, scores=scores, preference=preference)
+        path.write_text(text.rstrip() + "\n", encoding="utf-8")
+
+
+def _named(row: Mapping[str, Any]) -> str:
+    return f"{row['label']} ({row['seeds']} seeds)" if row["seeds"] else str(row["label"])
+
+
+def _broken(title: str) -> str:
+    return title.replace(", ", ",|").replace(" per ", "|per ").replace(" agreement", "|agreement")
+
+
+def _cell(score: Mapping[str, Any] | None) -> str:
+    if score is None:
+        return "--"
+    value, low, high = (amount(score[key], score["unit"]).rstrip("%") for key in ("value", "low", "high"))
+    return f"\\shortstack[r]{{{value}\\\\\\scriptsize {low}--{high}}}"
+
+
+def _latex(text: str) -> str:
+    return text.replace("\\", "/").translate(LATEX)
