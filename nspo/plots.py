@@ -139,6 +139,7 @@ def curves(
     for _, colour, points in lines:
         xs, ys = zip(*points, strict=True)
         axes.plot(xs, ys, color=colour, marker="o", markersize=2.5)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if percent:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         axes.set_ylim(0, 1.08 * max(max(y for _, _, points in lines for _, y in points), 0.05))
@@ -227,6 +228,7 @@ def leakage(lines: Sequence[Mapping[str, Any]]) -> Figure:
     """
     figure, axes = new_figure("block", "relative change of outputs")
     axes.set_yscale("log")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     for index, line in enumerate(lines):
         xs, ys = zip(*line["dots"], strict=True)
         axes.scatter(xs, ys, s=7, color=line["colour"], alpha=0.3, linewidths=0, marker=MARKERS[index % len(MARKERS)])

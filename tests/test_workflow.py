@@ -97,7 +97,8 @@ def of(method: str, *rules: str) -> set[str]:
     return {f"{rule} {method}" for rule in rules}
 
 
-POLICY = ("train_policy", "evaluate_policy", "certify")
+METHODS = ("nspo", "grpo_no_kl")
+POLICY = ("train_policy", "evaluate_policy", "certify", "attribute")
 
 
 def test_all_results_are_there(finished: Path) -> None:
@@ -105,9 +106,11 @@ def test_all_results_are_there(finished: Path) -> None:
     results = finished / "results/smoke"
     assert (results / "report.html").stat().st_size > 10_000
     assert "nspo" in (results / "summary.csv").read_text()
-    for method in ("nspo", "grpo_no_kl"):
+    for method in METHODS:
         assert (results / f"policy/{method}/seed0/model.safetensors").is_file()
         assert (results / f"certificates/{method}/seed0.json").is_file()
+        assert (results / f"attribution/{method}/seed0.json").is_file()
+        assert "Certificate" in (results / f"cards/{method}/seed0.md").read_text()
     assert [path.name for path in (finished / "results").iterdir()] == ["smoke"]
 
 
@@ -121,7 +124,7 @@ def test_second_run_does_nothing(finished: Path) -> None:
     [
         (
             {"bases": {"threshold": 0.8}},
-            {"compute_bases", "certify grpo_no_kl", *of("nspo", *POLICY), *AFTER},
+            {"compute_bases", *of("grpo_no_kl", "certify", "attribute"), *of("nspo", *POLICY), *AFTER},
         ),
         (
             {
@@ -137,11 +140,15 @@ def test_second_run_does_nothing(finished: Path) -> None:
         ({"policy": {"clip": 0.3}}, {*of("nspo", *POLICY), *of("grpo_no_kl", *POLICY), *AFTER}),
         (
             {"evaluation": {"general_prompts": 5}},
-            {"evaluate_base", "evaluate_policy nspo", "evaluate_policy grpo_no_kl", *AFTER},
+            {"evaluate_base", *(job for m in METHODS for job in of(m, "evaluate_policy", "attribute")), *AFTER},
+        ),
+        (
+            {"attribution": {"general_prompts": 3}},
+            {"attribute nspo", "attribute grpo_no_kl", *AFTER},
         ),
         ({"runtime": {"log_every": 7, "device": "cpu"}}, set()),
     ],
-    ids=["bases.threshold", "one learning rate", "policy.clip", "evaluation", "runtime"],
+    ids=["bases.threshold", "one learning rate", "policy.clip", "evaluation", "attribution", "runtime"],
 )
 def test_a_setting_reruns_what_depends_on_it(
     finished: Path, sections: dict[str, dict[str, Any]], expected: set[str]
@@ -240,7 +247,7 @@ def test_an_edit_of_code_reruns_its_stage_and_a_touch_does_not(finished: Path) -
         os.utime(module)
         assert plan(finished) == set()
         module.write_text(before + "\n# an edit\n")
-        assert plan(finished) == {"certify nspo", "certify grpo_no_kl", "report"}
+        assert plan(finished) == {"report", *(job for m in METHODS for job in of(m, "certify", "attribute"))}
     finally:
         module.write_text(before)
     assert plan(finished) == set()
