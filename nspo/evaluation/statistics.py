@@ -82,9 +82,7 @@ def paired_difference(
     return bootstrap_mean([a - b for a, b in zip(ours, theirs, strict=True)], seed, weights)
 
 
-def pooled_mean(
-    values: Sequence[Sequence[float]], seed: int = 0, weights: Sequence[float] | None = None
-) -> Estimate:
+def pooled_mean(values: Sequence[Sequence[float]], seed: int = 0, weights: Sequence[float] | None = None) -> Estimate:
     """The mean over several training seeds on the same prompts, with an interval for other seeds and other prompts.
 
     Seeds and prompts are resampled apart (a crossed bootstrap): answers to one prompt are alike, and so are the answers
