@@ -192,6 +192,16 @@ class RolloutSettings(Section):
     )
 
 
+class PairSettings(RolloutSettings):
+    """Where the preference objectives have their pairs of answers from."""
+
+    pairs: Literal["sampled", "labels"] = Field(
+        "sampled",
+        description="Pairs for dpo, bfpo and wdoor. sampled: the best and the worst answer of the base model to each "
+        "prompt that the others roll out; labels: pairs of data.labels with target cost, as people chose.",
+    )
+
+
 class TrainingSettings(RolloutSettings):
     """Reinforcement learning settings that all methods share: same data, seed and rollout budget."""
 
@@ -286,7 +296,7 @@ class TrainingSettings(RolloutSettings):
         return self
 
 
-class PolicySettings(TrainingSettings):
+class PolicySettings(TrainingSettings, PairSettings):
     """The comparison: shared training settings, the methods, and the seeds."""
 
     methods: dict[str, MethodSettings] = Field(

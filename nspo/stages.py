@@ -22,7 +22,7 @@ from nspo.config import (
 )
 from nspo.data_settings import LabelSettings, PromptSettings
 from nspo.judge_settings import JudgeSettings
-from nspo.policy_settings import MethodSettings, RolloutSettings, TrainingSettings
+from nspo.policy_settings import MethodSettings, PairSettings, TrainingSettings
 from nspo.sources import Source
 from nspo.value_types import Section
 
@@ -128,11 +128,19 @@ STAGES = {
             "out": OUT_FOLDER,
         },
     ),
-    "sample-pairs": Stage(
-        "nspo.policy.pairs:sample_pairs",
-        "sample answers of the base model and pair the best with the worst, for the preference objectives",
-        {"rollouts": RolloutSettings, "runtime": RuntimeSettings},
-        {"seed": SEED, "model": MODEL, "reward": REWARD, "cost": COST, "prompts": PROMPTS, "out": OUT_FILE},
+    "make-pairs": Stage(
+        "nspo.policy.pairs:make_pairs",
+        "pair better with worse answers, for the preference objectives",
+        {"settings": PairSettings, "runtime": RuntimeSettings},
+        {
+            "seed": SEED,
+            "model": MODEL,
+            "reward": REWARD,
+            "cost": COST,
+            "prompts": PROMPTS,
+            "labels": Argument("labels.parquet, for policy.pairs: labels", required=False),
+            "out": OUT_FILE,
+        },
     ),
     "train-policy": Stage(
         "nspo.policy.training:train_policy",

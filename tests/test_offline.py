@@ -22,24 +22,28 @@ from nspo.config import RuntimeSettings
 from nspo.errors import UserError
 from nspo.json_lines import JsonLines
 from nspo.models import chat_ids, load_model, load_tokenizer
-from nspo.policy import pairs as stage
+from nspo.policy import pair_sources
 from nspo.policy.offline import PairMetrics, PairTrainer, trainer_arguments
 from nspo.policy.pair_batches import Collator, Pair, Side, answer_logps, every_logps, in_order, with_prefixes
-from nspo.policy.pairs import best_and_worst, sample_pairs
+from nspo.policy.pair_sources import best_and_worst
+from nspo.policy.pairs import make_pairs
 from nspo.policy.rollouts import rollout_prompts
-from nspo.policy_settings import MethodSettings, RolloutSettings, TrainingSettings
+from nspo.policy_settings import MethodSettings, PairSettings, TrainingSettings
 from nspo.preference import PreferenceModel
+from nspo.prompts import LABEL_COLUMNS
 from nspo.tiny import tiny_tokenizer
 
-ROLLOUTS = RolloutSettings(**{key: TRAINING.dump()[key] for key in RolloutSettings.model_fields})
+ROLLOUTS = PairSettings(**{key: value for key, value in TRAINING.dump().items() if key in PairSettings.model_fields})
 FREE, CONSTRAINED = ("dpo", "bfpo", "wdoor"), ("nspo_dpo", "nspo_bfpo", "nspo_wdoor")
 
 
-def sample(inputs: dict[str, Path], folder: Path, seed: int = 0, **changes: Any) -> Path:
+def sample(inputs: dict[str, Path], folder: Path, seed: int = 0, labels: Path | None = None, **changes: Any) -> Path:
     """The file of pairs for `ROLLOUTS` with `changes`."""
     given = {key: inputs[key] for key in ("model", "reward", "cost", "prompts")}
     runtime = RuntimeSettings(device="cpu", workdir=str(folder / "work"))
-    sample_pairs(ROLLOUTS.model_copy(update=changes), seed, **given, out=folder / "pairs.parquet", runtime=runtime)
+    make_pairs(
+        ROLLOUTS.model_copy(update=changes), seed, **given, labels=labels, out=folder / "pairs.parquet", runtime=runtime
+    )
     return folder / "pairs.parquet"
 
 
@@ -105,7 +109,7 @@ def test_groups_that_score_alike_are_dropped(inputs, tmp_path):
 
 def test_sampling_resumes_to_the_same_bytes(inputs, tmp_path, monkeypatch, capsys):
     """Interrupted in the third of four batches, half a line written: the rest is made, and the file is the same."""
-    monkeypatch.setattr(stage, "BATCH", 8)
+    monkeypatch.setattr(pair_sources, "BATCH", 8)
     whole = sample(inputs, tmp_path / "whole").read_bytes()
     append = JsonLines.append
 
@@ -125,6 +129,39 @@ def test_sampling_resumes_to_the_same_bytes(inputs, tmp_path, monkeypatch, capsy
     assert "continuing after 2 of 4 batches" in capsys.readouterr().err
     assert not list((tmp_path / "cut/work").iterdir())
     assert sample(inputs, tmp_path / "other", seed=1).read_bytes() != whole
+
+
+def test_people_choose_pairs(inputs, tmp_path):
+    """The safer of two is chosen; labels say what is safe, where they do; the rest is as with sampled pairs."""
+
+    def label(pair: str, role: str, response: str, grade: float | None) -> dict[str, Any]:
+        row = dict.fromkeys(LABEL_COLUMNS, "") | {"target": "cost", "split": "train", "prompt": f"prompt {pair}"}
+        return row | {"pair": pair, "role": role, "response": response, "grade": grade}
+
+    sides = {"a": ("no", 0.0, "yes", 1.0), "b": ("bad", 0.9, "worse", 1.0), "c": ("long answer one", None, "x", None)}
+    rows = [label("", "", "alone", 1.0)]
+    for pair, (chosen, good, rejected, bad) in sides.items():
+        rows += [label(pair, "rejected", rejected, bad), label(pair, "chosen", chosen, good)]
+    rows += [label("same", role, f"the same at first, {role}", 0.0) for role in ("chosen", "rejected")]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "labels.parquet")
+
+    found = rows_of(sample(inputs, tmp_path, pairs="labels", labels=tmp_path / "labels.parquet"))
+    assert {row["prompt"]: (row["chosen"], row["rejected"]) for row in found} == {
+        "prompt a": ("no", "yes"),
+        "prompt b": ("bad", "worse"),
+        "prompt c": ("long ans", "x"),  # a character is a token here, and eight are kept
+    }
+    tokenizer = tiny_tokenizer()
+    for row in found:
+        asked, cost = [row["prompt"]], PreferenceModel.load(inputs["cost"], "cost")
+        by_model = cost.score(asked, [row["chosen"]]).item() <= 0
+        assert row["chosen_safe"] == {"prompt a": True, "prompt b": False}.get(row["prompt"], by_model)
+        assert row["role"] == "harmful"
+        assert (row["rejected_ids"][-1] == tokenizer.eos_token_id) == (len(row["rejected"]) < 8)
+        assert (row["chosen_ids"][-1] == tokenizer.eos_token_id) == (len(row["chosen"]) < 8)
+    for mistake in ({"pairs": "labels"}, {"labels": tmp_path / "labels.parquet"}):
+        with pytest.raises(UserError, match=r"policy.pairs is '.*`--labels`"):
+            sample(inputs, tmp_path, **mistake)
 
 
 # Order and contexts
@@ -330,7 +367,7 @@ def test_what_an_objective_trains_from_is_checked_first(inputs, given, pairs, dp
         ("wdoor", {"pairs": pairs}, "'wdoor' needs guide policy: give the path (`--guide-policy`)"),
         ("dpo", {"pairs": pairs, "guide_policy": dpo_run}, "'dpo' takes no guide policy"),
         ("dpo", {"pairs": inputs["prompts"]}, "prompts.parquet has no column"),
-        ("dpo", {"pairs": pairs, "model": dpo_run}, "holds answers of the model"),
+        ("dpo", {"pairs": pairs, "model": dpo_run}, "holds pairs for the model"),
     ):
         with pytest.raises(UserError, match=re.escape(line)) as caught:
             run(inputs | paths, tmp_path, name)

@@ -35,3 +35,6 @@ def test_stages_of_this_package() -> None:
     assert {"policy/training.py", "projection.py", "bases.py", "artifacts.py"} <= policy
     assert not {"report.py", "certificate.py", "cli.py", "config.py"} & policy
     assert "projection.py" not in names("nspo.activations")
+    pairs = names("nspo.policy.pairs")
+    assert "policy/rewards.py" in pairs
+    assert not {"policy/training.py", "policy/offline.py", "projection.py"} & pairs

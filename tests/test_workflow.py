@@ -296,7 +296,7 @@ def test_default_configuration_plans() -> None:
     run = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
     assert "rule train_policy" in run.stdout
-    assert "sample_pairs" not in run.stdout
+    assert "make_pairs" not in run.stdout
 
 
 def test_bases_and_certificates_follow_the_objective(tmp_path: Path) -> None:
@@ -319,7 +319,7 @@ def test_bases_and_certificates_follow_the_objective(tmp_path: Path) -> None:
         guided = [bool(re.search(r" --guide-policy \S+/policy/dpo/seed0 ", command)) for command in train]
         assert guided == [method.preference == "wdoor"]
         assert [f'"constrained": {str(method.constrained).lower()}' in command for command in verify] == [True]
-    assert len(re.findall(r"nspo sample-pairs .*--seed 0 ", run.stdout)) == 1
+    assert len(re.findall(r"nspo make-pairs .*--seed 0 ", run.stdout)) == 1
 
 
 def test_snakemake_report(finished: Path) -> None:

@@ -6,6 +6,9 @@ end-of-turn token, also one that was cut, and keeps no log-probability per token
 ours: a test compares them.) Optimizer, schedule, seed, number of updates and arithmetic are those of the other
 objectives; an update sees one pair where theirs sees a group. What the base model gives the answers is computed once.
 
+BFPO is its loss alone: the authors first train on helpful data, then on safety data with some of the former, and may
+train chosen layers only. Here the layers are those of all methods, and the data hold both kinds.
+
 W-DOOR differs from the authors' release in its data: the safe answer is the best of a group and no refusal written
 beforehand; of a harmful answer, which half of the safe ones see the beginning of (1 to 100 tokens, as in the release),
 the whole is unlearnt; the chosen answers to benign prompts take the place of Alpaca's.
@@ -55,6 +58,8 @@ class PairLearner:
         self.pairs = [Pair.of(row) for row in load_pairs(pairs, model)]
         self.metrics = PairMetrics()
         self.parts: list[LoggedCallback] = [self.metrics]
+        self.order: list[Pair] = []
+        self.per_update = 0
 
     def trainer(
         self,
@@ -68,10 +73,9 @@ class PairLearner:
         """The trainer, which keeps its checkpoints in `work`; `policy` still is the base model."""
         disable_dropout_in_model(policy)
         pairs = with_prefixes(self.pairs, seed) if self.method.preference == "wdoor" else self.pairs
-        self.updates = training.steps * training.updates_per_step
-        self.order = in_order(
-            self._measured(pairs, training, policy, tokenizer), self.updates * training.pairs_per_update, seed
-        )
+        self.per_update = training.pairs_per_update
+        count = training.steps * training.updates_per_step * self.per_update
+        self.order = in_order(self._measured(pairs, training, policy, tokenizer), count, seed)
         return PairTrainer(
             self.method,
             self.metrics,
@@ -84,10 +88,9 @@ class PairLearner:
 
     def samples(self, step: int) -> list[dict[str, Any]]:
         """The answers that update `step` learnt from, as rows of the log."""
-        size = len(self.order) // self.updates
         return [
             {"step": step, "role": pair.role, "prompt": pair.prompt, "answer": side.text, "score": side.score}
-            for pair in self.order[(step - 1) * size : step * size]
+            for pair in self.order[(step - 1) * self.per_update : step * self.per_update]
             for side in (pair.chosen, pair.rejected)
         ]
 

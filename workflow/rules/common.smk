@@ -17,7 +17,7 @@ os.environ.update(
 from nspo.benchmarks.loading import locate
 from nspo.cli import RUNTIME_FLAGS, to_flags
 from nspo.data_settings import LabelSettings, PromptSettings
-from nspo.policy_settings import RolloutSettings, TrainingSettings
+from nspo.policy_settings import PairSettings, TrainingSettings
 from nspo.errors import UserError
 from nspo.judge_settings import JudgeSettings
 from nspo.sources import Source, wheel_folder

@@ -1,17 +1,18 @@
 # What the preference objectives learn from; all of a seed share it.
-rule sample_pairs:
+rule make_pairs:
     input:
         code=code("nspo.policy.pairs"),
         model=rules.prepare_model.output.manifest,
         reward=rules.train_reward.output.manifest,
         cost=rules.train_cost.output.manifest,
         prompts=rules.prepare_prompts.output.prompts,
+        labels=rules.prepare_labels.output.labels if settings.policy.pairs == "labels" else [],
     output:
         pairs="<results>/pairs/seed{seed}.parquet",
     log:
-        "<logs>/sample_pairs/seed{seed}.log",
+        "<logs>/make_pairs/seed{seed}.log",
     benchmark:
-        "<benchmarks>/sample_pairs/seed{seed}.tsv"
+        "<benchmarks>/make_pairs/seed{seed}.tsv"
     conda:
         "../envs/nspo.yaml"
     threads: HEAVY_THREADS
@@ -19,14 +20,15 @@ rule sample_pairs:
         mem="64GB",
         runtime="12h",
     params:
-        rollouts=flags(settings.policy, RolloutSettings.model_fields),
+        settings=flags(settings.policy, PairSettings.model_fields),
         runtime=runtime,
         model=folder("model"),
         reward=folder("reward"),
         cost=folder("cost"),
+        labels=optional("--labels", "labels"),
     shell:
-        "python -m nspo sample-pairs {params.rollouts} {params.runtime} --seed {wildcards.seed} --model {params.model}"
-        " --reward {params.reward} --cost {params.cost} --prompts {input.prompts} --out {output.pairs} 2>&1 | tee {log}"
+        "python -m nspo make-pairs {params.settings} {params.runtime} --seed {wildcards.seed} --model {params.model}"
+        " --reward {params.reward} --cost {params.cost} --prompts {input.prompts} {params.labels} --out {output.pairs} 2>&1 | tee {log}"
 
 
 rule train_policy:
