@@ -185,6 +185,11 @@ class RolloutSettings(Section):
         description="Scores beyond zero by this much earn no more reward: safe and helpful enough is left alone. "
         "Lagrangian objectives take the scores as they are.",
     )
+    judge: Annotated[AnyJudge, Field(discriminator="kind")] | None = Field(
+        None,
+        description="Whose verdict is the reward on a harmful prompt, -1 unsafe or 0 safe, in place of the cost "
+        "model's score: endpoint, guard or classifier; config/README.md shows one.",
+    )
     max_prompt_tokens: Count = Field(192, description="Longer prompts are left out.")
     max_new_tokens: Count = Field(32, description="Tokens per sampled answer.")
     temperature: PositiveFloat = Field(
@@ -221,11 +226,6 @@ class TrainingSettings(RolloutSettings):
         gt=1,
         description="Most that the ratio counts where the advantage is negative (dual clip; the paper: 3.0); null: "
         "as much as it is.",
-    )
-    judge: Annotated[AnyJudge, Field(discriminator="kind")] | None = Field(
-        None,
-        description="Whose verdict is the reward on a harmful prompt, -1 unsafe or 0 safe, in place of the cost "
-        "model's score: endpoint, guard or classifier; config/README.md shows one.",
     )
     weight_decay: float = Field(
         0.01, ge=0, description="AdamW decay; under the constraint it acts inside the null space only."

@@ -76,9 +76,17 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 
 
 def test_best_and_worst_by_hand():
-    """The largest and the smallest of a group, the first of equals; a group of equals is none."""
-    scores = torch.tensor([[1.0, 3.0, -2.0, 3.0], [5.0, 5.0, 5.0, 5.0], [0.0, -1.0, -1.0, -0.5]])
-    assert best_and_worst(scores) == [(0, 1, 2), (2, 0, 1)]
+    """The largest and the smallest, the first of equals; no group of equals, and no answer whose verdict failed."""
+    nan = math.nan
+    rows = [
+        [1.0, 3.0, -2.0, 3.0],
+        [5.0] * 4,
+        [0.0, -1.0, -1.0, -0.5],
+        [nan, 2.0, nan, 1.0],
+        [nan, 2.0, nan, nan],
+        [nan] * 4,
+    ]
+    assert best_and_worst(torch.tensor(rows)) == [(0, 1, 2), (2, 0, 1), (3, 1, 3)]
 
 
 def test_pairs_are_of_the_prompts_and_scores_of_a_rollout(inputs, pairs):

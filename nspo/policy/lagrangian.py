@@ -30,7 +30,7 @@ from transformers.trainer_callback import ExportableState
 from trl.trainer.utils import nanstd
 
 from nspo.policy.callbacks import LoggedCallback
-from nspo.policy.rewards import SafetyReward, Scorer
+from nspo.policy.rewards import SafetyReward, Scorer, score_where
 from nspo.policy_settings import MethodSettings
 from nspo.progress import say
 
@@ -108,8 +108,8 @@ class LagrangianReward(SafetyReward):
     def judge(self, asked: list[str], answers: list[str], harmful: Tensor) -> tuple[Tensor, Tensor]:
         """Cost and reward (B,) of every answer, to whatever prompt; both NaN where the judge failed."""
         everything = torch.ones_like(harmful)
-        cost = self._score(self.cost, asked, answers, everything)
-        return cost, self._score(self.reward, asked, answers, everything).masked_fill(cost.isnan(), math.nan)
+        cost = score_where(self.cost, asked, answers, everything)
+        return cost, score_where(self.reward, asked, answers, everything).masked_fill(cost.isnan(), math.nan)
 
     def combine(self, cost: Tensor, reward: Tensor, harmful: Tensor) -> Tensor:
         """Combined advantages (B,) of the whole rollout, after the multiplier's step."""

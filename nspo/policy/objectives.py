@@ -10,8 +10,8 @@
 | release | exact, on MLP layers; all else trains freely | no | safety reward |
 | nspo_lagrangian | exact | no | reward subject to cost (`nspo.policy.lagrangian`) |
 | grpo_lagrangian | none | where set | reward subject to cost |
-| dpo, bfpo, wdoor | none | in the loss | pairs, best and worst by the safety reward (`nspo.policy.offline`) |
-| nspo_dpo, nspo_bfpo, nspo_wdoor | exact | in the loss | as these |
+| dpo, bfpo, wdoor | none | the losses know the base | the safety reward, or people, in pairs (`nspo.policy.pairs`) |
+| nspo_dpo, nspo_bfpo, nspo_wdoor | exact | as these | as these |
 
 `random_projector` asks whether it matters which directions are free, `gradient_only` what the paper's text guarantees:
 AdamW's moments and decay carry the weights out of the null space, so nothing is verified and the leakage is logged.

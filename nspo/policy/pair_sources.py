@@ -13,9 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from nspo.errors import UserError
 from nspo.json_lines import JsonLines
 from nspo.models import chat_ids, generate, has_bf16
-from nspo.policy.rewards import safety_reward
+from nspo.policy.rewards import Scorer, safety_reward, score_where
 from nspo.policy_settings import PairSettings
-from nspo.preference import PreferenceModel
 from nspo.progress import say, track
 
 SIDES = ("chosen", "rejected")
@@ -27,16 +26,17 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Judges:
-    """The two models that score answers, and the margin of the safety reward."""
+    """What scores cost (a model, or the judge in its place) and helpfulness, and the margin of the safety reward."""
 
-    cost: PreferenceModel
-    reward: PreferenceModel
+    cost: Scorer
+    reward: Scorer
     margin: float
 
     def scores(self, asked: list[str], answers: list[str], harmful: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Safety reward, helpfulness, and whether safe (N,): answers to benign prompts are."""
-        cost, helpfulness = self.cost.score(asked, answers).cpu(), self.reward.score(asked, answers).cpu()
-        return safety_reward(cost, helpfulness, harmful, self.margin), helpfulness, (cost <= 0) | ~harmful
+        """Safety reward (NaN: the judge failed), helpfulness, and whether safe, as answers to benign prompts are."""
+        cost = score_where(self.cost, asked, answers, harmful)
+        helpfulness = score_where(self.reward, asked, answers, torch.ones_like(harmful))
+        return safety_reward(cost, helpfulness, harmful, self.margin), helpfulness, cost <= 0
 
 
 # Sampled
@@ -108,15 +108,20 @@ def sampled(sampler: Sampler, asked: Sequence[Row], seed: int, work: Path) -> li
             f"none of {len(asked)} groups has a best and a worst answer: raise `policy.margin`, `policy.temperature` "
             "or `policy.group_size`"
         )
-    say(f"{len(pairs)} pairs; {len(asked) - len(pairs)} of {len(asked)} groups dropped, all answers scored alike")
+    dropped = len(asked) - len(pairs)
+    say(f"{len(pairs)} pairs; {dropped} of {len(asked)} groups dropped, without a best and a worst answer")
     return pairs
 
 
 def best_and_worst(scores: Tensor) -> list[tuple[int, int, int]]:
-    """(group, best, worst) for the groups (G, n) whose scores differ; of equal scores the first counts."""
-    best, worst = scores.argmax(1).tolist(), scores.argmin(1).tolist()
-    differ = (scores.max(1).values > scores.min(1).values).tolist()
-    return [(group, best[group], worst[group]) for group in range(len(scores)) if differ[group]]
+    """(group, best, worst) for the groups (G, n) whose scores differ; of equal scores the first counts, NaN none."""
+    failed = scores.isnan()
+    best, worst = scores.masked_fill(failed, -torch.inf).max(1), scores.masked_fill(failed, torch.inf).min(1)
+    return [
+        (group, int(best.indices[group]), int(worst.indices[group]))
+        for group in range(len(scores))
+        if best.values[group] > worst.values[group]
+    ]
 
 
 # Chosen by people

@@ -1,11 +1,11 @@
 """Pairs of answers for the preference objectives: sampled on the data of the other objectives, or chosen by people.
 
 `policy.pairs: sampled` (default). The base model answers the training prompts that a GRPO run of this seed would roll
-out, in that order, each `policy.group_size` times at `policy.temperature`, and the same models score the answers. Of
+out, in that order, each `policy.group_size` times at `policy.temperature`, and the same reward scores the answers. Of
 every group the best is chosen and the worst rejected; a group of equal scores says nothing (GRPO has no advantage
 there) and is dropped. So a method that trains on pairs differs from one that trains on rollouts in its loss and in
 whose answers it sees: the base model's, not its own. Answers are kept as token ids, so one that was cut at
-`policy.max_new_tokens` teaches nobody to stop there.
+`policy.max_new_tokens` teaches nobody to stop there. They are sampled by transformers, whatever `policy.rollout` says.
 
 `policy.pairs: labels`. The pairs of the cost labels (`data.labels`, such as PKU-SafeRLHF's), of which people chose the
 safer answer, as the authors' baselines use them: at most as many as there would be groups, cut at
@@ -33,7 +33,9 @@ from nspo.artifacts import (
 )
 from nspo.config import RuntimeSettings
 from nspo.errors import UserError
+from nspo.evaluation.judges import judge_of
 from nspo.models import device_of, load_model, load_tokenizer, model_identity
+from nspo.policy.judged import JudgedCost
 from nspo.policy.pair_sources import SIDES, Judges, Row, Sampler, labelled, sampled
 from nspo.policy.rollouts import rollout_prompts
 from nspo.policy_settings import PairSettings
@@ -57,12 +59,13 @@ def make_pairs(
     """Write the file of pairs; interrupted sampling resumes batch by batch.
 
     Raises:
-        UserError: labels missing or not asked for, no prompt short enough, a folder that holds no such model, or no
-            pair at all.
+        UserError: labels missing or not asked for, no prompt short enough, a folder that holds no such model, a judge
+            that is missing something, or no pair at all.
     """
     if (labels is not None) != (settings.pairs == "labels"):
         change = "give the file" if labels is None else "leave the file out"
         raise UserError(f"policy.pairs is {settings.pairs!r}: {change} (`--labels`)")
+    judge = judge_of("policy.judge", settings.judge, runtime, stay=True) if settings.judge else None
     device = device_of(runtime.device)
     identity = make_manifest(
         KIND,
@@ -71,24 +74,22 @@ def make_pairs(
         base=model_identity(model),
         reward=read_json(reward / MANIFEST_NAME),
         cost=read_json(cost / MANIFEST_NAME),
+        judge=judge and judge.identity,
         prompts=fingerprint_files([prompts]),
         labels=fingerprint_files([labels]) if labels else None,
     )
+    work = Path(runtime.workdir) / f"pairs-seed{seed}-{fingerprint(identity)}"
+    work.mkdir(parents=True, exist_ok=True)
     tokenizer = load_tokenizer(model)
-    judges = Judges(
-        PreferenceModel.load(cost, "cost", device), PreferenceModel.load(reward, "reward", device), settings.margin
-    )
+    scorer = JudgedCost(judge, work) if judge else PreferenceModel.load(cost, "cost", device)
+    judges = Judges(scorer, PreferenceModel.load(reward, "reward", device), settings.margin)
     if labels is not None:
         pairs = labelled(settings, load_labels(labels, "cost", "train"), seed, tokenizer, judges)
     else:
         sampler = Sampler(settings, load_model(model, device), tokenizer, judges)
-        asked = rollout_prompts(settings, prompts, tokenizer, seed).to_list()
-        work = Path(runtime.workdir) / f"pairs-seed{seed}-{fingerprint(identity)}"
-        work.mkdir(parents=True, exist_ok=True)
-        pairs = sampled(sampler, asked, seed, work)
+        pairs = sampled(sampler, rollout_prompts(settings, prompts, tokenizer, seed).to_list(), seed, work)
     _write(pairs, {**identity, "pairs": len(pairs)}, out)
-    if labels is None:
-        shutil.rmtree(work)
+    shutil.rmtree(work)
 
 
 def load_pairs(path: Path, model: Path) -> list[Row]:

@@ -40,6 +40,15 @@ def whole_rollout(*columns: Tensor) -> list[Tensor]:
     return [values.to(column.dtype).contiguous() for values, column in zip(whole.unbind(1), columns, strict=True)]
 
 
+def score_where(model: Scorer, asked: list[str], answers: list[str], where: Tensor) -> Tensor:
+    """Scores (B,) at the positions of the mask `where`, zero elsewhere: each model reads only what it judges."""
+    scores = torch.zeros(len(asked))
+    index = where.nonzero().flatten().tolist()
+    if index:
+        scores[where] = model.score([asked[i] for i in index], [answers[i] for i in index]).cpu()
+    return scores
+
+
 class SafetyReward:
     """TRL reward function that owns what scores cost and reward, and keeps each step's scored samples.
 
@@ -84,19 +93,10 @@ class SafetyReward:
     def judge(self, asked: list[str], answers: list[str], harmful: Tensor) -> tuple[Tensor, Tensor]:
         """Cost (B,) of the answers to harmful prompts and reward (B,) of those to others, zero elsewhere."""
         return (
-            self._score(self.cost, asked, answers, harmful),
-            self._score(self.reward, asked, answers, ~harmful),
+            score_where(self.cost, asked, answers, harmful),
+            score_where(self.reward, asked, answers, ~harmful),
         )
 
     def combine(self, cost: Tensor, reward: Tensor, harmful: Tensor) -> Tensor:
         """What every answer of the rollout earns (B,); see `safety_reward`."""
         return safety_reward(cost, reward, harmful, self.margin)
-
-    @staticmethod
-    def _score(model: Scorer, asked: list[str], answers: list[str], where: Tensor) -> Tensor:
-        """Scores at the positions of the mask `where`, zero elsewhere: each model reads only what it judges."""
-        scores = torch.zeros(len(asked))
-        index = where.nonzero().flatten().tolist()
-        if index:
-            scores[where] = model.score([asked[i] for i in index], [answers[i] for i in index]).cpu()
-        return scores

@@ -7,6 +7,7 @@ rule make_pairs:
         cost=rules.train_cost.output.manifest,
         prompts=rules.prepare_prompts.output.prompts,
         labels=rules.prepare_labels.output.labels if settings.policy.pairs == "labels" else [],
+        judge=judge_files("policy", reward_judge),
     output:
         pairs="<results>/pairs/seed{seed}.parquet",
     log:
