@@ -148,7 +148,7 @@ def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list
     return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
 
 
-@torch.inference_mode()
+@torch.no_grad()  # no inference mode: FSDP2 keeps its buffers for training
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,

@@ -9,20 +9,27 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing as mp
-from test_policy import inputs, leakage, run, table, weights, without_time
+from accelerate import PartialState
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import DistributedType
+from accelerate.utils.launch import prepare_multi_gpu_env
+from test_policy import METHODS, inputs, leakage, run, table, weights, without_time
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+from transformers.integrations.fsdp import is_fsdp_managed_module
 
 from nspo.errors import UserError
 from nspo.policy import grpo
-from nspo.policy.callbacks import LogCallback
-from nspo.policy.sharding import check_processes
-from nspo.policy_settings import MethodSettings, TrainingSettings
+from nspo.policy.callbacks import ConstraintCallback, LogCallback
+from nspo.policy.sharding import check_processes, prepare_engine
+from nspo.policy_settings import MethodSettings, TrainingSettings, VLLMSettings
 
 __all__ = ["inputs"]
 
 # One update per rollout and one answer per pass: how answers are dealt out changes nothing but the order of sums.
 CHANGES = {"autocast": "no", "minibatch_size": 8, "micro_batch_size": 1, "steps": 6, "probe_every": 2}
 DPO = MethodSettings(objective="dpo", learning_rate=1e-6)
+CONFIG = Path(__file__).parents[1] / "config/accelerate"
 STOPS = 4  # the probe after this update meets the target
 
 
@@ -68,9 +75,8 @@ def spawn(worker: Any, *args: Any) -> None:
     mp.spawn(worker, (port, *args), nprocs=2)
 
 
-def interrupted_and_resumed(rank: int, port: int, inputs: dict[str, Path], folder: Path) -> None:
+def train_in_two_goes(inputs: dict[str, Path], folder: Path, sharding: str) -> None:
     """Train nspo until Ctrl-C after the third update, then again."""
-    launched(rank, port)
     log = LogCallback.on_log
 
     def interrupted(self: LogCallback, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -80,9 +86,45 @@ def interrupted_and_resumed(rank: int, port: int, inputs: dict[str, Path], folde
 
     LogCallback.on_log = interrupted  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
-        run(inputs, folder, "nspo", processes=2, **CHANGES)
+        run(inputs, folder, "nspo", processes=2, sharding=sharding, **CHANGES)
     LogCallback.on_log = log  # type: ignore[method-assign]
-    run(inputs, folder, "nspo", processes=2, **CHANGES)
+    run(inputs, folder, "nspo", processes=2, sharding=sharding, **CHANGES)
+
+
+def replicated(rank: int, port: int, inputs: dict[str, Path], folder: Path) -> None:
+    """Train under DDP."""
+    launched(rank, port)
+    train_in_two_goes(inputs, folder, "none")
+
+
+def on_cpu_as_if_on_gpus(config: Path) -> None:
+    """Have accelerate shard over CPU processes as its configuration says, which it would ignore in silence."""
+    parser = launch_command_parser()
+    arguments = parser.parse_args(["--config_file", str(config), "--num_processes", "2", "nspo"])
+    arguments = _validate_launch_command(arguments)[0]
+    for key, value in prepare_multi_gpu_env(arguments).items():
+        os.environ.setdefault(key, value)
+    PartialState._prepare_backend = lambda self, *_: ("gloo", DistributedType.MULTI_GPU)
+    PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
+    torch.distributed.init_process_group("gloo")
+
+
+def sharded(rank: int, port: int, inputs: dict[str, Path], folder: Path) -> None:
+    """Train nspo under FSDP2."""
+    launched(rank, port)
+    on_cpu_as_if_on_gpus(CONFIG / "fsdp2.yaml")
+    seen, begin = [], ConstraintCallback.on_train_begin  # of its model, once accelerate has prepared it
+
+    def on_train_begin(self: ConstraintCallback, *args: Any, **kwargs: Any) -> None:
+        begin(self, *args, **kwargs)
+        seen.append(kwargs["model"])
+
+    ConstraintCallback.on_train_begin = on_train_begin  # type: ignore[method-assign]
+    train_in_two_goes(inputs, folder, "fsdp2")
+    assert len(seen) == 2
+    for model in seen:
+        assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+        assert is_fsdp_managed_module(model)  # so that generate() waits for the process with the longest answers
 
 
 @pytest.fixture(scope="module")
@@ -93,18 +135,15 @@ def alone(inputs, tmp_path_factory) -> Path:
         return run(inputs, tmp_path_factory.mktemp("alone"), "nspo", **CHANGES)
 
 
-def test_two_processes_train_the_policy_of_one(inputs, alone, tmp_path):
-    """With the same draws, weights agree to float rounding and all tables row for row, across an interruption.
-
-    Both stop at the probe that meets the target; the saved weights keep to the null space.
-    """
-    spawn(interrupted_and_resumed, inputs, tmp_path)
-    out, base = tmp_path / "out", weights(inputs["model"])
+def assert_same(out: Path, alone: Path, inputs: dict[str, Path]) -> None:
+    """The policies `out` and `alone` agree to float rounding, their tables row for row; `out` is in the null space."""
+    base, expected_weights = weights(inputs["model"]), weights(alone)
+    assert weights(out).keys() == expected_weights.keys()
     for key, value in weights(out).items():
-        expected = weights(alone)[key]
+        expected = expected_weights[key]
+        assert value.dtype == torch.float32
         assert (value - expected).norm() <= 1e-5 * (expected - base[key]).norm(), key
     assert max(inside for inside, _ in leakage(out, inputs).values()) <= 1e-6
-    assert [row["step"] for row in table(alone, "training")] == list(range(1, STOPS + 1))
     for name in ("training", "probes", "samples"):
         expected_rows, rows = without_time(table(alone, name)), without_time(table(out, name))
         assert len(rows) == len(expected_rows)
@@ -113,7 +152,20 @@ def test_two_processes_train_the_policy_of_one(inputs, alone, tmp_path):
             for key, value in expected_row.items():
                 same = pytest.approx(value, rel=1e-3, abs=1e-5) if isinstance(value, float) else value
                 assert row[key] == same, f"{name}: {key}"
+
+
+def test_two_processes_train_the_policy_of_one(inputs, alone, tmp_path):
+    """With the same draws, across an interruption, and both stop at the probe that meets the target."""
+    assert [row["step"] for row in table(alone, "training")] == list(range(1, STOPS + 1))
+    spawn(replicated, inputs, tmp_path)
+    assert_same(tmp_path / "out", alone, inputs)
     assert not list((tmp_path / "work").iterdir())
+
+
+def test_fsdp2_trains_the_policy_of_one_process(inputs, alone, tmp_path):
+    """Sharded by rows as the shipped file says, resumed from a sharded checkpoint, and saved whole in float32."""
+    spawn(sharded, inputs, tmp_path)
+    assert_same(tmp_path / "out", alone, inputs)
 
 
 def test_sizes_must_divide_among_the_processes():
@@ -127,16 +179,11 @@ def test_sizes_must_divide_among_the_processes():
 
 
 def test_rollout_and_update_keep_their_sizes(tmp_path, monkeypatch):
-    """Four processes of 8 answers a pass make the update of 64 answers in two passes each; TRL agrees."""
+    """Four processes of 8 answers a pass make the update of 64 answers in two passes each."""
     monkeypatch.setattr(grpo, "GRPOConfig", dict)
     sizes = {"prompts_per_step": 16, "group_size": 8, "minibatch_size": 64, "micro_batch_size": 8}
-    given = grpo.trainer_arguments(
-        TrainingSettings(**sizes, processes=4),
-        SimpleNamespace(learning_rate=1e-6, kl=0.0, lagrangian=False),  # type: ignore[arg-type]
-        0,
-        torch.device("cpu"),
-        tmp_path,
-    )
+    four = TrainingSettings(**sizes, processes=4)
+    given = grpo.trainer_arguments(four, METHODS["nspo"], 0, torch.device("cpu"), tmp_path, VLLMSettings())
     assert given["generation_batch_size"] == 128
     assert (given["per_device_train_batch_size"], given["gradient_accumulation_steps"]) == (8, 2)
 
@@ -151,3 +198,33 @@ def test_another_number_of_processes_is_refused(inputs, tmp_path):
     many = TrainingSettings(minibatch_size=32, micro_batch_size=1, group_size=8, processes=32)
     with pytest.raises(UserError, match=r"4 pairs per update\) must be divisible by policy\.processes \(32\).*'dpo'"):
         check_processes(many, DPO, SimpleNamespace(num_processes=32))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("sharding", "accelerator", "message"),
+    [
+        ("fsdp2", {"distributed_type": DistributedType.MULTI_CPU}, "is 'fsdp2', but accelerate runs 'none': .*on GPUs"),
+        ("fsdp2", {"distributed_type": DistributedType.FSDP, "is_fsdp2": False}, "accelerate runs 'FSDP1'"),
+        (
+            "none",
+            {"distributed_type": DistributedType.FSDP, "is_fsdp2": True},
+            "is 'none', but accelerate runs 'fsdp2'",
+        ),
+        ("none", {"distributed_type": DistributedType.DEEPSPEED}, "accelerate runs 'DEEPSPEED': expected replicas"),
+        ("none", {"distributed_type": DistributedType.MEGATRON_LM}, "accelerate runs 'MEGATRON_LM'"),
+        (
+            "fsdp2",
+            {
+                "distributed_type": DistributedType.FSDP,
+                "is_fsdp2": True,
+                "parallelism_config": SimpleNamespace(non_data_parallel_size=2),
+            },
+            "accelerate runs 'tensor or context parallelism'",
+        ),
+    ],
+)
+def test_other_engines_are_refused_by_name(sharding, accelerator, message):
+    """What accelerate really does must be what `policy.sharding` says; FSDP that it ignores on the CPU is told."""
+    trainer = SimpleNamespace(accelerator=SimpleNamespace(**{"parallelism_config": None} | accelerator))
+    with pytest.raises(UserError, match=message):
+        prepare_engine(trainer, sharding)  # type: ignore[arg-type]

@@ -40,7 +40,7 @@ def token_drift(base_logits: Tensor, tuned_logits: Tensor, targets: Tensor) -> t
     return kl, nll_change, base_logits.argmax(-1) == tuned_logits.argmax(-1)
 
 
-@torch.inference_mode()
+@torch.no_grad()  # no inference mode: FSDP2 keeps its buffers for training
 def drift(
     base: PreTrainedModel,
     tuned: PreTrainedModel,

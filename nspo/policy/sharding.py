@@ -34,14 +34,14 @@ def check_processes(training: TrainingSettings, method: MethodSettings, processe
 
 
 def engine_of(accelerator: Accelerator) -> str:
-    """What accelerate really does: none, fsdp1, fsdp2, zero1 to zero3, or its own name for anything else."""
-    kind = accelerator.distributed_type
-    if kind == DistributedType.DEEPSPEED:
-        return f"zero{accelerator.state.deepspeed_plugin.zero_stage}"
+    """What accelerate really does: "none" (one process or replicas), "fsdp2", or the name of what nspo does not run."""
+    kind, parallel = accelerator.distributed_type, accelerator.parallelism_config
+    if parallel is not None and parallel.non_data_parallel_size > 1:
+        return "tensor or context parallelism"
     if kind == DistributedType.FSDP:
-        return "fsdp2" if accelerator.is_fsdp2 else "fsdp1"
+        return "fsdp2" if accelerator.is_fsdp2 else "FSDP1"
     replicas = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-    return "none" if kind in replicas else kind.value.lower()
+    return "none" if kind in replicas else kind.value
 
 
 def prepare_engine(trainer: Trainer, sharding: str) -> None:
@@ -53,8 +53,9 @@ def prepare_engine(trainer: Trainer, sharding: str) -> None:
     found = engine_of(trainer.accelerator)
     if found != sharding:
         raise UserError(
-            f"policy.sharding is {sharding!r}, but accelerate runs {found!r}: start the stage with `accelerate launch "
-            f"--config_file config/accelerate/{sharding}.yaml` on GPUs, or change policy.sharding"
+            f"policy.sharding is {sharding!r}, but accelerate runs {found!r}: expected "
+            + ("`--config_file config/accelerate/fsdp2.yaml`, on GPUs" if sharding == "fsdp2" else "replicas")
+            + ", or another policy.sharding (none or fsdp2)"
         )
     if sharding == "fsdp2":
         # fp32 weights are gathered and autocast rounds, as without sharding: FSDP's own bf16 would blur the probes.
@@ -65,6 +66,7 @@ def prepare_engine(trainer: Trainer, sharding: str) -> None:
 
 
 def whole_weights(trainer: Trainer) -> dict[str, Tensor]:
-    """The trained float32 weights by name, whole on the main process. A collective where they are sharded."""
-    state: dict[str, Tensor] = trainer.accelerator.get_state_dict(trainer.model)
-    return state
+    """The trained float32 weights by name, whole on the main process, tied ones once. A collective if sharded."""
+    model: Any = trainer.model
+    state: dict[str, Tensor] = trainer.accelerator.get_state_dict(model)
+    return {name: value for name, value in state.items() if name not in model.all_tied_weights_keys}
