@@ -130,6 +130,9 @@ class AttributionSettings(Section):
     general_prompts: int = Field(8, ge=2, description="Prompts per general domain, for drift.")
 
 
+Tracker = Literal["tensorboard", "trackio"]
+
+
 class RuntimeSettings(Section):
     """How stages run, not what they make: changing these reruns nothing."""
 
@@ -142,6 +145,9 @@ class RuntimeSettings(Section):
     log_every: Count = Field(1, description="Steps between log lines.")
     requests: RequestSettings = RequestSettings()
     vllm: VLLMSettings = VLLMSettings()
+    trackers: list[Tracker] = Field(
+        [], description="Also show the training of policies in these: tensorboard, trackio (each a package to install)."
+    )
     results: str = Field(
         "results",
         pattern=r"^[^{}<>\x00-\x1f]+$",

@@ -225,7 +225,7 @@ def constrain(
     """
     if mode not in ("both", "anchor", "gradient"):
         raise UserError(f"mode {mode!r}, expected 'both', 'anchor' or 'gradient': change `mode`")
-    optimizer = _innermost(optimizer)
+    optimizer = innermost(optimizer)
     refuse_engines(model, optimizer)
     bases.check_free()
     modules = bases.check_layers(model)
@@ -305,7 +305,7 @@ def _read_anchor(folder: Path, modules: Mapping[str, nn.Linear]) -> dict[str, Te
     return base
 
 
-def _innermost(optimizer: Any) -> torch.optim.Optimizer:
+def innermost(optimizer: Any) -> torch.optim.Optimizer:
     """The torch optimizer inside accelerate's wrapper: the wrapper itself has no hooks."""
     while isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
         optimizer = optimizer.optimizer

@@ -36,6 +36,7 @@ from nspo.policy.grpo import trainer_arguments
 from nspo.policy.lagrangian import LagrangianReward
 from nspo.policy.rewards import SafetyReward, safety_reward
 from nspo.policy.rollouts import rollout_prompts
+from nspo.policy.timing import shares
 from nspo.policy.training import last_checkpoint, train_policy
 from nspo.policy_settings import MethodSettings, Objective, TrainingSettings, VLLMSettings
 from nspo.preference import train_preference
@@ -203,7 +204,7 @@ def leakage(
 
 
 def without_time(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+    return [{key: value for key, value in row.items() if not key.endswith(("seconds", "per_second"))} for row in rows]
 
 
 # Reward and prompts
@@ -595,6 +596,40 @@ def test_a_gradient_that_is_hardly_kept_is_reported(inputs, capsys):
 # Logs and probes
 
 
+def test_every_row_says_how_the_run_goes(nspo_run, free_run):
+    """Both updates of a rollout have its reward, cost, refusals and the like; what a probe measures is at its steps."""
+    for folder in (nspo_run, free_run):
+        rows = table(folder, "training")
+        rollout = ("reward", "cost", "unsafe", "refusal_rate", "over_refusal_rate", "zero_variance_groups")
+        for key in (*rollout, "failed_verdicts", "helpfulness", "completion_length", "clip_fraction", "loss"):
+            assert all(row[key] is not None for row in rows), key
+        assert [[row[key] for key in rollout] for row in rows[::2]] == [
+            [row[key] for key in rollout] for row in rows[1::2]
+        ]
+        assert len({row["reward"] for row in rows}) == UPDATES / 2
+        assert [row["kl_to_base"] is not None for row in rows] == [False, False, False, True] * 2
+
+
+def test_the_parts_of_an_update_are_its_whole(nspo_run, free_run):
+    """Rollout, scoring and the rest add up; a rollout is timed once; only the constraint takes time to project."""
+    for folder in (nspo_run, free_run):
+        for index, row in enumerate(table(folder, "training")):
+            parts = [row[f"{part}_seconds"] for part in ("rollout", "scoring", "update")]
+            assert sum(parts) == pytest.approx(row["seconds"])
+            assert all(part > 0 for part in parts) if index % 2 == 0 else parts[:2] == [0, 0]
+            assert row["tokens_per_second"] > 0
+    rows = table(nspo_run, "training")
+    assert all(0 < row["projection_seconds"] < row["update_seconds"] for row in rows)
+    assert "projection_seconds" not in table(free_run, "training")[0]
+    tokens = rows[0]["completion_length"] * 8
+    assert rows[0]["tokens_per_second"] == pytest.approx(tokens / rows[0]["rollout_seconds"])
+    halves = [
+        {"seconds": 4.0, "rollout_seconds": 3.0, "update_seconds": 1.0, "projection_seconds": 0.4},
+        {"seconds": 4.0},
+    ]
+    assert shares(halves).endswith("rollout 37.5%, scoring 0.0%, update 12.5%, of which projection 5.0%")
+
+
 def test_the_theory_holds_on_the_run(nspo_run, free_run):
     """Every update descends, by more than nothing, and no gradient grows; probes measure the leakage and the KL.
 
@@ -682,7 +717,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(inputs, tmp_path, nspo_run, caps
     process.join()
     assert process.exitcode == -signal.SIGKILL
     (work,) = (tmp_path / "work").iterdir()
-    assert last_checkpoint(work).name == "checkpoint-4"
+    assert last_checkpoint(work, 2).name == "checkpoint-4"
     shutil.copytree(work / "checkpoint-4", work / "checkpoint-7")
     (work / "checkpoint-7/trainer_state.json").unlink()
     with (work / "training.jsonl").open("a") as file:
@@ -695,6 +730,31 @@ def test_a_killed_run_resumes_to_the_same_bytes(inputs, tmp_path, nspo_run, caps
         assert without_time(table(out, name)) == without_time(table(nspo_run, name))
     assert (out / "manifest.json").read_bytes() == (nspo_run / "manifest.json").read_bytes()
     assert not list((tmp_path / "work").iterdir())
+
+
+@pytest.mark.parametrize("step", [4, 5, 7])
+def test_it_resumes_to_the_bit_from_every_boundary(step, inputs, tmp_path, nspo_run, monkeypatch):
+    """Stopped before a due checkpoint, right after one, and between the two updates of a rollout, with one lying there.
+
+    The checkpoint between two updates is whole, but what it cannot hold is the rollout: it is passed over.
+    """
+    saved = ProbeCallback.on_step_end
+
+    def saving(self: ProbeCallback, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        control = saved(self, args, state, control, **kwargs)
+        control.should_save |= state.global_step == 5
+        return control
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ProbeCallback, "on_step_end", saving)
+        run_interrupted(inputs, tmp_path, "nspo", step, monkeypatch)
+    (work,) = (tmp_path / "work").iterdir()
+    newest = max((int(path.name.partition("-")[2]) for path in work.glob("checkpoint-*")), default=0)
+    assert newest == {4: 0, 5: 4, 7: 5}[step]
+    out = run(inputs, tmp_path, "nspo")
+    assert (out / "model.safetensors").read_bytes() == (nspo_run / "model.safetensors").read_bytes()
+    for name in ("training", "probes", "samples"):
+        assert without_time(table(out, name)) == without_time(table(nspo_run, name))
 
 
 def test_a_run_stopped_before_its_first_checkpoint_starts_over(inputs, tmp_path, free_run, monkeypatch):
@@ -718,7 +778,7 @@ def test_the_target_stops_training_even_across_a_kill(inputs, tmp_path, monkeypa
         with pytest.raises(KeyboardInterrupt):
             run(inputs, tmp_path, "grpo_no_kl", target_unsafe=1.0)
     (work,) = (tmp_path / "work").iterdir()
-    stopped = weights(last_checkpoint(work))
+    stopped = weights(last_checkpoint(work, 2))
     out = run(inputs, tmp_path, "grpo_no_kl", target_unsafe=1.0)
     assert [row["step"] for row in table(out, "probes")] == [0, 4]
     assert [row["step"] for row in table(out, "training")] == [1, 2, 3, 4]

@@ -33,7 +33,9 @@ def shared_arguments(
         "logging_strategy": "steps",
         "save_strategy": "no",
         "save_total_limit": 1,
-        "report_to": "none",
+        "report_to": "none",  # trackers are given as callbacks, after ours (`nspo.policy.trackers`)
+        "project": "nspo",
+        "run_name": work.name,
         "disable_tqdm": True,
         "remove_unused_columns": False,
         "dataloader_num_workers": 0,

@@ -3,19 +3,22 @@
 Of several processes each calls them alike; only the main one (`state.is_world_process_zero`) writes files.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
 
 from nspo.bases import NullSpaceBases
 from nspo.json_lines import JsonLines
 from nspo.policy.probes import Probe
+from nspo.policy.rewards import SafetyReward
+from nspo.policy.timing import now, shares
 from nspo.progress import say, track
-from nspo.projection import Constraint, Mode, constrain
+from nspo.projection import Constraint, Mode, constrain, innermost
 
 LEAST_KEPT = 0.01  # share of the gradient's norm below which a run hardly learns, and is told so
 LOOSER_WHEN_RAISED = {"relative", "absolute", "leakage"}  # for all other rules a lower threshold protects less
@@ -41,17 +44,19 @@ class ConstraintCallback(LoggedCallback):
         self.bases, self.base_folder, self.mode, self.freeze_rest = bases, base_folder, mode, freeze_rest
         self.constraint: Constraint | None = None
         self._said = False
+        self._since = self._seconds = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Anchor at the base checkpoint, not at the weights in memory: after a resume those are no longer the base."""
-        self.constraint = constrain(
-            kwargs["model"],
-            kwargs["optimizer"],
-            self.bases,
-            anchor=self.base_folder,
-            mode=self.mode,
-            freeze_rest=self.freeze_rest,
-        )
+        with self._timed(kwargs["optimizer"]):
+            self.constraint = constrain(
+                kwargs["model"],
+                kwargs["optimizer"],
+                self.bases,
+                anchor=self.base_folder,
+                mode=self.mode,
+                freeze_rest=self.freeze_rest,
+            )
         say(self.constraint.describe())
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -64,19 +69,38 @@ class ConstraintCallback(LoggedCallback):
         self._attached.remove()
 
     def columns(self, step: int) -> dict[str, float]:
-        """What the projection did to the gradient of update `step`; in mode "gradient" the worst layer's leakage too.
+        """What the projection did to the gradient of update `step`, and the seconds that it and the anchor took.
 
-        Says once when hardly anything is left of a gradient, and which setting to change.
+        In mode "gradient" the worst layer's leakage too. Says once when hardly anything is left of a gradient, and
+        which setting to change.
         """
         found = self._attached.step_stats()
         if found.get("gradient_norm", 0.0) > 0 and found["kept"] < LEAST_KEPT and not self._said:
             say(f"step {step}: the constraint keeps {found['kept']:.2%} of the gradient's norm: {self._remedy()}")
             self._said = True
+        found["projection_seconds"], self._seconds = self._seconds, 0.0
         return found | (self.leakage() if self.mode == "gradient" else {})
 
     def leakage(self) -> dict[str, float]:
         """The worst layer's leakage now; a product per layer, so it is measured with the probes where none is due."""
         return {"leakage": max(self._attached.leakage().values())}
+
+    @contextmanager
+    def _timed(self, optimizer: Any) -> Iterator[None]:
+        """Time the hooks that the optimizer gets inside: they run between those before and those after."""
+        inner = innermost(optimizer)
+        registers = inner.register_step_pre_hook, inner.register_step_post_hook
+        for register in registers:
+            register(self._start)
+        yield
+        for register in registers:
+            register(self._stop)
+
+    def _start(self, *_: Any) -> None:
+        self._since = now()
+
+    def _stop(self, *_: Any) -> None:
+        self._seconds += now() - self._since
 
     @property
     def _attached(self) -> Constraint:
@@ -98,6 +122,44 @@ class ConstraintCallback(LoggedCallback):
         )
 
 
+class Clock(LoggedCallback):
+    """Times every update on this process, from its first micro-batch to the end of the optimizer's step.
+
+    Probes, checkpoints and the loading of data are left out. A rollout counts in the update that it is made for, so the
+    later updates of a step have none.
+
+    Args:
+        reward: says when it scored a rollout; None where answers are not sampled.
+    """
+
+    def __init__(self, reward: SafetyReward | None = None) -> None:
+        self.reward = reward
+        self.began = self.ended = 0.0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start."""
+        if self.reward is not None:
+            self.reward.scoring = None
+        self.began = now()
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop."""
+        self.ended = now()
+
+    def columns(self, step: int) -> dict[str, float]:
+        """Seconds of the update and of its parts: `rollout_seconds`, `scoring_seconds`, and `update_seconds`, the rest.
+
+        A rollout is sampling and what the trainer computes before it asks for rewards; with one come
+        `tokens_per_second`, the tokens that all processes sampled over its seconds.
+        """
+        start, end, tokens = (self.reward and self.reward.scoring) or (self.began, self.began, 0)
+        found = {"seconds": self.ended - self.began, "rollout_seconds": start - self.began}
+        found |= {"scoring_seconds": end - start, "update_seconds": self.ended - end}
+        if tokens:
+            found["tokens_per_second"] = tokens * PartialState().num_processes / found["rollout_seconds"]
+        return found
+
+
 METRICS = {
     "loss": "loss",
     "reward": "reward",
@@ -114,8 +176,19 @@ METRICS = {
     "entropy": "entropy",
     "grad_norm": "grad_norm_clipped_from",
     "learning_rate": "learning_rate",
-    "step_time": "seconds",
 }
+OF_ROLLOUT = (  # what is known of a rollout, and holds for each of its updates
+    "reward",
+    "cost",
+    "unsafe",
+    "helpfulness",
+    "refusal_rate",
+    "over_refusal_rate",
+    "failed_verdicts",
+    "zero_variance_groups",
+    "completion_length",
+    "tokens_per_second",
+)
 FROM_PROBE = {"kl_per_token": "kl_to_base", "leakage": "leakage"}
 
 
@@ -125,6 +198,7 @@ class LogCallback(TrainerCallback):
     def __init__(self, folder: Path, samples: Samples, columns: Sequence[Columns], every: int) -> None:
         self.steps, self.samples = JsonLines(folder / "training.jsonl"), JsonLines(folder / "samples.jsonl")
         self.samples_of, self.columns, self.every = samples, columns, every
+        self.rollout: dict[str, Any] = {}
         self.progress = ExitStack()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -135,17 +209,27 @@ class LogCallback(TrainerCallback):
         self.bar = self.progress.enter_context(track("train policy", state.max_steps, "step", start=state.global_step))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Close the progress bar."""
+        """Close the progress bar; say where the time went."""
         self.progress.close()
+        if rows := self.steps.rows():
+            say(shares(rows))
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Translate TRL's metric names to ours and add what other callbacks know of this update."""
+        """Translate TRL's metric names to ours and add what other callbacks know of this update.
+
+        Trackers, which come after this callback, are shown the same row.
+        """
         logs = kwargs["logs"]
         row: dict[str, Any] = {ours: logs[theirs] for theirs, ours in METRICS.items() if logs.get(theirs) is not None}
         if "loss" not in row:
             return
         for columns in self.columns:
             row |= columns(state.global_step)
+        if "completion_length" in row:
+            self.rollout = {key: row[key] for key in OF_ROLLOUT if key in row}
+        row |= {key: value for key, value in self.rollout.items() if key not in row}
+        logs.clear()
+        logs.update(row)
         samples = self.samples_of(state.global_step)
         if state.is_world_process_zero:
             self.steps.append([{"step": state.global_step, **row}])
@@ -191,6 +275,11 @@ class ProbeCallback(LoggedCallback):
             control.should_training_stop = True
         control.should_save = True
         return control
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Show the probe to trackers."""
+        if self.last.get("step") == state.global_step and "loss" in kwargs["logs"]:
+            kwargs["logs"].update({f"probe_{key}": value for key, value in self.last.items() if key != "step"})
 
     def columns(self, step: int) -> dict[str, float]:
         """For the log of update `step`, where it was probed: its distance from the base, and what leaks."""

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from trl import GRPOConfig, GRPOTrainer
 
 from nspo.policy.arguments import shared_arguments
-from nspo.policy.callbacks import LoggedCallback
+from nspo.policy.callbacks import Clock, LoggedCallback
 from nspo.policy.lagrangian import LagrangianReward, Multiplier, MultiplierCallback
 from nspo.policy.rewards import SafetyReward, Scorer
 from nspo.policy.rollouts import rollout_prompts
@@ -49,7 +49,7 @@ class RolloutLearner:
         self.cost = PreferenceModel.load(cost, "cost", device)
         reward_model = PreferenceModel.load(reward, "reward", device)
         self.scorer, multiplier = reward_of(training, method, judge or self.cost, reward_model)
-        self.parts: list[LoggedCallback] = [] if multiplier is None else [multiplier]
+        self.parts: list[LoggedCallback] = [Clock(self.scorer), *([] if multiplier is None else [multiplier])]
 
     def trainer(
         self,

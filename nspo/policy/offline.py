@@ -18,7 +18,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -29,7 +28,7 @@ from trl.trainer.utils import disable_dropout_in_model
 
 from nspo.models import load_model
 from nspo.policy.arguments import shared_arguments
-from nspo.policy.callbacks import LoggedCallback
+from nspo.policy.callbacks import Clock, LoggedCallback
 from nspo.policy.pair_batches import Collator, Pair, answer_logps, every_logps, in_order, with_prefixes
 from nspo.policy.pairs import load_pairs
 from nspo.policy.preference_losses import bfpo_label, bfpo_loss, dpo_loss, role_weights, token_weights, wdoor_loss
@@ -57,7 +56,7 @@ class PairLearner:
         self.cost = PreferenceModel.load(cost, "cost", device)
         self.pairs = [Pair.of(row) for row in load_pairs(pairs, model)]
         self.metrics = PairMetrics()
-        self.parts: list[LoggedCallback] = [self.metrics]
+        self.parts: list[LoggedCallback] = [self.metrics, Clock()]
         self.order: list[Pair] = []
         self.per_update = 0
 
@@ -165,19 +164,10 @@ class PairMetrics(LoggedCallback):
 
     def __init__(self) -> None:
         self.seen: list[Tensor] = []
-        self.began = self.seconds = 0.0
 
     def add(self, chosen: Tensor, rejected: Tensor) -> None:
         """Take the log-ratios ln p/p_base (B,) of a micro-batch."""
         self.seen.append(torch.stack([chosen.detach(), rejected.detach()]))
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Take the time."""
-        self.began = perf_counter()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Take the time."""
-        self.seconds = perf_counter() - self.began
 
     def columns(self, step: int) -> dict[str, float]:
         """Means over the pairs of the update: log-ratios, their difference, the share of pairs where it is positive."""
@@ -188,7 +178,6 @@ class PairMetrics(LoggedCallback):
             "rejected_log_ratio": rejected.mean().item(),
             "margin": (chosen - rejected).mean().item(),
             "accuracy": (chosen > rejected).float().mean().item(),
-            "seconds": self.seconds,
         }
 
 

@@ -17,6 +17,7 @@ from accelerate import PartialState
 from accelerate.utils import gather
 from torch import Tensor
 
+from nspo.policy.timing import now
 from nspo.refusal import is_refusal
 
 
@@ -53,7 +54,8 @@ class SafetyReward:
     """TRL reward function that owns what scores cost and reward, and keeps each step's scored samples.
 
     Call it as TRL does, with conversational prompts and completions and the data set's `role` column. Of several
-    processes each scores its own answers; what is combined and logged is the whole rollout.
+    processes each scores its own answers; what is combined and logged is the whole rollout. `scoring` says from when to
+    when the last one was scored (by `nspo.policy.timing`), and how many tokens were sampled here.
     """
 
     __name__ = "safety"  # the name of the reward in TRL's logs
@@ -61,11 +63,20 @@ class SafetyReward:
     def __init__(self, cost: Scorer, reward: Scorer, margin: float) -> None:
         self.cost, self.reward, self.margin = cost, reward, margin
         self.samples: list[dict[str, Any]] = []
+        self.scoring: tuple[float, float, int] | None = None
 
     def __call__(
-        self, prompts: list[Any], completions: list[Any], role: list[str], trainer_state: Any, log_metric: Any, **_: Any
+        self,
+        prompts: list[Any],
+        completions: list[Any],
+        completion_ids: list[list[int]],
+        role: list[str],
+        trainer_state: Any,
+        log_metric: Any,
+        **_: Any,
     ) -> list[float | None]:
         """One reward per completion, None where the judge failed; logs means over the answers that were scored."""
+        started = now()
         asked = [turns[-1]["content"] for turns in prompts]
         answers = [turns[-1]["content"] for turns in completions]
         harmful = torch.tensor([r == "harmful" for r in role])
@@ -88,6 +99,7 @@ class SafetyReward:
             {"step": trainer_state.global_step + 1, "role": r, "prompt": p, "answer": a, "score": s}
             for r, p, a, s in zip(role, asked, answers, own, strict=True)
         ]
+        self.scoring = started, now(), sum(map(len, completion_ids))
         return own
 
     def judge(self, asked: list[str], answers: list[str], harmful: Tensor) -> tuple[Tensor, Tensor]:

@@ -39,6 +39,7 @@ from nspo.policy.offline import PairLearner
 from nspo.policy.probes import Probe
 from nspo.policy.sharding import check_processes, prepare_engine, whole_weights
 from nspo.policy.theory import theory
+from nspo.policy.trackers import TENSORBOARD_FOLDER, check_trackers, tracker_callbacks
 from nspo.policy.vllm_rollouts import check_rollout
 from nspo.policy_settings import MethodSettings, TrainingSettings
 from nspo.processes import own_device, processes_of
@@ -72,11 +73,12 @@ def train_policy(
 
     Raises:
         UserError: bases or pairs missing or not asked for, made for another model or tokenizer; bases for other
-            layers than `layers` matches; a judge that is missing something; vLLM asked for where it cannot run; no
-            prompt short enough; or other processes than `policy.processes` and `policy.sharding` say.
+            layers than `layers` matches; a judge or tracker that is missing something; vLLM asked for where it
+            cannot run; no prompt short enough; or other processes than `policy.processes` and `policy.sharding` say.
     """
     check_given(method, name, "pairs", pairs, method.preference is not None)
     check_given(method, name, "guide policy", guide_policy, method.preference == "wdoor")
+    check_trackers(runtime.trackers)
     with processes_of(runtime.device, "policy.processes") as processes:
         check_processes(training, method, processes)
         inputs = (model, bases, layers, reward, cost, prompts, pairs, guide_policy)
@@ -142,13 +144,15 @@ def _train_policy(
     updates = training.updates_per_step
     also = [constraint.leakage] if constraint is not None else []
     probes = ProbeCallback(probe, work, training.probe_every * updates, training.target_unsafe, also)
-    checkpoint = last_checkpoint(work)
+    checkpoint = last_checkpoint(work, updates)
     if checkpoint is not None and probes.met_target(step_of(checkpoint)):
         # Interrupted after its last update: a run of exactly this length has nothing left but to be written.
         training = training.model_copy(update={"steps": step_of(checkpoint) // updates})
     parts: list[LoggedCallback] = [*([] if constraint is None else [constraint]), *learner.parts]
     log = LogCallback(work, learner.samples, [part.columns for part in (*parts, probes)], runtime.log_every)
-    trainer = learner.trainer(training, policy, tokenizer, seed, work, [*parts, log, probes])
+    watched = tracker_callbacks(runtime.trackers, work, step_of(checkpoint) if checkpoint else 0)
+    callbacks = [*parts, log, probes, *watched]
+    trainer = learner.trainer(training, policy, tokenizer, seed, work, callbacks)
     trainer.remove_callback(PrinterCallback)
     prepare_engine(trainer, training.sharding)
     if checkpoint is not None:
@@ -163,16 +167,22 @@ def _train_policy(
             tokenizer.save_pretrained(scratch)
             for file in ("training", "probes", "samples"):
                 write_rows(JsonLines(work / f"{file}.jsonl").rows(), scratch / f"{file}.parquet")
+            if (work / TENSORBOARD_FOLDER).is_dir():
+                shutil.copytree(work / TENSORBOARD_FOLDER, scratch / TENSORBOARD_FOLDER)
             settings = resolved_settings(trainer, identity)
             write_json(scratch / "settings.json", settings | {"theory": theory(log.steps.rows())})
             write_json(scratch / MANIFEST_NAME, {**identity, "tuned": model_identity(scratch)})
         shutil.rmtree(work)
 
 
-def last_checkpoint(work: Path) -> Path | None:
-    """The newest whole checkpoint: the trainer writes its state file last."""
+def last_checkpoint(work: Path, updates: int) -> Path | None:
+    """The newest whole checkpoint that a step of `updates` ends with: the trainer writes its state file last.
+
+    One between the updates of a rollout is passed over. The trainer keeps no rollout in it, so a run that went on from
+    there would sample anew, with weights that have moved.
+    """
     whole = [p.parent for p in work.glob("checkpoint-*/trainer_state.json")]
-    return max(whole, key=step_of, default=None)
+    return max((path for path in whole if step_of(path) % updates == 0), key=step_of, default=None)
 
 
 def step_of(checkpoint: Path) -> int:
