@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nspo import cli, commands
-from nspo.config import BasesSettings, Config
+from nspo.config import BasesSettings, Config, RuntimeSettings
 from nspo.data_settings import PromptSettings
 from nspo.errors import UserError
 from nspo.policy_settings import MethodSettings
@@ -171,3 +171,8 @@ def test_table_is_aligned() -> None:
         "layer.0  12    0.9123",
         "x        3     -",
     ]
+
+
+def test_what_the_workflow_sets_reaches_the_stages():
+    """Every key of `runtime` is a flag, but for the folder of all outputs and what the rules themselves start."""
+    assert set(RuntimeSettings.model_fields) - set(cli.RUNTIME_FLAGS) == {"results", "processes"}
