@@ -94,7 +94,7 @@ def _launcher(count, threads, sharding="none"):
     if sharding != "none":
         how = f"--config_file {shlex.quote(str(Path(workflow.basedir, 'config', 'accelerate', f'{sharding}.yaml')))}"
     share = f"--num_processes {count} --num_cpu_threads_per_process {max(1, threads // count)}"
-    return f"accelerate launch {how} {share} --num_machines 1 -m"
+    return f"accelerate launch {how} {share} --num_machines 1 --main_process_port 0 -m"  # 0: a free one, for each job
 
 
 def folder(name):
