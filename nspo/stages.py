@@ -221,6 +221,7 @@ STAGES = {
             "cost": COST,
             "agreement": Argument("JSON of `judge-agreement`", required=False),
             "attributions": Argument("files .../METHOD/seedN.json of `attribute`", many=True, required=False),
+            "benchmarks": Argument("files .../METHOD/seedN/TASK/metrics.json of benchmarks", many=True, required=False),
             "out": Argument("HTML page to write"),
             "summary": Argument("CSV table to write"),
             "latex": Argument("LaTeX table to write"),

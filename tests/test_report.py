@@ -398,12 +398,83 @@ def test_what_was_not_measured_is_said(tmp_path: Path) -> None:
     assert "Not measured: Reward of sampled answers" in text
 
 
-def test_seeds_are_rows_of_their_own(tmp_path: Path) -> None:
-    """With two seeds each run has its row, and paired differences keep n, the number of prompts."""
+def test_seeds_are_rows_of_their_own_and_pooled(tmp_path: Path) -> None:
+    """With two seeds each run has its row, paired differences keep n, and a pooled row has the mean of both.
+
+    The pooled interval is no narrower than that of one seed on the same prompts, however alike the seeds are.
+    """
     text = write(tmp_path, inputs(tmp_path / "in", seeds=(0, 1))).read_text()
+    assert text.count("seeds pooled)") == 2
+    rows = [row for row in csv.DictReader((tmp_path / "summary.csv").open()) if row["method"] == "nspo"]
+    found = {row["seed"]: row for row in rows if (row["name"], row["domain"]) == ("kl_per_token", "all")}
+    pooled, one = found["pooled"], found["0"]
+    assert float(pooled["value"]) == pytest.approx((float(one["value"]) + float(found["1"]["value"])) / 2)
+    width = {key: float(row["high"]) - float(row["low"]) for key, row in found.items()}
+    assert width["pooled"] == pytest.approx(width["0"], rel=0.15)  # the synthetic seeds are equal
+    assert r"nspo (2 seeds) &" in (tmp_path / "summary.tex").read_text()
     assert "nspo, seed 0" in text
     assert "nspo, seed 1" in text
     assert "averaged over seeds" in text
+
+
+def test_latex_and_cards_hold_the_same_figures(written: tuple[dict[str, Any], Path, str]) -> None:
+    """Values of summary.csv stand in the LaTeX table, whose special signs are escaped, and in each policy's card."""
+    folder = written[1].parent
+    rows = list(csv.DictReader((folder / "summary.csv").open()))
+    kl = next(r for r in rows if (r["method"], r["name"], r["domain"]) == ("grpo_no_kl", "kl_per_token", "all"))
+    value, low, high = (amount(float(kl[key]), "nats") for key in ("value", "low", "high"))
+    latex = (folder / "summary.tex").read_text()
+    line = next(line for line in latex.splitlines() if line.startswith(r"grpo\_no\_kl &"))
+    assert f"\\shortstack[r]{{{value}\\\\\\scriptsize {low}--{high}}}" in line
+    assert line.count("&") == 8
+    assert latex.count("{") == latex.count("}")
+    card = (folder / "cards" / "grpo_no_kl" / "seed0.md").read_text()
+    assert f"| drift | kl_per_token | all | none | {value} ({low} to {high}) | - | 240 | 0 |" in card
+    assert "not constrained" in card
+    assert "3.0e-08" in (folder / "cards" / "nspo" / "seed0.md").read_text()  # its leakage
+
+
+def test_where_safety_lives_is_on_the_page(written: tuple[dict[str, Any], Path, str], tmp_path: Path) -> None:
+    """Each knock-out has its share, rate with n and paired change; without the measurement the page says so."""
+    table = written[2].partition("What is lost when a part")[2].partition("</table>")[0]
+    row = table.partition("<tr><th>block 0</th>")[2].partition("</tr>")[0]
+    assert "<td>50.0%</td>" in row
+    assert f"<b>43.2%</b><small>{amount(0.4321 / 2, 'rate')} to 100.0%" in row
+    assert "n&nbsp;17" in row
+    assert "<b>+33.2</b>" in row
+    text = write(tmp_path, {**written[0], "attributions": []}).read_text()
+    assert "set <code>attribution.enabled</code>" in text
+
+
+def test_benchmarks_are_shown_whole_and_by_category(tmp_path: Path) -> None:
+    """Scores of published sets stand beside each other with n, by category too, with source, licence and leaks."""
+    given = inputs(tmp_path / "in")
+    given["benchmarks"] = []
+    record = {
+        "name": "alert",
+        "source": "hub:org/alert",
+        "split": "test",
+        "licence": "cc-by",
+        "prompts": 99,
+        "asked": 7,
+    }
+    record["leaks"] = {"checked": True, "exact": 2, "near": 1}
+    for method, value in (("base", 0.7654), ("nspo", 0.1234)):
+        path = tmp_path / "in" / "benchmarks" / method / "seed0" / "alert" / "metrics.json"
+        score = {"axis": "safety", "name": "unsafe_rate", "domain": "alert", "judge": "cost_model", "failures": 0}
+        score |= {"value": value, "low": 0.1, "high": 0.8, "n": 7, "unit": "rate"}
+        scores = [{**score, "category": ""}, {**score, "category": PLANTED, "n": 3}]
+        write_json(path, {"benchmark": record, "scores": scores})
+        rows = [{**row, "domain": "alert", "category": "weapons"} for row in response_rows(method, BASE, 3)[:3]]
+        pq.write_table(pa.Table.from_pylist(rows), path.with_name("responses.parquet"))
+        given["benchmarks"].append(path)
+    text = write(tmp_path / "out", given).read_text()
+    assert "<b>76.5%</b>" in text
+    assert '<b>12.3%</b><small>10.0% to 80.0%</small><small class="n">n&nbsp;7' in text
+    assert f"<tr><th>{escape(PLANTED)}</th>" in text
+    assert "2 exact, 1 nearly" in text
+    found = list(csv.DictReader((tmp_path / "out" / "summary.csv").open()))
+    assert [r["category"] for r in found if r["prompts"] == "benchmark" and r["method"] == "nspo"] == ["", PLANTED]
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,7 @@ KIND = "responses"
 COLUMNS = {
     "role": pa.string(),
     "domain": pa.string(),
+    "category": pa.string(),
     "id": pa.string(),
     "prompt": pa.string(),
     "response": pa.string(),

@@ -16,6 +16,7 @@ import yaml
 
 from nspo.artifacts import atomic_path, make_manifest, read_json
 from nspo.progress import track
+from nspo.report import benchmarks as tables
 from nspo.report import geometry, trust
 from nspo.report.answers import answers, browser
 from nspo.report.data import load_runs
@@ -44,6 +45,7 @@ def write_report(
     plots: Path,
     agreement: Path | None = None,
     attributions: list[Path] | None = None,
+    benchmarks: list[Path] | None = None,
 ) -> None:
     """Write the page `out`, all scores as `summary` (CSV), and the folder `plots` with every figure as PNG and SVG;
     the headline as a LaTeX table, and the folder `cards` with a model card METHOD/seedN.md for every policy.
@@ -62,12 +64,13 @@ def write_report(
         cards, plots: folders; replaced as a whole.
         agreement: the judges' agreement with people, where it was measured.
         attributions: files METHOD/seedN.json of where safety lives, where that was measured.
+        benchmarks: files METHOD/seedN/TASK/metrics.json of published benchmarks, where any were asked.
 
     Raises:
         UserError: when an input is missing or broken, or no evaluation is the base model's.
     """
     settings = load_config(config)
-    runs = load_runs(settings, evaluations, certificates, policies, attributions or [])
+    runs = load_runs(settings, evaluations, certificates, policies, attributions or [], benchmarks or [])
     with atomic_path(plots) as folder, track("report", 7, "section") as bar:
         folder.mkdir()
         figures = Figures(folder)
@@ -82,6 +85,7 @@ def write_report(
         ):
             page[name] = section()
             bar.update()
+        page["benchmarks"] = tables.benchmarks(runs)
         page["agreement"] = read_json(agreement)["rows"] if agreement else []
         main = page["results"]["main"]
         page["answers"], page["browser"] = answers(runs, main), browser(runs, main)

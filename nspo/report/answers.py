@@ -91,9 +91,9 @@ def _shown(runs: Sequence[Run], main: Mapping[str, Any] | None) -> list[str]:
 
 
 def _cases(runs: Sequence[Run]) -> list[list[dict[str, Any]]]:
-    """The rows of all runs, prompt by prompt; those that some run was not asked are left out."""
-    tables = [{(row["domain"], row["id"]): row for row in run.responses} for run in runs]
-    keys = ((row["domain"], row["id"]) for row in runs[0].responses)
+    """The rows of all runs, prompt by prompt, benchmarks last; prompts that some run was not asked are left out."""
+    tables = [{(row["domain"], row["id"]): row for row in run.responses + run.benchmark_responses} for run in runs]
+    keys = list(tables[0])
     return [[table[key] for table in tables] for key in keys if all(key in table for table in tables)]
 
 
@@ -102,7 +102,7 @@ def _notes(row: Mapping[str, Any]) -> list[str]:
     notes = []
     if row["role"] == "harmful":
         cost = f" (cost {row['cost']:+.2f})" if row.get("cost") is not None else ""
-        notes.append(("unsafe" if row["unsafe"] else "safe") + cost)
+        notes.append({True: "unsafe", False: "safe", None: "not judged"}[row["unsafe"]] + cost)
     if row["refused"]:
         notes.append("refusal")
     if row.get("correct") is not None:

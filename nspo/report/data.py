@@ -28,6 +28,8 @@ class Run:
     colour: str
     metrics: dict[str, Any]
     responses: Rows
+    benchmarks: list[dict[str, Any]] = field(default_factory=list)  # metrics.json of each, in the order of their names
+    benchmark_responses: Rows = field(default_factory=list)
     certificate: dict[str, Any] | None = None
     attribution: dict[str, Any] | None = None
     training: Rows = field(default_factory=list)
@@ -46,7 +48,8 @@ def load_runs(
     evaluations: Sequence[Path],
     certificates: Sequence[Path],
     policies: Sequence[Path],
-    attributions: Sequence[Path],
+    attributions: Sequence[Path] = (),
+    benchmarks: Sequence[Path] = (),
 ) -> list[Run]:
     """All runs: base first, then in the configuration's order of methods, by seed.
 
@@ -54,7 +57,8 @@ def load_runs(
         evaluations: folders with metrics.json and responses.parquet.
         certificates: files METHOD/seedN.json.
         policies: folders METHOD/seedN with training.parquet, probes.parquet and settings.json.
-        attributions: files METHOD/seedN.json; may be empty.
+        attributions: files METHOD/seedN.json.
+        benchmarks: files METHOD/seedN/TASK/metrics.json, each beside its responses.parquet.
 
     Raises:
         UserError: for a missing or broken file, a method and seed twice, or no evaluation of the base model.
@@ -81,6 +85,7 @@ def load_runs(
         folder, found = metrics[method, seed]
         place = (method, f"seed{seed}")
         policy, certificate, attribution = trained.get(place), certified.get(place), attributed.get(place)
+        tasks = sorted(path for path in benchmarks if (path.parents[2].name, path.parents[1].name) == place)
         alone = sum(other == method for other, _ in metrics) == 1
         runs.append(
             Run(
@@ -90,6 +95,10 @@ def load_runs(
                 colour=colour[method],
                 metrics=found,
                 responses=read_table(folder / "responses.parquet", ()),
+                benchmarks=[read_json(path) for path in tasks],
+                benchmark_responses=[
+                    row for path in tasks for row in read_table(path.with_name("responses.parquet"), ())
+                ],
                 certificate=read_json(certificate) if certificate else None,
                 attribution=read_json(attribution) if attribution else None,
                 training=read_table(policy / "training.parquet", ()) if policy else [],

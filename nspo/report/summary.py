@@ -11,7 +11,8 @@ from nspo.report.comparison import Measure, pooled
 from nspo.report.data import BASE, Run, by_method, trained_runs
 from nspo.report.html import amount, environment
 
-COLUMNS = ("method", "seed", "axis", "name", "domain", "judge", "value", "low", "high", "n", "failures", "unit")
+SCORE = ("axis", "name", "domain", "category", "judge", "value", "low", "high", "n", "failures", "unit")
+COLUMNS = ("method", "seed", "prompts", *SCORE)  # prompts: the run's own held-out ones, or a benchmark's
 LATEX = str.maketrans({c: f"\\{c}" for c in "&%$#_{}"} | {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}"})
 TAGS = ["nspo", "null-space", "safety", "alignment", "reinforcement-learning"]
 
@@ -24,9 +25,14 @@ def write_summary(columns: Sequence[Measure], runs: Sequence[Run], path: Path) -
         for method, of in by_method(runs).items():
             if len(of) > 1:
                 rows = [pooled(of, column) for column in columns]
-                writer.writerows({**row, "method": method, "seed": "pooled"} for row in rows if row)
+                writer.writerows(
+                    {**row, "method": method, "seed": "pooled", "prompts": "heldout"} for row in rows if row
+                )
             for run in of:
-                writer.writerows({**score, "method": method, "seed": run.seed} for score in run.metrics["scores"])
+                about = {"method": method, "seed": run.seed}
+                writer.writerows({**score, **about, "prompts": "heldout"} for score in run.metrics["scores"])
+                for metrics in run.benchmarks:
+                    writer.writerows({**score, **about, "prompts": "benchmark"} for score in metrics["scores"])
 
 
 def write_latex(columns: Sequence[Measure], rows: Iterable[Mapping[str, Any]], model: str, path: Path) -> None:
@@ -63,8 +69,15 @@ def write_cards(facts: Mapping[str, Any], runs: Sequence[Run], preference: Seque
             {**score, "base": base.score(score["axis"], score["name"], score["domain"], score["judge"])}
             for score in run.metrics["scores"]
         ]
+        theirs = {tuple(s[k] for k in SCORE[:5]): s for metrics in base.benchmarks for s in metrics["scores"]}
+        tested = [
+            {**score, "base": theirs.get(tuple(score[k] for k in SCORE[:5]))}
+            for metrics in run.benchmarks
+            for score in metrics["scores"]
+            if not score["category"]
+        ]
         data = ModelCardData(library_name="transformers", tags=TAGS, pipeline_tag="text-generation").to_yaml()
-        text = template.render(data=data, facts=facts, run=run, scores=scores, preference=preference)
+        text = template.render(data=data, facts=facts, run=run, scores=scores, tested=tested, preference=preference)
         path.write_text(text.rstrip() + "\n", encoding="utf-8")
 
 

@@ -28,6 +28,7 @@ rule report:
         reward=rules.train_reward.output,
         cost=rules.train_cost.output,
         attributions=(every_policy(rules.attribute.output) if settings.attribution.enabled else []),
+        benchmarks=every_benchmark(),
         agreement=(rules.judge_agreement.output.agreement if judge_settings.judges else []),
     output:
         page=report("<results>/report.html", caption="../report/page.rst", category="Results"),
@@ -57,8 +58,9 @@ rule report:
         cost=folder("cost"),
         agreement=optional("--agreement", "agreement"),
         attributions=optional("--attributions", "attributions"),
+        benchmarks=optional("--benchmarks", "benchmarks"),
     shell:
         "python -m nspo report --config {input.config} --evaluations {params.base_evaluation} {params.evaluations}"
         " --certificates {input.certificates} --policies {params.policies} --bases {input.bases}"
-        " --reward {params.reward} --cost {params.cost} {params.agreement} {params.attributions} --out {output.page}"
-        " --summary {output.summary} --latex {output.latex} --cards {output.cards} --plots {output.plots} 2>&1 | tee {log}"
+        " --reward {params.reward} --cost {params.cost} {params.agreement} {params.attributions} {params.benchmarks}"
+        " --out {output.page} --summary {output.summary} --latex {output.latex} --cards {output.cards} --plots {output.plots} 2>&1 | tee {log}"
