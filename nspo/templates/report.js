@@ -74,7 +74,7 @@
     const body = [make("p", { className: "prompt", textContent: found.prompt }), make("div", { className: "answers" }, ...places.map((place) => answer(found, place)))];
     if (found.role !== "harmful") return make("div", { className: "case" }, make("p", { className: "kind", textContent: said }), ...body);
     const outcome = places.map((place) => `${data.models[place].label}: ${found.answers[place][1] || "answered"}`).join("; ");
-    return make("details", { className: "case" }, make("summary", {}, make("span", { className: "kind", textContent: said }), outcome), ...body);
+    return make("details", { className: "case" }, make("summary", {}, make("span", { className: "kind", textContent: said }), make("span", { className: "outcome", textContent: outcome })), ...body);
   };
 
   function draw() {
