@@ -111,3 +111,9 @@ rule certify:
     shell:
         "python -m nspo verify --facts {params.facts} --base {params.model} --tuned {params.policy}"
         " --bases {input.bases} {params.activations} --out {output.certificate} 2>&1 | tee {log}"
+
+
+# Training alone, as `benchmarks/trajectories.py` wants it: `snakemake all_policies --cores all`.
+rule all_policies:
+    input:
+        every_policy("<results>/policy/{method}/seed{seed}/probes.parquet"),
