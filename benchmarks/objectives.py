@@ -113,7 +113,7 @@ def one_turn(name: str, results: Path, pairs: Path) -> dict[str, float]:
     learner: RolloutLearner | PairLearner
     if method.preference is None:
         inputs = (results / part for part in ("cost", "reward", "prompts.parquet"))
-        learner = RolloutLearner(TRAINING, method, *inputs, device, RuntimeSettings().vllm)
+        learner = RolloutLearner(TRAINING, method, *inputs, device)
     else:
         guide = model if method.preference == "wdoor" else None  # any policy: what it says costs the same
         learner = PairLearner(method, model, results / "cost", pairs, guide, device)
@@ -123,7 +123,7 @@ def one_turn(name: str, results: Path, pairs: Path) -> dict[str, float]:
             constraint = constraint_of(method, 0, bases, model)
             parts = [*([] if constraint is None else [constraint]), *learner.parts]
             callbacks += [*parts, LogCallback(work, learner.samples, [part.columns for part in parts], 1)]
-        trainer = learner.trainer(TRAINING, policy, tokenizer, 0, work, callbacks)
+        trainer = learner.trainer(TRAINING, policy, tokenizer, 0, work, RuntimeSettings(), callbacks)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
         logged = JsonLines(work / "training.jsonl").rows()

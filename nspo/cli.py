@@ -23,7 +23,7 @@ from nspo.validation import validate
 from nspo.value_types import Section
 
 TRANSFERS = ("prepare", "bases fetch", "bases push")
-RUNTIME_FLAGS = ("device", "log_every", "requests", "vllm", "trackers", "workdir")
+RUNTIME_FLAGS = ("device", "log_every", "recompute_activations", "requests", "vllm", "trackers", "workdir")
 
 
 def to_flags(settings: Section, names: Iterable[str] | None = None, keep_order: bool = False) -> str:

@@ -143,6 +143,11 @@ class RuntimeSettings(Section):
         1, description="Processes that collect activations, one per GPU (`accelerate launch`); the store is the same."
     )
     log_every: Count = Field(1, description="Steps between log lines.")
+    recompute_activations: bool = Field(
+        False,
+        description="While policies train, keep fewer activations and compute them again in the backward pass "
+        "(gradient checkpointing): less memory, about a third more time. Large models need it.",
+    )
     requests: RequestSettings = RequestSettings()
     vllm: VLLMSettings = VLLMSettings()
     trackers: list[Tracker] = Field(

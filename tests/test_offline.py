@@ -361,7 +361,7 @@ def test_trainer_arguments(tmp_path):
     sizes = {"prompts_per_step": 8, "group_size": 8, "minibatch_size": 32, "steps": 3}
     for micro, (batch, accumulation) in {1: (1, 4), 2: (1, 4), 4: (2, 2), 8: (4, 1), 16: (4, 1), 32: (4, 1)}.items():
         settings = TrainingSettings(**TRAINING.dump() | sizes | {"micro_batch_size": micro})
-        found = trainer_arguments(settings, METHODS["dpo"], 5, torch.device("cpu"), tmp_path)
+        found = trainer_arguments(settings, METHODS["dpo"], 5, torch.device("cpu"), tmp_path, RuntimeSettings())
         assert (found.per_device_train_batch_size, found.gradient_accumulation_steps) == (batch, accumulation)
         assert (found.max_steps, found.seed, found.train_sampling_strategy) == (6, 5, "sequential")
         assert (found.learning_rate, str(found.lr_scheduler_type)) == (1e-2, "SchedulerType.CONSTANT")

@@ -109,7 +109,7 @@ def test_the_papers_settings_reach_the_trainer(name, tmp_path):
     """The values of the paper, as TRL knows them."""
     config = load_config(CONFIG / f"{name}.yaml")
     args = trainer_arguments(
-        config.policy, config.policy.methods["nspo"], 0, torch.device("cpu"), tmp_path, config.runtime.vllm
+        config.policy, config.policy.methods["nspo"], 0, torch.device("cpu"), tmp_path, config.runtime
     )
     expected = {
         "num_generations": 5,

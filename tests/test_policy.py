@@ -38,7 +38,7 @@ from nspo.policy.rewards import SafetyReward, safety_reward
 from nspo.policy.rollouts import rollout_prompts
 from nspo.policy.timing import shares
 from nspo.policy.training import last_checkpoint, train_policy
-from nspo.policy_settings import MethodSettings, Objective, TrainingSettings, VLLMSettings
+from nspo.policy_settings import MethodSettings, Objective, TrainingSettings
 from nspo.preference import train_preference
 from nspo.prompts import PROMPT_COLUMNS
 from nspo.sites import find_sites
@@ -159,12 +159,14 @@ def inputs(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> di
     }
 
 
-def run(inputs: dict[str, Path], folder: Path, name: str, paths: Any = None, **changes: Any) -> Path:
+def run(
+    inputs: dict[str, Path], folder: Path, name: str, paths: Any = None, recompute: bool = False, **changes: Any
+) -> Path:
     """Train the method `name` in `folder` with other `paths` (or `layers`) and `changes` to the settings."""
     given = {"pairs": None, "guide_policy": None, "layers": ".*"} | inputs
     given |= {"bases": inputs["bases"] if METHODS[name].needs_bases else None} | (paths or {})
     settings = TrainingSettings(**TRAINING.dump() | changes)
-    runtime = RuntimeSettings(device="cpu", workdir=str(folder / "work"))
+    runtime = RuntimeSettings(device="cpu", workdir=str(folder / "work"), recompute_activations=recompute)
     train_policy(settings, METHODS[name], name, 0, **given, out=folder / "out", runtime=runtime)
     return folder / "out"
 
@@ -288,7 +290,7 @@ def test_trainer_arguments_are_written_out(monkeypatch, tmp_path):
     }
     settings = TrainingSettings(**TRAINING.dump() | changes)
     method = MethodSettings(objective="grpo", learning_rate=3e-5, kl=0.07)
-    given = trainer_arguments(settings, method, 5, torch.device("cpu"), tmp_path, VLLMSettings())
+    given = trainer_arguments(settings, method, 5, torch.device("cpu"), tmp_path, RuntimeSettings())
     expected = {
         "epsilon": 0.3,
         "epsilon_high": 0.3,
@@ -339,16 +341,27 @@ def test_no_field_of_grpo_is_left_to_its_default(monkeypatch, tmp_path):
     """A field that a newer TRL adds fails here until it is set, or found to have no effect."""
     own = {field.name for field in fields(grpo.GRPOConfig)} - {field.name for field in fields(TrainingArguments)}
     monkeypatch.setattr(grpo, "GRPOConfig", dict)
-    given = trainer_arguments(TRAINING, METHODS["nspo"], 0, torch.device("cpu"), tmp_path, VLLMSettings())
+    given = trainer_arguments(TRAINING, METHODS["nspo"], 0, torch.device("cpu"), tmp_path, RuntimeSettings())
     pattern = WITHOUT_EFFECT.replace("\n", "")
     assert {name for name in own - given.keys() if not re.fullmatch(pattern, name)} == set()
+
+
+def test_recomputed_activations_make_the_same_policy(inputs, tmp_path, nspo_run):
+    """A key of `runtime`: how, not what."""
+    made = run(inputs, tmp_path, "nspo", recompute=True)
+    assert (made / "model.safetensors").read_bytes() == (nspo_run / "model.safetensors").read_bytes()
 
 
 def test_batch_sizes_of_the_paper_divide(tmp_path):
     """200 prompts x 8 answers, minibatches of 800: TRL accepts the sizes and makes two updates per rollout."""
     sizes = {"prompts_per_step": 200, "group_size": 8, "minibatch_size": 800, "micro_batch_size": 16}
     given = trainer_arguments(
-        TrainingSettings(**TRAINING.dump() | sizes), METHODS["nspo"], 0, torch.device("cpu"), tmp_path, VLLMSettings()
+        TrainingSettings(**TRAINING.dump() | sizes),
+        METHODS["nspo"],
+        0,
+        torch.device("cpu"),
+        tmp_path,
+        RuntimeSettings(),
     )
     assert (given.steps_per_generation, given.gradient_accumulation_steps, given.max_steps) == (100, 50, 8)
 

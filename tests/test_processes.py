@@ -18,11 +18,12 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers.integrations.fsdp import is_fsdp_managed_module
 
+from nspo.config import RuntimeSettings
 from nspo.errors import UserError
 from nspo.policy import grpo
 from nspo.policy.callbacks import ConstraintCallback, LogCallback
 from nspo.policy.sharding import check_processes, prepare_engine
-from nspo.policy_settings import MethodSettings, TrainingSettings, VLLMSettings
+from nspo.policy_settings import MethodSettings, TrainingSettings
 
 __all__ = ["inputs"]
 
@@ -183,7 +184,7 @@ def test_rollout_and_update_keep_their_sizes(tmp_path, monkeypatch):
     monkeypatch.setattr(grpo, "GRPOConfig", dict)
     sizes = {"prompts_per_step": 16, "group_size": 8, "minibatch_size": 64, "micro_batch_size": 8}
     four = TrainingSettings(**sizes, processes=4)
-    given = grpo.trainer_arguments(four, METHODS["nspo"], 0, torch.device("cpu"), tmp_path, VLLMSettings())
+    given = grpo.trainer_arguments(four, METHODS["nspo"], 0, torch.device("cpu"), tmp_path, RuntimeSettings())
     assert given["generation_batch_size"] == 128
     assert (given["per_device_train_batch_size"], given["gradient_accumulation_steps"]) == (8, 2)
 

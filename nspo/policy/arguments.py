@@ -5,11 +5,17 @@ from typing import Any
 
 import torch
 
+from nspo.config import RuntimeSettings
 from nspo.policy_settings import MethodSettings, TrainingSettings
 
 
 def shared_arguments(
-    training: TrainingSettings, method: MethodSettings, seed: int, device: torch.device, work: Path
+    training: TrainingSettings,
+    method: MethodSettings,
+    seed: int,
+    device: torch.device,
+    work: Path,
+    runtime: RuntimeSettings,
 ) -> dict[str, Any]:
     """Fields of transformers' `TrainingArguments`: optimizer, length, arithmetic, logging."""
     return {
@@ -26,7 +32,7 @@ def shared_arguments(
         "weight_decay": training.weight_decay,
         "max_grad_norm": training.max_grad_norm,
         "use_cpu": device.type == "cpu",
-        "gradient_checkpointing": True,
+        "gradient_checkpointing": runtime.recompute_activations,
         "bf16": training.autocast == "bf16",
         "fp16": False,
         "logging_steps": 1,

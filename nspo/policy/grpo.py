@@ -11,13 +11,14 @@ from accelerate.utils import gather_object
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
+from nspo.config import RuntimeSettings
 from nspo.policy.arguments import shared_arguments
 from nspo.policy.callbacks import Clock, LoggedCallback
 from nspo.policy.lagrangian import LagrangianReward, Multiplier, MultiplierCallback
 from nspo.policy.rewards import SafetyReward, Scorer
 from nspo.policy.rollouts import rollout_prompts
 from nspo.policy.vllm_rollouts import vllm_arguments
-from nspo.policy_settings import MethodSettings, TrainingSettings, VLLMSettings
+from nspo.policy_settings import MethodSettings, TrainingSettings
 from nspo.preference import PreferenceModel
 
 
@@ -37,7 +38,6 @@ class RolloutLearner:
         reward: Path,
         prompts: Path,
         device: torch.device,
-        vllm: VLLMSettings,
         judge: Scorer | None = None,
     ) -> None:
         """Load the models; a `judge` gives the cost of answers in place of the cost model.
@@ -45,7 +45,7 @@ class RolloutLearner:
         Raises:
             UserError: when a folder holds no such model, or the other one of the two.
         """
-        self.method, self.prompts, self.device, self.vllm = method, prompts, device, vllm
+        self.method, self.prompts, self.device = method, prompts, device
         self.cost = PreferenceModel.load(cost, "cost", device)
         reward_model = PreferenceModel.load(reward, "reward", device)
         self.scorer, multiplier = reward_of(training, method, judge or self.cost, reward_model)
@@ -58,6 +58,7 @@ class RolloutLearner:
         tokenizer: PreTrainedTokenizerBase,
         seed: int,
         work: Path,
+        runtime: RuntimeSettings,
         callbacks: list[TrainerCallback],
     ) -> GRPOTrainer:
         """TRL's trainer, which keeps its checkpoints in `work`.
@@ -68,7 +69,7 @@ class RolloutLearner:
         return GRPOTrainer(
             model=policy,
             reward_funcs=self.scorer,  # type: ignore[arg-type]  # TRL's type leaves out callables that are no functions
-            args=trainer_arguments(training, self.method, seed, self.device, work, self.vllm),
+            args=trainer_arguments(training, self.method, seed, self.device, work, runtime),
             train_dataset=rollout_prompts(training, self.prompts, tokenizer, seed),
             processing_class=tokenizer,
             callbacks=callbacks,
@@ -97,12 +98,12 @@ def trainer_arguments(
     seed: int,
     device: torch.device,
     work: Path,
-    vllm: VLLMSettings,
+    runtime: RuntimeSettings,
 ) -> GRPOConfig:
     """TRL's configuration with every field that shapes the result written out."""
     return GRPOConfig(
-        **shared_arguments(training, method, seed, device, work),
-        **vllm_arguments(training, vllm),
+        **shared_arguments(training, method, seed, device, work, runtime),
+        **vllm_arguments(training, runtime.vllm),
         num_generations=training.group_size,
         generation_batch_size=training.prompts_per_step * training.group_size,
         per_device_train_batch_size=training.micro_batch_size,

@@ -26,6 +26,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from trl.trainer.utils import disable_dropout_in_model
 
+from nspo.config import RuntimeSettings
 from nspo.models import load_model
 from nspo.policy.arguments import shared_arguments
 from nspo.policy.callbacks import Clock, LoggedCallback
@@ -67,6 +68,7 @@ class PairLearner:
         tokenizer: PreTrainedTokenizerBase,
         seed: int,
         work: Path,
+        runtime: RuntimeSettings,
         callbacks: list[TrainerCallback],
     ) -> "PairTrainer":
         """The trainer, which keeps its checkpoints in `work`; `policy` still is the base model."""
@@ -79,7 +81,7 @@ class PairLearner:
             self.method,
             self.metrics,
             model=policy,
-            args=trainer_arguments(training, self.method, seed, self.device, work),
+            args=trainer_arguments(training, self.method, seed, self.device, work, runtime),
             train_dataset=self.order,
             data_collator=Collator(tokenizer.pad_token_id),
             callbacks=callbacks,
@@ -182,13 +184,18 @@ class PairMetrics(LoggedCallback):
 
 
 def trainer_arguments(
-    training: TrainingSettings, method: MethodSettings, seed: int, device: torch.device, work: Path
+    training: TrainingSettings,
+    method: MethodSettings,
+    seed: int,
+    device: torch.device,
+    work: Path,
+    runtime: RuntimeSettings,
 ) -> TrainingArguments:
     """The trainer's configuration: as many updates as the other objectives take, each of `pairs_per_update` pairs."""
     share = training.pairs_per_update // training.processes
     size = math.gcd(share, max(1, training.micro_batch_size // 2))
     return TrainingArguments(
-        **shared_arguments(training, method, seed, device, work),
+        **shared_arguments(training, method, seed, device, work, runtime),
         per_device_train_batch_size=size,
         gradient_accumulation_steps=share // size,
         train_sampling_strategy="sequential",  # `in_order` has made the order

@@ -136,7 +136,7 @@ def _train_policy(
     learner: RolloutLearner | PairLearner
     if pairs is None:
         judged = JudgedCost(judge, work / f"verdicts-{processes.process_index}.jsonl") if judge else None
-        learner = RolloutLearner(training, method, cost, reward, prompts, device, runtime.vllm, judged)
+        learner = RolloutLearner(training, method, cost, reward, prompts, device, judged)
     else:
         learner = PairLearner(method, model, cost, pairs, guide_policy, device)
     count, length = training.probe_prompts, training.max_new_tokens
@@ -152,7 +152,7 @@ def _train_policy(
     log = LogCallback(work, learner.samples, [part.columns for part in (*parts, probes)], runtime.log_every)
     watched = tracker_callbacks(runtime.trackers, work, step_of(checkpoint) if checkpoint else 0)
     callbacks = [*parts, log, probes, *watched]
-    trainer = learner.trainer(training, policy, tokenizer, seed, work, callbacks)
+    trainer = learner.trainer(training, policy, tokenizer, seed, work, runtime, callbacks)
     trainer.remove_callback(PrinterCallback)
     prepare_engine(trainer, training.sharding)
     if checkpoint is not None:
