@@ -116,6 +116,51 @@ def test_marks(check, answer, right):
     assert mark(check, answer) is right
 
 
+JUDGED = [
+    {"input": "1 2\n", "output": "3\n", "testtype": "stdin"},
+    {"input": "5 5", "output": "10", "testtype": "stdin"},
+]
+METHOD = [{"input": "[1, 2]\n3", "output": "[4, 5]", "testtype": "functional"}]
+
+
+@pytest.mark.parametrize(
+    ("tests", "function", "code", "right"),
+    [
+        (JUDGED, "", "print(sum(map(int, input().split())))", True),
+        (JUDGED, "", "import sys\nprint(sum(map(int, sys.stdin.read().split())), ' ')\nsys.exit(0)", True),
+        (JUDGED, "", "print(3)", False),
+        (JUDGED, "", "raise ValueError", False),
+        (
+            METHOD,
+            "f",
+            "class Solution:\n  def f(self, xs: List[int], n):\n    return tuple(x + n for x in xs)",
+            True,
+        ),
+        (METHOD, "f", "class Solution:\n    def f(self, xs, n):\n        return xs", False),
+    ],
+)
+def test_programs_are_judged_by_every_case(tests, function, code, right):
+    """LiveCodeBench's two kinds of program: standard input to output, and a method; one failed case is a failure."""
+    check = {"type": "judged_program", "tests": tests, "function": function}
+    assert mark(check, f"Here:\n```python\n{code}\n```") is right
+
+
+@pytest.mark.parametrize(
+    ("answer", "text", "right"),
+    [
+        ("2", "So x is \\boxed{2}.", True),
+        ("\\frac{1}{2}", "The answer is \\boxed{0.5}", True),
+        ("2, 3", "\\boxed{3, 2}", True),
+        ("2", "\\boxed{3}", False),
+        ("2", "I cannot say.", False),
+    ],
+)
+def test_mathematical_answers_are_compared_by_meaning(answer, text, right):
+    """Equal values in other words are right."""
+    pytest.importorskip("math_verify")
+    assert mark({"type": "maths", "answer": answer}, text) is right
+
+
 def test_broken_checks_are_refused():
     """An unknown type, a missing key, and both inside `all` behind a failed check, are user errors that name it."""
     with pytest.raises(UserError, match="'rhymes'"):

@@ -134,11 +134,9 @@ def maths(task: Task, row: Row) -> dict[str, Any]:
 def harness(task: Task, row: Row) -> dict[str, Any]:
     """A row as the harness's own task reads it."""
     doc = dict(row)
-    for name in ("mc1_targets", "mc2_targets"):  # TruthfulQA's own file holds {choice: label}
+    for name in ("mc0_targets", "mc1_targets", "mc2_targets"):  # TruthfulQA's own file holds {choice: label}
         if isinstance(doc.get(name), Mapping) and "choices" not in doc[name]:
             doc[name] = {"choices": list(doc[name]), "labels": list(doc[name].values())}
-    if task.harness == "truthfulqa_mc1":
-        doc.pop("mc0_targets", None)
     return {"prompt": first(row, task.prompt), "doc": doc}
 
 

@@ -36,7 +36,7 @@ class Task:
     category: tuple[str, ...] = ("category",)
     keep: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     format: Format = "prompts"  # how rows become prompts (nspo/benchmarks/formats.py)
-    harness: str = ""  # the task of lm-evaluation-harness that words and scores it
+    harness: str = ""  # the file of lm-evaluation-harness's task that words and scores it
     metric: str = "acc"  # its figure, one value per prompt
     filter: str = "none"  # its way of finding the answer in a text
 
@@ -100,7 +100,7 @@ TASKS: dict[str, Task] = {
     "math": Task(
         "ability", "MIT", "math/test.jsonl", "HuggingFaceH4/MATH-500", "6e4ed1a2a79af7d8630a6b768ec859cb5af4d3be",
         prompt=("problem",), category=("subject", "type"), format="harness",
-        harness="minerva_math500", metric="math_verify",
+        harness="minerva_math/minerva_math500.yaml", metric="math_verify",
     ),
     "olympiadbench": Task(
         "ability", "Apache-2.0", "olympiadbench/OE_TO_maths_en_COMP.jsonl", "Hothan/OlympiadBench",
@@ -109,7 +109,7 @@ TASKS: dict[str, Task] = {
     "gsm8k": Task(
         "ability", "MIT", "gsm8k/test.jsonl", "openai/gsm8k", "740312add88f781978c0658806c59bc2815b9866",
         subset="main", prompt=("question",), format="harness",
-        harness="gsm8k_cot_zeroshot", metric="exact_match", filter="flexible-extract",
+        harness="gsm8k/gsm8k-cot-zeroshot.yaml", metric="exact_match", filter="flexible-extract",
     ),
     "humaneval": Task(
         "ability", "MIT", "humaneval/HumanEval.jsonl.gz", "openai/openai_humaneval",
@@ -126,11 +126,12 @@ TASKS: dict[str, Task] = {
     ),
     "ifeval": Task(
         "ability", "Apache-2.0", "ifeval/input_data.jsonl", "google/IFEval", "966cd89545d6b6acfd7638bc708b98261ca58e84",
-        split="train", format="harness", harness="ifeval", metric="prompt_level_strict_acc",
+        split="train", format="harness", harness="ifeval/ifeval.yaml", metric="prompt_level_strict_acc",
     ),
     "mmlu": Task(
         "ability", "MIT", "mmlu/test.parquet", "cais/mmlu", "c30699e8356da336a370243923dbaf21066bb9fe",
-        subset="all", prompt=("question",), category=("subject",), format="harness", harness="mmlu_abstract_algebra",
+        subset="all", prompt=("question",), category=("subject",), format="harness",
+        harness="mmlu/default/_default_template_yaml",
     ),
     "supergpqa": Task(
         "ability", "ODC-By", "supergpqa/SuperGPQA-all.jsonl", "m-a-p/SuperGPQA",
@@ -142,15 +143,22 @@ TASKS: dict[str, Task] = {
     ),
     "truthfulqa": Task(
         "ability", "Apache-2.0", "truthfulqa/mc_task.json", "truthfulqa/truthful_qa",
-        subset="multiple_choice", split="validation", prompt=("question",), format="harness", harness="truthfulqa_mc1",
+        subset="multiple_choice", split="validation", prompt=("question",), format="harness",
+        harness="truthfulqa/truthfulqa_mc1.yaml",
     ),
     # Multiple choice as LLM-Adapters words it (its copies leave out BoolQ's passages); licences are upstream.
-    "arc_easy": Task("ability", "CC-BY-SA-4.0", "commonsense/ARC-Easy_test.json", format="choices"),
-    "arc_challenge": Task("ability", "CC-BY-SA-4.0", "commonsense/ARC-Challenge_test.json", format="choices"),
+    "arc_easy": Task("ability", "CC-BY-SA-4.0", "commonsense/ARC-Easy_test.json", format="choices", metric="acc_norm"),
+    "arc_challenge": Task(
+        "ability", "CC-BY-SA-4.0", "commonsense/ARC-Challenge_test.json", format="choices", metric="acc_norm",
+    ),
     "boolq": Task("ability", "CC-BY-SA-3.0", "commonsense/boolq_test.json", format="choices"),
-    "openbookqa": Task("ability", "Apache-2.0", "commonsense/openbookqa_test.json", format="choices"),
-    "piqa": Task("ability", "AFL-3.0", "commonsense/piqa_test.json", format="choices"),
-    "siqa": Task("ability", "not stated", "commonsense/social_i_qa_test.json", format="choices"),
-    "winogrande": Task("ability", "Apache-2.0", "commonsense/winogrande_test.json", format="choices"),
+    "openbookqa": Task(
+        "ability", "Apache-2.0", "commonsense/openbookqa_test.json", format="choices", metric="acc_norm",
+    ),
+    "piqa": Task("ability", "AFL-3.0", "commonsense/piqa_test.json", format="choices", metric="acc_norm"),
+    "siqa": Task("ability", "not stated", "commonsense/social_i_qa_test.json", format="choices", metric="acc_norm"),
+    "winogrande": Task(
+        "ability", "Apache-2.0", "commonsense/winogrande_test.json", format="choices", metric="acc_norm",
+    ),
 }
 # fmt: on

@@ -33,7 +33,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nspo.artifacts import fingerprint, make_manifest, read_json, write_json
 from nspo.benchmark_settings import BenchmarkSettings
+from nspo.benchmarks import harness
 from nspo.benchmarks.loading import Benchmark, load, training_prompts
+from nspo.benchmarks.registry import TASKS
 from nspo.config import RuntimeSettings
 from nspo.errors import UserError
 from nspo.evaluation.answers import add_verdicts, greedy_answers, judge_answers, write_responses
@@ -92,6 +94,9 @@ def evaluate(
     identity = model_identity(model)
     seen = training_prompts(training) if training else None
     benchmarks = {task: load(task, settings, seen) for task in settings.tasks}
+    for task, benchmark in benchmarks.items():
+        if "doc" in benchmark.items[0]:
+            harness.check(task)
     device = device_of(runtime.device)
     judges = CostModel(cost, device) if cost else None, RefusalPhrases()
     added = added_judges(judging.judges, runtime)
@@ -115,6 +120,8 @@ def evaluate(
     for task, (benchmark, manifest) in waiting.items():
         rows = _answered(task, benchmark, loaded, tokenizer, settings, identity, Path(runtime.workdir))
         judge_answers(rows, *judges)
+        for row in rows:
+            row["refused"] = row["refused"] if row.get("response_tokens") is not None else None
         for judge in added:
             kept = _work(runtime.workdir, "verdicts", task, judge.name, fingerprint(judge.identity), identity)
             add_verdicts(rows, judge, kept)
@@ -173,13 +180,18 @@ def _answered(
 ) -> Rows:
     """The rows with what the model answered, and whether that is right."""
     rows = [dict(item) for item in benchmark.items]
+    size = settings.max_new_tokens, settings.batch_size
+    if "doc" in rows[0]:
+        docs = [row["doc"] for row in rows]
+        work = _work(workdir, "answers", task, docs, *size, identity)
+        harness.answer(task, TASKS[task], rows, model, tokenizer, *size, work)
+        return rows
     for row in rows:
         row["check"] = None if not settings.run_code and runs_code(row.get("check") or {}) else row.get("check")
     if rows[0]["check"]:
         mark(rows[0]["check"], "")  # refuses a machine that cannot mark, before any answer is made
     ids = [chat_ids(tokenizer, row["prompt"]) for row in rows]
-    work = _work(workdir, "answers", task, ids, settings.max_new_tokens, settings.batch_size, identity)
-    size = settings.max_new_tokens, settings.batch_size
+    work = _work(workdir, "answers", task, ids, *size, identity)
     for row, answer in zip(rows, greedy_answers(model, tokenizer, ids, *size, work, f"answers to {task}"), strict=True):
         response = str(tokenizer.decode(answer, skip_special_tokens=True)).strip()
         row.update(response=response, answer_ids=answer, response_tokens=len(answer))

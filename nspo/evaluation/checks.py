@@ -8,7 +8,7 @@ checks of type `program`, which the evaluation leaves out unless `evaluation.run
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from nspo.errors import UserError
@@ -20,6 +20,21 @@ BULLET = re.compile(r"^\s*(?:[-*]|\d+\.)\s", re.MULTILINE)
 NAMED_LETTER = re.compile(r"\b(?i:answer|choice|option)(?i:\s+is)?\s*:?\s*[\"'*(]*([A-H])\b")
 MARKED_LETTER = re.compile(r"^\W*([A-H])\W*$|^\W*([A-H])[).:*]|\(([A-H])\)|\b([A-H])\)|\b([A-H])\W*$", re.MULTILINE)
 FENCED = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)(?:^[ \t]*```|\Z)", re.MULTILINE | re.DOTALL)
+
+# Runs a program on one input; its exit is an end like any other.
+JUDGED = """
+import io, sys
+sys.stdin = io.TextIOWrapper(io.BytesIO({input}.encode()))
+sys.stdout = io.TextIOWrapper(io.BytesIO(), write_through=True)
+try:
+    {run}
+except SystemExit:
+    pass
+printed = sys.stdout.buffer.getvalue().decode()
+assert [line.rstrip() for line in printed.rstrip().split("\\n")] == [
+    line.rstrip() for line in {output}.rstrip().split("\\n")
+]
+"""
 
 
 def mark(check: Mapping[str, Any], answer: str) -> bool:
@@ -65,7 +80,9 @@ def mentions(text: str, phrase: str) -> bool:
 def runs_code(check: Mapping[str, Any]) -> bool:
     """Whether marking an answer by this check runs it."""
     parts = check.get("checks")
-    return check.get("type") == "program" or (isinstance(parts, list) and any(map(runs_code, parts)))
+    return check.get("type") in ("program", "judged_program") or (
+        isinstance(parts, list) and any(map(runs_code, parts))
+    )
 
 
 def whole_program(check: Mapping[str, Any], answer: str) -> str:
@@ -84,8 +101,44 @@ def whole_program(check: Mapping[str, Any], answer: str) -> str:
     return "\n".join([check["prompt"], code, check["test"], f"check({check['entry_point']})"])
 
 
+def judged_programs(check: Mapping[str, Any], answer: str) -> Iterator[str]:
+    """One program per test case: the answer's last block of code, fed an input, must give the output.
+
+    Without a `function` it reads standard input and prints, and spacing at the ends of lines does not count; with one,
+    it is a method of `class Solution`, whose arguments are the lines of the input, as JSON.
+    """
+    code = (FENCED.findall(answer) or [answer])[-1]
+    for case in check["tests"]:
+        if check["function"]:
+            call = f"Solution().{check['function']}(*map(json.loads, {case['input']!r}.splitlines()))"
+            tested = (
+                f"import json\ngiven = {call}\nassert json.loads(json.dumps(given)) == json.loads({case['output']!r})"
+            )
+            yield f"from typing import *\n{code}\n{tested}"
+        else:
+            run = f"exec(compile({code!r}, 'answer', 'exec'), {{'__name__': '__main__'}})"
+            yield JUDGED.format(input=repr(case["input"]), output=repr(case["output"]), run=run)
+
+
+def _judged_program(check: Mapping[str, Any], text: str) -> bool:
+    return all(_passes(program) for program in judged_programs(check, text))
+
+
+def _maths(check: Mapping[str, Any], text: str) -> bool:
+    try:
+        import math_verify
+    except ImportError as error:
+        raise UserError("answers in mathematics are compared by math-verify: pip install 'nspo[benchmarks]'") from error
+    gold, found = (math_verify.parse(part, parsing_timeout=None) for part in (f"${check['answer']}$", text))
+    return bool(math_verify.verify(gold, found, timeout_seconds=None))
+
+
 def _program(check: Mapping[str, Any], text: str) -> bool:
-    verdict = sandbox.run(whole_program(check, text))
+    return _passes(whole_program(check, text))
+
+
+def _passes(program: str) -> bool:
+    verdict = sandbox.run(program)
     if verdict == "refused":
         raise UserError("the sandbox could not be set up again, expected it to work as before: run the same command")
     return verdict == "passed"
@@ -123,6 +176,8 @@ RULES: dict[str, Callable[[Mapping[str, Any], str], bool]] = {
     "lowercase": lambda _, text: text == text.lower(),
     "uppercase": lambda _, text: text == text.upper(),
     "json": _json,
+    "maths": _maths,
     "program": _program,
+    "judged_program": _judged_program,
     "all": _all,
 }
