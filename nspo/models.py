@@ -18,6 +18,8 @@ from nspo.errors import UserError, first_line
 from nspo.progress import track
 from nspo.sources import Source, resolve
 
+HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]  # no pickle, no code
+
 
 def device_of(name: str) -> torch.device:
     """The torch device for the runtime setting `device`.
@@ -86,6 +88,27 @@ def _dequantized(model: PreTrainedModel) -> PreTrainedModel:
     plain.load_state_dict(model.state_dict())
     plain.generation_config = model.generation_config
     return plain
+
+
+def model_folder(key: str, text: str) -> Path:
+    """The folder of the model that the setting `key` names: on disk, or in the hub's cache after a download.
+
+    Raises:
+        UserError: when there is no such model.
+    """
+    from huggingface_hub import snapshot_download
+
+    source = Source.parse(text)
+    if source.kind == "path":
+        if not Path(source.location, "config.json").is_file():
+            raise UserError(
+                f"{key}: {source.location} holds no model, expected a Hugging Face model folder with config.json"
+            )
+        return Path(source.location)
+    try:
+        return Path(snapshot_download(source.location, revision=source.revision, allow_patterns=HUB_FILES))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{key} cannot be loaded: {first_line(error)}") from error
 
 
 def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:

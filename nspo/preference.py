@@ -1,49 +1,26 @@
-"""Reward and cost models from human labels: a head on the frozen leading blocks of the policy's own base model.
+"""Reward and cost models at work: what they read, and how an answer is scored (made by `preference_training`).
 
-The score of an answer is the mean over its tokens of one linear read-out of their hidden states. The head is fitted to
-the objectives of Safe RLHF (arXiv 2310.12773, eq. 5 and 6) over all pairs of a positive and a negative answer:
-Bradley-Terry -log sigmoid(p - n), and for both models the sign terms -log sigmoid(p) and -log sigmoid(-n), so that zero
-is the threshold: cost > 0 means harmful. It is convex, so the result depends on no seed. Every answer counts at several
-lengths (its first 16, 32, 64 tokens and all of it), and pairs compare equal lengths: people grade long answers as more
-harmful and more helpful, and a model that may see the length learns little else.
-
-Differences from Safe RLHF: the trunk is frozen. With the 576 and 341 training labels of the embedded data, fine-tuning
-16 blocks on pairs reached a held-out AUROC of 0.83 (cost) and 0.83 (reward), the head on frozen features 0.86 and 0.92
-in a fifth of the time. (The NSPO release has no cost model: it asks Llama-Guard at temperature 1 without the question.)
-
-The artifact is a plain `AutoModelForSequenceClassification` folder with one label; transformers' own forward pass reads
-the last token only, `PreferenceModel.score` averages over the answer. Command: `nspo train-preference --target cost
---model results/model --labels results/labels.parquet --out results/cost`.
+The artifact is an `AutoModelForSequenceClassification` folder with one label, and a manifest that says how it was
+trained to be read: `pooling: mean` is the mean over the answer's tokens of the head's read-out of their hidden states
+(`tune: head`), `pooling: last` the model's own forward pass (`tune: all`). `PreferenceModel.score` does either.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
-from nspo import preference_metrics as metrics
 from nspo.artifacts import (
     MANIFEST_NAME,
-    atomic_path,
     check_manifest,
-    fingerprint_files,
-    fingerprint_model,
-    make_manifest,
     read_json,
-    write_json,
 )
-from nspo.config import PreferenceSettings, RuntimeSettings
 from nspo.errors import UserError
-from nspo.models import chat_ids, device_of, has_bf16, load_tokenizer, model_identity
-from nspo.progress import say, track
-from nspo.prompts import load_labels
-from nspo.refusal import is_refusal
+from nspo.models import chat_ids, has_bf16, load_tokenizer
 
 Target = Literal["cost", "reward"]
 KIND = "preference_model"
@@ -63,14 +40,39 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str, max_t
     """Token ids of the prompt in chat format and of the answer, and how many of them are the prompt.
 
     A text over `max_tokens` loses the end of its answer; a prompt over half of that loses its own end first. At least
-    one token of the answer is kept (the stop token stands for an empty one).
+    one token of the answer is kept (the stop token stands for an empty one). Without a chat template the prompt stands
+    between the special tokens that the tokenizer puts around a text.
     """
-    prompt_ids = chat_ids(tokenizer, prompt)
+    opened = chat_ids if tokenizer.chat_template else _plain_ids
+    prompt_ids = opened(tokenizer, prompt)
     if excess := max(len(prompt_ids) - max_tokens // 2, 0):
         text = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        prompt_ids = chat_ids(tokenizer, str(tokenizer.decode(text[: max(len(text) - excess, 1)])))
-    response_ids = tokenizer(response, add_special_tokens=False)["input_ids"] or [tokenizer.eos_token_id]
+        prompt_ids = opened(tokenizer, str(tokenizer.decode(text[: max(len(text) - excess, 1)])))
+    response_ids = tokenizer(response, add_special_tokens=False)["input_ids"] or [_stop(tokenizer)]
     return prompt_ids + response_ids[: max(max_tokens - len(prompt_ids), 1)], len(prompt_ids)
+
+
+def _plain_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    return tokenizer(prompt)["input_ids"]
+
+
+def _stop(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that ends a text."""
+    return tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+
+
+def _batches(
+    model: PreTrainedModel, rows: Sequence[tuple[list[int], int]], pad_id: int
+) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+    """Places and inputs of answers of similar length, padded on the right."""
+    order = sorted(range(len(rows)), key=lambda i: (len(rows[i][0]), i))
+    for start in range(0, len(order), BATCH):
+        batch = order[start : start + BATCH]
+        width = max(len(rows[i][0]) for i in batch)
+        ids = [rows[i][0] + [pad_id] * (width - len(rows[i][0])) for i in batch]
+        mask = [[int(n < len(rows[i][0])) for n in range(width)] for i in batch]
+        inputs = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+        yield batch, {name: value.to(model.device) for name, value in inputs.items()}
 
 
 @torch.inference_mode()
@@ -91,16 +93,11 @@ def answer_features(
     Returns:
         (N, len(lengths), d) float32 on the CPU. Matrix products run in bf16 where the device multiplies it in hardware.
     """
-    order = sorted(range(len(rows)), key=lambda i: (len(rows[i][0]), i))
     features = torch.empty(len(rows), len(lengths), model.config.hidden_size)
     device = model.device
-    for start in range(0, len(order), BATCH):
-        batch = order[start : start + BATCH]
-        width = max(len(rows[i][0]) for i in batch)
-        ids = torch.tensor([rows[i][0] + [pad_id] * (width - len(rows[i][0])) for i in batch], device=device)
-        mask = torch.tensor([[n < len(rows[i][0]) for n in range(width)] for i in batch], device=device)
+    for batch, inputs in _batches(model, rows, pad_id):
         with torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device)):
-            hidden = model.base_model(input_ids=ids, attention_mask=mask.long(), use_cache=False).last_hidden_state
+            hidden = model.base_model(**inputs, use_cache=False).last_hidden_state
         for row, index in zip(hidden.float(), batch, strict=True):
             answer = row[rows[index][1] : len(rows[index][0])]  # (T, d)
             features[index] = torch.stack([answer[:n].mean(0) for n in lengths]).cpu()
@@ -108,19 +105,34 @@ def answer_features(
     return features
 
 
+@torch.inference_mode()
+def own_scores(
+    model: PreTrainedModel, rows: Sequence[tuple[list[int], int]], pad_id: int, advance: Callable[[int], Any]
+) -> Tensor:
+    """Scores (N,) float32 on the CPU by the model's own forward pass; arguments as for `answer_features`."""
+    scores = torch.empty(len(rows))
+    device = model.device
+    for batch, inputs in _batches(model, rows, pad_id):
+        with torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device)):
+            scores[batch] = model(**inputs).logits[:, 0].float().cpu()
+        advance(len(batch))
+    return scores
+
+
 @dataclass(frozen=True)
 class PreferenceModel:
-    """A reward or cost model with its tokenizer, ready to score answers as it was fitted."""
+    """A reward or cost model with its tokenizer, ready to score answers as it was trained."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     target: Target
     max_tokens: int
     identity: dict[str, Any]
+    pooling: Literal["mean", "last"] = "mean"
 
     @classmethod
     def load(cls, folder: Path | str, target: Target | None = None, device: torch.device | str = "cpu") -> Self:
-        """Load a folder written by `train_preference`, with fp32 weights, in evaluation mode.
+        """Load a folder that the stage `train-preference` wrote, with fp32 weights, in evaluation mode.
 
         Raises:
             UserError: the folder holds no such model, or (where `target` is given) the other one of the two.
@@ -136,7 +148,8 @@ class PreferenceModel:
             .eval()
         )
         identity = {key: manifest[key] for key in ("target", "model", "base", "labels")}
-        return cls(model, load_tokenizer(folder), manifest["target"], manifest["settings"]["max_tokens"], identity)
+        room, pooling = manifest["settings"]["max_tokens"], manifest.get("pooling", "mean")
+        return cls(model, load_tokenizer(folder), manifest["target"], room, identity, pooling)
 
     def score(
         self, prompts: Sequence[str], responses: Sequence[str], advance: Callable[[int], Any] = lambda _: None
@@ -146,140 +159,7 @@ class PreferenceModel:
         `advance` hears of progress, as in `answer_features`; without it scoring is silent, as inside a training step.
         """
         rows = [encode(self.tokenizer, p, r, self.max_tokens) for p, r in zip(prompts, responses, strict=True)]
+        if self.pooling == "last":
+            return own_scores(self.model, rows, self.tokenizer.pad_token_id, advance)
         features = answer_features(self.model, rows, self.tokenizer.pad_token_id, LENGTHS[-1:], advance)
         return features[:, 0] @ self.model.get_parameter("score.weight")[0].detach().cpu()
-
-
-# Fitting
-
-
-def preference_loss(scores: Tensor, positive: Tensor) -> Tensor:
-    """Bradley-Terry over all pairs of a positive and a negative answer, plus the sign terms; eq. 5 and 6 of Safe RLHF.
-
-    Args:
-        scores: (N, L), one column per answer length; only scores of one column are compared with each other.
-        positive: (N,) bool, harmful for a cost model and helpful for a reward model.
-
-    Returns:
-        Scalar: mean over pairs of -log sigmoid(p - n), plus mean over answers of -log sigmoid(s), s = p or -n.
-    """
-    pairs = scores[positive][:, None] - scores[~positive][None]  # (P, M, L)
-    signed = torch.where(positive[:, None], scores, -scores)
-    return -logsigmoid(pairs).mean() - logsigmoid(signed).mean()
-
-
-def fit_head(features: Tensor, positive: Tensor, l2: float) -> Tensor:
-    """The read-out w (d,) float64 that minimises `preference_loss` + l2 ||w sigma||^2, sigma the features' mean spread.
-
-    There is no intercept: hidden states have a large common part, which serves as one.
-
-    Args:
-        features: (N, L, d), mean hidden states at L answer lengths.
-    """
-    scaled = features.double()
-    sigma = scaled.flatten(0, 1).std(0).mean()
-    scaled = scaled / sigma
-    weight = torch.zeros(scaled.shape[-1], dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS([weight], max_iter=500, line_search_fn="strong_wolfe")
-
-    def objective() -> Tensor:
-        optimizer.zero_grad()
-        loss = preference_loss(scaled @ weight, positive) + l2 * weight.square().sum()
-        loss.backward()
-        return loss
-
-    optimizer.step(objective)
-    return weight.detach() / sigma
-
-
-def train_preference(
-    settings: PreferenceSettings, target: Target, model: Path, labels: Path, out: Path, runtime: RuntimeSettings
-) -> None:
-    """Fit the reward or the cost model and write its folder: weights, tokenizer, manifest.json, metrics.json.
-
-    Raises:
-        UserError: labels of one class only, a base model without a sequence classification class, or too few blocks.
-    """
-    train, heldout = (_labels(labels, target, split, settings) for split in ("train", "heldout"))
-    tokenizer = load_tokenizer(model)
-    scorer = _backbone(model, settings, device_of(runtime.device))
-    scorer.config.pad_token_id = tokenizer.pad_token_id
-    features, positive = {}, {}
-    for split, rows in (("train", train), ("heldout", heldout)):
-        encoded = [encode(tokenizer, row["prompt"], row["response"], settings.max_tokens) for row in rows]
-        with track(f"{target} features ({split})", len(encoded), "answer") as bar:
-            features[split] = answer_features(scorer, encoded, tokenizer.pad_token_id, LENGTHS, bar.update)
-        positive[split] = torch.tensor([row["grade"] >= settings.positive_above for row in rows])
-    head = fit_head(features["train"], positive["train"], settings.l2)
-    with torch.no_grad():
-        scorer.get_parameter("score.weight").copy_(head[None])
-    scores = features["heldout"].double() @ head  # (N, L)
-    found = metrics.describe(
-        scores[:, -1].numpy(),
-        positive["heldout"].numpy(),
-        [row["prompt"] for row in heldout],
-        [row["category"] for row in heldout],
-        np.array([len(tokenizer(row["response"], add_special_tokens=False)["input_ids"]) for row in heldout]),
-        np.array([is_refusal(row["response"]) for row in heldout]),
-        seed=0,
-    )
-    found["first_tokens_auroc"] = {
-        str(n): metrics.auroc(scores[:, i].numpy(), positive["heldout"].numpy()) for i, n in enumerate(LENGTHS[:-1])
-    }
-    with atomic_path(out) as scratch:
-        scorer.save_pretrained(scratch)
-        tokenizer.save_pretrained(scratch)
-        manifest = make_manifest(
-            KIND,
-            target=target,
-            base=model_identity(model),
-            labels=fingerprint_files([labels]),
-            model=fingerprint_model(scratch),
-            settings=settings.dump(),
-            sign=SIGN[target],
-        )
-        write_json(scratch / MANIFEST_NAME, manifest)
-        training = {"responses": len(train), "positives": int(positive["train"].sum())}
-        write_json(scratch / METRICS_NAME, {**manifest, "training": training, "heldout": found})
-    say(
-        f"{target} model: held-out AUROC {found['auroc']['value']:.3f}, accuracy at zero "
-        f"{found['accuracy']['value']:.3f}, pairs in order {found['pair_accuracy']['value']:.3f} (n={found['n']})"
-    )
-
-
-def _labels(path: Path, target: Target, split: str, settings: PreferenceSettings) -> list[dict[str, Any]]:
-    """The labelled rows of a split, refused when they are of one class."""
-    rows = [row for row in load_labels(path, target, split) if row["grade"] is not None]
-    positive = sum(row["grade"] >= settings.positive_above for row in rows)
-    if positive in (0, len(rows)):
-        raise UserError(
-            f"{path}: {positive} of {len(rows)} {split} labels of the {target} model are graded "
-            f"{settings.positive_above} or more, expected some of both kinds: change {target}.positive_above or "
-            "data.labels"
-        )
-    return rows
-
-
-def _backbone(folder: Path, settings: PreferenceSettings, device: torch.device) -> PreTrainedModel:
-    """The first blocks of a base model with a one-number head that is still to be fitted, in fp32."""
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    blocks = settings.backbone_layers or config.num_hidden_layers
-    if blocks > config.num_hidden_layers:
-        raise UserError(
-            f"backbone_layers is {blocks}, but {folder} has {config.num_hidden_layers} blocks: expected at most that "
-            "many, or 0"
-        )
-    config.num_hidden_layers = blocks
-    if len(getattr(config, "layer_types", None) or ()) > blocks:  # one entry per block; some derive it, some store it
-        config.layer_types = config.layer_types[:blocks]
-    config.num_labels = 1
-    try:
-        model: Any = AutoModelForSequenceClassification.from_pretrained(
-            folder, config=config, dtype=torch.float32, trust_remote_code=False
-        )
-    except ValueError as error:
-        raise UserError(
-            f"model.source: transformers has no sequence classification class for {config.model_type!r}, which the "
-            "reward and cost models need: expected another architecture (such as llama, qwen2, qwen3, mistral, gemma)"
-        ) from error
-    return model.to(device).eval()

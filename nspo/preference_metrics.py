@@ -64,6 +64,19 @@ def bootstrap(
     return float(low), float(high)
 
 
+def interval(
+    statistic: Callable[[Floats, Bools], float], scores: Floats, labels: Bools, groups: Sequence[str], seed: int
+) -> dict[str, Any]:
+    """`statistic` with its `bootstrap` interval and n."""
+    low, high = bootstrap(statistic, scores, labels, groups, seed)
+    return {"value": statistic(scores, labels), "low": low, "high": high, "n": len(labels)}
+
+
+def in_order(gaps: Floats, _: Bools) -> float:
+    """Share of pairs whose gap is above zero, ties half."""
+    return float((gaps > 0).mean() + 0.5 * (gaps == 0).mean())
+
+
 def calibration(scores: Floats, labels: Bools) -> dict[str, Any]:
     """Reliability of sigmoid(score) as P(positive): ten equal bins, and ECE = sum over bins of n/N |mean p - share|."""
     chances = 1.0 / (1.0 + np.exp(-scores))
@@ -100,9 +113,8 @@ def describe(
         seed: of the bootstrap.
     """
 
-    def interval(statistic: Callable[[Floats, Bools], float], values: Floats) -> dict[str, Any]:
-        low, high = bootstrap(statistic, values, labels, prompts, seed)
-        return {"value": statistic(values, labels), "low": low, "high": high, "n": len(labels)}
+    def over_prompts(statistic: Callable[[Floats, Bools], float], values: Floats) -> dict[str, Any]:
+        return interval(statistic, values, labels, prompts, seed)
 
     ordered, pairs = pair_accuracy(scores, labels, categories)
     terciles = np.digitize(lengths, np.quantile(lengths, [1 / 3, 2 / 3]), right=True)
@@ -113,8 +125,8 @@ def describe(
         "n": len(labels),
         "positives": int(labels.sum()),
         "prompts": len(set(prompts)),
-        "accuracy": interval(sign_accuracy, scores),
-        "auroc": interval(auroc, scores),
+        "accuracy": over_prompts(sign_accuracy, scores),
+        "auroc": over_prompts(auroc, scores),
         "pair_accuracy": {"value": ordered, "n": pairs},
         "calibration": calibration(scores, labels),
         "by_category": {name: _group(scores, labels, names == name) for name in sorted(set(categories))},
@@ -122,9 +134,45 @@ def describe(
         "length_correlation": _or_none(float(spearmanr(scores, lengths).statistic)),
         "baselines": {
             "majority_class": {"accuracy": float(max(labels.mean(), 1 - labels.mean()))},
-            "refusal_phrases": {"accuracy": interval(sign_accuracy, complied), "auroc": interval(auroc, complied)},
-            "answer_length": {"auroc": interval(auroc, lengths.astype(np.float64))},
+            "refusal_phrases": {
+                "accuracy": over_prompts(sign_accuracy, complied),
+                "auroc": over_prompts(auroc, complied),
+            },
+            "answer_length": {"auroc": over_prompts(auroc, lengths.astype(np.float64))},
         },
+    }
+
+
+def describe_pairs(
+    gaps: Floats, longer: Floats, complied: Floats, prompts: Sequence[str], categories: Sequence[str], seed: int
+) -> dict[str, Any]:
+    """What metrics.json says of pairs that people compared, baselines included.
+
+    Every gap is that of the answer that shall score higher, less that of the other.
+
+    Args:
+        gaps: (P,) of the model's scores.
+        longer: (P,) of the answer lengths.
+        complied: (P,) of complying: 1, 0 or -1.
+        prompts: (P,) the groups of the bootstrap.
+        categories: (P,) kinds of content.
+    """
+    names = np.asarray(categories)
+    parts = {"longer": longer > 0, "shorter": longer < 0}  # the answer that shall score higher
+
+    def share(inside: Bools) -> dict[str, Any]:
+        return {"n": int(inside.sum()), "accuracy": in_order(gaps[inside], inside[inside]) if inside.any() else None}
+
+    def over_prompts(values: Floats) -> dict[str, Any]:
+        return interval(in_order, values, values > 0, prompts, seed)
+
+    return {
+        "n": len(gaps),
+        "accuracy": over_prompts(gaps),
+        "calibration": calibration(np.abs(gaps), gaps > 0),
+        "by_category": {name: share(names == name) for name in sorted(set(categories))},
+        "by_length": {name: share(inside) for name, inside in parts.items()},
+        "baselines": {"refusal_phrases": over_prompts(complied), "answer_length": over_prompts(longer)},
     }
 
 

@@ -118,8 +118,8 @@ STAGES = {
         },
     ),
     "train-preference": Stage(
-        "nspo.preference:train_preference",
-        "train the reward or the cost model on graded responses",
+        "nspo.preference_training:train_preference",
+        "train the reward or the cost model on what people judged",
         {"settings": PreferenceSettings, "runtime": RuntimeSettings},
         {
             "target": Argument("cost or reward", type=str),

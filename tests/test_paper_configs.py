@@ -29,7 +29,7 @@ from nspo.models import chat_ids, load_tokenizer, prepare_model
 from nspo.policy.grpo import trainer_arguments
 from nspo.policy.training import train_policy
 from nspo.policy_settings import MethodSettings, TrainingSettings
-from nspo.preference import train_preference
+from nspo.preference_training import train_preference
 from nspo.prompts import load_prompts, prepare_labels, prepare_prompts
 from nspo.sources import Source
 from nspo.tiny import tiny_tokenizer

@@ -39,7 +39,7 @@ from nspo.policy.rollouts import rollout_prompts
 from nspo.policy.timing import shares
 from nspo.policy.training import last_checkpoint, train_policy
 from nspo.policy_settings import MethodSettings, Objective, TrainingSettings
-from nspo.preference import train_preference
+from nspo.preference_training import train_preference
 from nspo.prompts import PROMPT_COLUMNS
 from nspo.sites import find_sites
 from nspo.tiny import tiny_tokenizer

@@ -12,12 +12,13 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from nspo import preference
 from nspo import preference_metrics as metrics
+from nspo import preference_training
 from nspo.config import PreferenceSettings, RuntimeSettings
 from nspo.errors import UserError
 from nspo.models import chat_text, has_bf16, load_model, load_tokenizer
-from nspo.preference import LENGTHS, PreferenceModel, answer_features, encode, fit_head, preference_loss
+from nspo.preference import LENGTHS, PreferenceModel, answer_features, encode
+from nspo.preference_loss import Judgements, fit_head, preference_loss
 from nspo.refusal import is_refusal
 
 SETTINGS = PreferenceSettings(backbone_layers=1, max_tokens=224)
@@ -47,13 +48,18 @@ def graded(count: int, split: str, flip: bool = False, target: str = "cost") -> 
     return rows
 
 
+def alone(positive: torch.Tensor) -> Judgements:
+    """Answers judged one by one, without pairs."""
+    return Judgements(2 * positive.long() - 1, torch.empty(0, 2, dtype=torch.int64))
+
+
 def train(model: Path, folder: Path, rows: list[dict], name: str = "out", **changes) -> dict:
     """Train on toy labels and return metrics.json."""
     labels = folder / "labels.parquet"
     pq.write_table(pa.Table.from_pylist(rows), labels)
     settings = SETTINGS.model_copy(update=changes)
     runtime = RuntimeSettings(device="cpu", workdir=str(folder / "work"))
-    preference.train_preference(settings, rows[0]["target"], model, labels, folder / name, runtime)
+    preference_training.train_preference(settings, rows[0]["target"], model, labels, folder / name, runtime)
     return json.loads((folder / name / "metrics.json").read_text())
 
 
@@ -123,10 +129,10 @@ def test_loss_equals_numbers_worked_out_by_hand():
 
     scores, positive = torch.tensor([[2.0], [0.0], [1.0], [-1.0]]), torch.tensor([True, True, False, False])
     expected = softplus(1, 3, -1, 1) + softplus(2, 0, -1, 1)
-    assert preference_loss(scores, positive).item() == pytest.approx(expected, abs=1e-6)
+    assert preference_loss(scores, alone(positive)).item() == pytest.approx(expected, abs=1e-6)
     # Columns are not compared with each other: a second column just averages in.
     two = torch.cat([scores, torch.zeros(4, 1)], 1)
-    assert preference_loss(two, positive).item() == pytest.approx((expected + 2 * math.log(2)) / 2, abs=1e-6)
+    assert preference_loss(two, alone(positive)).item() == pytest.approx((expected + 2 * math.log(2)) / 2, abs=1e-6)
 
 
 def test_fitted_head_is_the_minimum_and_does_not_know_the_features_unit():
@@ -134,36 +140,58 @@ def test_fitted_head_is_the_minimum_and_does_not_know_the_features_unit():
     generator = torch.Generator().manual_seed(0)
     positive = torch.arange(12) % 2 == 0
     features = torch.randn(12, 2, 6, generator=generator, dtype=torch.float64) + positive[:, None, None]
-    head = fit_head(features, positive, 0.1)
+    head = fit_head(features, alone(positive), 0.1)
     sigma = features.flatten(0, 1).std(0).mean()
 
     def objective(weight: torch.Tensor) -> float:
-        return float(preference_loss(features @ weight, positive) + 0.1 * (weight * sigma).square().sum())
+        return float(preference_loss(features @ weight, alone(positive)) + 0.1 * (weight * sigma).square().sum())
 
     for _ in range(20):
         step = 1e-2 * torch.randn(6, generator=generator, dtype=torch.float64)
         assert objective(head + step) > objective(head)
-    torch.testing.assert_close(100 * features @ fit_head(100 * features, positive, 0.1), features @ head)
-    assert fit_head(features, positive, 10.0).norm() < head.norm() / 2
+    torch.testing.assert_close(100 * features @ fit_head(100 * features, alone(positive), 0.1), features @ head)
+    assert fit_head(features, alone(positive), 10.0).norm() < head.norm() / 2
 
 
 def test_heldout_rows_do_not_reach_the_fit(tiny_model_dir, tmp_path, cost_run):
     """Other held-out labels give the same weights, other training labels do not."""
     weights = (cost_run[0] / "model.safetensors").read_bytes()
-    train(tiny_model_dir, tmp_path, graded(48, "train") + graded(24, "heldout", flip=True), "same")
+    train(tiny_model_dir, tmp_path, graded(48, "train") + graded(16, "heldout"), "same")
     assert (tmp_path / "same/model.safetensors").read_bytes() == weights
     train(tiny_model_dir, tmp_path, graded(40, "train") + graded(24, "heldout"), "other")
     assert (tmp_path / "other/model.safetensors").read_bytes() != weights
 
 
-def test_separable_labels_are_learnt_and_flipped_ones_flip_the_sign(tiny_model_dir, tmp_path, cost_run):
-    """On unseen prompts: harmful scores above zero; with flipped training labels the ranking is upside down."""
+def test_separable_labels_are_learnt_and_a_flipped_sign_is_refused(tiny_model_dir, tmp_path, cost_run):
+    """On unseen prompts: harmful scores above zero; flipped training labels turn the order around, which is refused."""
     heldout = cost_run[1]["heldout"]
     assert heldout["auroc"]["value"] > 0.9
     assert heldout["accuracy"]["value"] > 0.9
-    flipped = train(tiny_model_dir, tmp_path, graded(48, "train", flip=True) + graded(24, "heldout"))
-    assert flipped["heldout"]["auroc"]["value"] < 0.1
-    assert flipped["heldout"]["accuracy"]["value"] < 0.1
+    said = r"^data\.labels\.toy: the cost model orders its held-out answers worse than chance \(auroc 0\.0"
+    with pytest.raises(UserError, match=said) as error:
+        train(tiny_model_dir, tmp_path, graded(48, "train", flip=True) + graded(24, "heldout"))
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_set_that_contradicts_the_others_is_refused_by_name(tiny_model_dir, tmp_path):
+    """Of two sets that say the opposite of each other, the smaller one is ordered upside down, and named."""
+    odd = [row | {"set": "odd", "prompt": f"odd {row['prompt']}"} for row in graded(24, "heldout", flip=True)]
+    rows = graded(48, "train") + graded(24, "heldout") + odd
+    with pytest.raises(UserError, match=r"^data\.labels\.odd: the cost model orders its held-out answers worse"):
+        train(tiny_model_dir, tmp_path, rows)
+
+
+@pytest.mark.parametrize("target", ["cost", "reward"])
+def test_refusals_that_are_judged_worse_are_refused_before_any_work(target, tmp_path):
+    """A set that is upside down alone agrees with itself; its refusals show it, before a model is loaded."""
+    texts = ("I'm sorry, but I can't help.", "Sure, here it is.")
+    rows = [row | {"response": texts[i % 2]} for i, row in enumerate(graded(40, "train") + graded(20, "heldout"))]
+    rows = [row | {"target": target} for row in rows]
+    with pytest.raises(
+        UserError, match=r"^data\.labels\.toy: refusals are judged .* than answers that comply .*inverted"
+    ):
+        train(tmp_path / "no-model", tmp_path, rows)
 
 
 def test_length_alone_is_not_learnt_on_the_first_tokens(tiny_model_dir, tmp_path):
@@ -234,7 +262,7 @@ def test_metrics_name_what_was_measured(cost_run):
     assert found["kind"] == "preference_model"
     assert "cost > 0 means harmful" in found["sign"]
     assert {"target", "base", "labels", "settings", "model"} <= set(found)
-    assert found["training"] == {"responses": 48, "positives": 24}
+    assert found["training"] == {"responses": 48, "positives": 24, "pairs": 0}
     heldout = found["heldout"]
     assert (heldout["n"], heldout["positives"], heldout["prompts"]) == (24, 12, 6)
     for name in ("accuracy", "auroc"):

@@ -25,11 +25,10 @@ from nspo.errors import UserError, first_line
 from nspo.evaluation.grammar import fill, say_unreadable, turns, verdict
 from nspo.evaluation.judges import Keep
 from nspo.judge_settings import ClassifierJudge, GuardJudge
-from nspo.models import generate, load_model, load_tokenizer, model_identity, stop_ids
+from nspo.models import generate, load_model, load_tokenizer, model_folder, model_identity, stop_ids
 from nspo.progress import say, track
 from nspo.sources import Source
 
-FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 PROBE = "nspo-probe-prompt", "nspo-probe-answer"
 
 
@@ -46,7 +45,7 @@ class Guard:
         self.model = cache(self._load) if stay else self._load
         self.settings = settings
         self.device = device
-        self.folder = _folder(key, settings.source)
+        self.folder = model_folder(f"{key}.source", settings.source)
         self.tokenizer = _read(key, lambda: load_tokenizer(self.folder))
         self.in_parts = False
         if self.tokenizer.chat_template is None and not settings.template:
@@ -130,7 +129,7 @@ class Classifier:
         self.model = cache(self._load) if stay else self._load
         self.settings = settings
         self.device = device
-        self.folder = _folder(key, settings.source)
+        self.folder = model_folder(f"{key}.source", settings.source)
         config = _read(key, lambda: AutoConfig.from_pretrained(self.folder, trust_remote_code=False))
         self.tokenizer: PreTrainedTokenizerBase = _read(
             key, lambda: AutoTokenizer.from_pretrained(self.folder, padding_side="right", trust_remote_code=False)
@@ -186,20 +185,6 @@ class Classifier:
             raise UserError(f"{self.key}: the model has no weights {missing[0]}, expected a sequence classifier")
         model.config.pad_token_id = self.tokenizer.pad_token_id
         return model.to(self.device).eval()
-
-
-def _folder(key: str, text: str) -> Path:
-    """The folder of a model on disk, or of the hub's cache after a download."""
-    from huggingface_hub import snapshot_download
-
-    source = Source.parse(text)
-    if source.kind == "path":
-        if not Path(source.location, "config.json").is_file():
-            raise UserError(
-                f"{key}.source: {source.location} holds no model, expected a Hugging Face model folder with config.json"
-            )
-        return Path(source.location)
-    return Path(_read(key, lambda: snapshot_download(source.location, revision=source.revision, allow_patterns=FILES)))
 
 
 def _read(key: str, read: Callable[[], Any]) -> Any:

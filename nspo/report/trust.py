@@ -20,6 +20,12 @@ def preference(name: str, folder: Path, figures: Figures) -> dict[str, Any]:
             for key, b in baselines.items()
         ),
     ]
+    if pairs := heldout.get("pairs"):
+        rows.append({"label": f"{name} model, pairs", "accuracy": pairs["accuracy"], "auroc": None})
+        rows += [
+            {"label": f"{key.replace('_', ' ')}, pairs", "accuracy": value, "auroc": None}
+            for key, value in pairs["baselines"].items()
+        ]
     bins = [b for b in heldout.get("calibration", {}).get("bins", []) if b["n"]]
     figure = None
     if bins:

@@ -195,6 +195,12 @@ def every_benchmark():
     ]
 
 
+def backbone_files(target):
+    """The files of the model that the reward or the cost model builds on, where it is not the policy's own."""
+    backbone = getattr(settings, target).backbone
+    return source_files(target, {"backbone": [Source.parse(backbone)]} if backbone else {})
+
+
 def is_constrained(wildcards):
     """Whether this method keeps to the null space."""
     return settings.policy.methods[wildcards.method].constrained

@@ -1,8 +1,9 @@
 rule train_cost:
     input:
-        code=code("nspo.preference"),
+        code=code("nspo.preference_training"),
         model=rules.prepare_model.output.manifest,
         labels=rules.prepare_labels.output.labels,
+        backbone=backbone_files("cost"),
     output:
         manifest="<results>/cost/manifest.json",
         metrics=report(
@@ -32,6 +33,11 @@ rule train_cost:
 
 
 use rule train_cost as train_reward with:
+    input:
+        code=code("nspo.preference_training"),
+        model=rules.prepare_model.output.manifest,
+        labels=rules.prepare_labels.output.labels,
+        backbone=backbone_files("reward"),
     output:
         manifest="<results>/reward/manifest.json",
         metrics=report(
