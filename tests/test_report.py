@@ -459,13 +459,13 @@ def test_benchmarks_are_shown_whole_and_by_category(tmp_path: Path) -> None:
         "asked": 7,
     }
     record["leaks"] = {"checked": True, "exact": 2, "near": 1}
-    for method, value in (("base", 0.7654), ("nspo", 0.1234)):
+    for method, value in (("base", 0.7654), ("nspo", 0.1234), ("grpo_no_kl", 0.2)):
         path = tmp_path / "in" / "benchmarks" / method / "seed0" / "alert" / "metrics.json"
         score = {"axis": "safety", "name": "unsafe_rate", "domain": "alert", "judge": "cost_model", "failures": 0}
         score |= {"value": value, "low": 0.1, "high": 0.8, "n": 7, "unit": "rate"}
         scores = [{**score, "category": ""}, {**score, "category": PLANTED, "n": 3}]
         write_json(path, {"benchmark": record, "scores": scores})
-        rows = [{**row, "domain": "alert", "category": "weapons"} for row in response_rows(method, BASE, 3)[:3]]
+        rows = [{**row, "category": "weapons"} for row in response_rows(method, BASE, 3)[:3]]  # advbench again
         pq.write_table(pa.Table.from_pylist(rows), path.with_name("responses.parquet"))
         given["benchmarks"].append(path)
     text = write(tmp_path / "out", given).read_text()
@@ -473,6 +473,8 @@ def test_benchmarks_are_shown_whole_and_by_category(tmp_path: Path) -> None:
     assert '<b>12.3%</b><small>10.0% to 80.0%</small><small class="n">n&nbsp;7' in text
     assert f"<tr><th>{escape(PLANTED)}</th>" in text
     assert "2 exact, 1 nearly" in text
+    assert text.count('"set":"advbench",') == 60  # a benchmark of the same name hides none of the run's own prompts
+    assert text.count('"set":"advbench (benchmark)",') == 3
     found = list(csv.DictReader((tmp_path / "out" / "summary.csv").open()))
     assert [r["category"] for r in found if r["prompts"] == "benchmark" and r["method"] == "nspo"] == ["", PLANTED]
 

@@ -97,7 +97,9 @@ def load_runs(
                 responses=read_table(folder / "responses.parquet", ()),
                 benchmarks=[read_json(path) for path in tasks],
                 benchmark_responses=[
-                    row for path in tasks for row in read_table(path.with_name("responses.parquet"), ())
+                    {**row, "domain": f"{row['domain']} (benchmark)"}  # the run's own set may have the same name
+                    for path in tasks
+                    for row in read_table(path.with_name("responses.parquet"), ())
                 ],
                 certificate=read_json(certificate) if certificate else None,
                 attribution=read_json(attribution) if attribution else None,

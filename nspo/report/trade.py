@@ -52,14 +52,18 @@ def _ends(method: str, runs: Sequence[Run], x: Measure, y: Measure, probes: bool
     points = [(a["value"], b["value"]) for a, b in ends if a and b]
     both = start or pooled(runs, x), pooled(runs, y)
     paths = [
-        [(row[label], row["unsafe_rate"]) for row in run.probes if row.get(label) is not None] for run in runs if label
+        [(row[label], row["unsafe_rate"]) for row in run.probes if None not in (row.get(label), row.get("unsafe_rate"))]
+        for run in runs
+        if label
     ]
     return {
         "label": method,
         "colour": runs[0].colour,
         "paths": [path for path in paths if path] if probes else [],
         "seeds": points if len(points) > 1 else [],
-        "end": {k: (s["value"], s["low"], s["high"]) for k, s in zip("xy", both, strict=True) if s} if points else None,
+        "end": {k: (s["value"], s["low"], s["high"]) for k, s in zip("xy", both, strict=True) if s}
+        if all(both)
+        else None,
     }
 
 
