@@ -86,7 +86,7 @@ def train_preference(
         scores = _fit(scorer, encoded, judged["train"], settings.l2, target)
     else:
         work = Path(runtime.workdir) / f"preference-{target}-{fingerprint(manifest)}"
-        fine_tune(scorer, tokenizer, encoded["train"], judged["train"], settings, work)
+        fine_tune(scorer, tokenizer, encoded["train"], judged["train"], settings, work, runtime.recompute_activations)
         with track(f"{target} scores (heldout)", len(encoded["heldout"]), "answer") as bar:
             scores = own_scores(scorer, encoded["heldout"], tokenizer.pad_token_id, bar.update)[:, None].double()
     lengths = np.array(

@@ -76,13 +76,16 @@ def fine_tune(
     judged: Judgements,
     settings: PreferenceSettings,
     work: Path,
+    recompute: bool,
 ) -> None:
     """Train all weights of `model` in place; interrupted work in the folder `work` resumes, finished work is removed.
 
     Args:
         rows: (ids, number of prompt tokens) of every answer, from `encode`.
+        recompute: activations, instead of keeping them (`runtime.recompute_activations`).
     """
     signs = judged.signs.tolist()
+    signed = bool(judged.signs.any())
     data = Dataset.from_list(
         [
             {"chosen_ids": rows[high][0], "rejected_ids": rows[low][0]}
@@ -92,7 +95,7 @@ def fine_tune(
     )
     trainer = SignedRewardTrainer(
         model=model,
-        args=trainer_arguments(settings, signed=bool(judged.signs.any()), device=model.device, work=work),
+        args=trainer_arguments(settings, signed, model.device, work, recompute),
         data_collator=SignCollator(pad_token_id=tokenizer.pad_token_id),
         train_dataset=data,
         processing_class=tokenizer,
@@ -108,7 +111,9 @@ def fine_tune(
     shutil.rmtree(work)
 
 
-def trainer_arguments(settings: PreferenceSettings, signed: bool, device: torch.device, work: Path) -> RewardConfig:
+def trainer_arguments(
+    settings: PreferenceSettings, signed: bool, device: torch.device, work: Path, recompute: bool
+) -> RewardConfig:
     """TRL's configuration with every field that shapes the result written out."""
     return RewardConfig(
         output_dir=str(work),
@@ -128,7 +133,7 @@ def trainer_arguments(settings: PreferenceSettings, signed: bool, device: torch.
         center_rewards_coefficient=None if signed else CENTRE,
         disable_dropout=True,
         max_length=None,
-        gradient_checkpointing=False,
+        gradient_checkpointing=recompute,
         use_cpu=device.type == "cpu",
         bf16=has_bf16(device),
         fp16=False,
