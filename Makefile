@@ -7,13 +7,17 @@ CUDA := ^(nvidia-|cuda-|triton)
 
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: demo test lint check-python lock clean
+.PHONY: demo test test-slurm lint check-python lock clean
 
 demo: .venv/run.stamp
 	$(BIN)/snakemake --cores all
 
 test: lint
 	$(BIN)/python -m pytest
+
+# The workflow on a real SLURM of one node, as root; needs Debian's slurm-wlm and munge, else it says what is missing.
+test-slurm: .venv/dev.stamp
+	$(BIN)/python -m pytest -m slurm -rs tests/test_slurm.py
 
 lint: .venv/dev.stamp
 	$(BIN)/ruff check .

@@ -21,6 +21,7 @@ from nspo.errors import UserError
 from nspo.stages import POSITIONAL, STAGES, Stage
 from nspo.validation import validate
 from nspo.value_types import Section
+from nspo.workflow_lock import end_with_workflow
 
 TRANSFERS = ("prepare", "bases fetch", "bases push")
 RUNTIME_FLAGS = ("device", "log_every", "recompute_activations", "requests", "vllm", "trackers", "workdir")
@@ -137,6 +138,7 @@ def _run(argv: Sequence[str]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0, 2 for a mistake the user can mend, 130 when interrupted."""
+    end_with_workflow()
     try:
         _run(sys.argv[1:] if argv is None else argv)
     except UserError as error:

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+from workflow_project import copy_project, snakemake
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -18,3 +19,12 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny") / "model"
     prepare_model(Source.parse("tiny:llama"), Path("unused"), folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the project in which the smoke configuration has run to its end."""
+    project = copy_project(tmp_path_factory.mktemp("project"))
+    run = snakemake(project)
+    assert run.returncode == 0, run.stdout[-6000:]
+    return project

@@ -12,55 +12,21 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
 import psutil
 import pytest
 import yaml
+from workflow_project import ROOT, contents, snakemake, snakemake_command
 
 from nspo.policy_settings import MethodSettings, Objective
 
 pytestmark = pytest.mark.workflow
 
-ROOT = Path(__file__).parents[1]
-PARTS = ("Snakefile", "workflow", "profiles", "config", "nspo", "tests/data")
-CORES = str(min(2, os.cpu_count() or 1))
-
 # What comes after a policy; and what writes the configuration into the page.
 AFTER = {"report", "write_config"}
-
-
-def snakemake(
-    project: Path, *arguments: str, config: str = "config/smoke.yaml", environment: Mapping[str, str] | None = None
-) -> subprocess.CompletedProcess[str]:
-    """Run Snakemake in `project`; output and errors together."""
-    command = [sys.executable, "-m", "snakemake", "--cores", CORES, *arguments, "--configfile", config]
-    return subprocess.run(
-        command,
-        cwd=project,
-        env={**os.environ, **(environment or {})},
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        check=False,
-    )
-
-
-@pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the project in which the smoke configuration has run to its end."""
-    project = tmp_path_factory.mktemp("project")
-    for part in PARTS:
-        copy = project / part
-        if (ROOT / part).is_dir():
-            shutil.copytree(ROOT / part, copy, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            shutil.copy2(ROOT / part, copy)
-    run = snakemake(project)
-    assert run.returncode == 0, run.stdout[-6000:]
-    return project
 
 
 def changed(project: Path, **sections: Any) -> str:
@@ -71,11 +37,6 @@ def changed(project: Path, **sections: Any) -> str:
     path = project / "config/changed.yaml"
     path.write_text(yaml.safe_dump(raw, sort_keys=False))
     return str(path.relative_to(project))
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """Every file below `folder`, by its path in it."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def plan(project: Path, config: str = "config/smoke.yaml") -> set[str]:
@@ -347,7 +308,7 @@ def test_a_killed_stage_resumes(finished: Path) -> None:
     """
     config = changed(finished, evaluation={"batch_size": 1, "max_new_tokens": 48})
     target = "results/smoke/evaluation/base/seed0/metrics.json"
-    command = [sys.executable, "-m", "snakemake", "--cores", CORES, target, "--configfile", config]
+    command = snakemake_command(target, config=config)
     running = subprocess.Popen(command, cwd=finished, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     work = finished / "results/smoke/.work"
     deadline = time.monotonic() + 300

@@ -12,8 +12,8 @@ rule collect_activations:
         "../envs/nspo.yaml"
     threads: HEAVY_THREADS
     resources:
-        mem="32GB",
-        runtime="4h",
+        mem=grows(32, "GB"),
+        runtime=grows(4, "h"),
     params:
         flags=flags(settings.activations),
         launch=launch,
@@ -38,8 +38,8 @@ rule compute_bases:
         "../envs/nspo.yaml"
     threads: HEAVY_THREADS
     resources:
-        mem="64GB",
-        runtime="8h",
+        mem=grows(64, "GB"),
+        runtime=grows(8, "h"),
     params:
         flags=flags(settings.bases, BASES_FLAGS),
         parts=optional("--parts", "parts"),

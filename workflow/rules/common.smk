@@ -23,6 +23,11 @@ from nspo.judge_settings import JudgeSettings
 from nspo.sources import Source, wheel_folder
 from nspo.stage_code import stage_files
 from nspo.validation import check_config, read_yaml
+from nspo.workflow_lock import PARENT, hold, this_process
+
+os.environ[PARENT] = this_process()
+if workflow.is_main_process:
+    running = hold(Path(".snakemake"), workflow.local_exec)  # until this process ends
 
 try:
     for file in workflow.overwrite_configfiles:
@@ -95,6 +100,11 @@ def _launcher(count, threads, sharding="none"):
         how = f"--config_file {shlex.quote(str(Path(workflow.basedir, 'config', 'accelerate', f'{sharding}.yaml')))}"
     share = f"--num_processes {count} --num_cpu_threads_per_process {max(1, threads // count)}"
     return f"accelerate launch {how} {share} --num_machines 1 --main_process_port 0 -m"  # 0: a free one, for each job
+
+
+def grows(amount, unit):
+    """A resource such as `32GB` or `4h`: twice as much at the second attempt, three times at the third."""
+    return lambda wildcards, attempt: f"{amount * attempt}{unit}"
 
 
 def folder(name):

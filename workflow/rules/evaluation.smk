@@ -17,8 +17,8 @@ rule evaluate_base:
         "../envs/nspo.yaml"
     threads: HEAVY_THREADS
     resources:
-        mem="32GB",
-        runtime="4h",
+        mem=grows(32, "GB"),
+        runtime=grows(4, "h"),
     params:
         flags=flags(settings.evaluation),
         runtime=runtime,
@@ -144,8 +144,8 @@ rule judge_agreement:
         "../envs/nspo.yaml"
     threads: HEAVY_THREADS
     resources:
-        mem="32GB",
-        runtime="4h",
+        mem=grows(32, "GB"),
+        runtime=grows(4, "h"),
     params:
         flags=flags(judge_settings),
         runtime=runtime,

@@ -57,8 +57,8 @@ rule train_policy:
         "../envs/nspo.yaml"
     threads: HEAVY_THREADS
     resources:
-        mem="64GB",
-        runtime="24h",
+        mem=grows(64, "GB"),
+        runtime=grows(24, "h"),
     params:
         training=flags(settings.policy, TrainingSettings.model_fields),
         method=lambda wildcards: to_flags(settings.policy.methods[wildcards.method]),
@@ -93,8 +93,8 @@ rule certify:
     conda:
         "../envs/nspo.yaml"
     resources:
-        mem="24GB",
-        runtime="1h",
+        mem=grows(24, "GB"),
+        runtime=grows(1, "h"),
     params:
         facts=lambda wildcards: shlex.quote(
             json.dumps(

@@ -19,8 +19,8 @@ rule train_cost:
         "../envs/nspo.yaml"
     threads: HEAVY_THREADS
     resources:
-        mem="32GB",
-        runtime="4h",
+        mem=grows(32, "GB"),
+        runtime=grows(4, "h"),
     params:
         target="cost",
         flags=flags(settings.cost),

@@ -29,8 +29,8 @@ rule prepare_model:
     conda:
         "../envs/nspo.yaml"
     resources:
-        mem="32GB",
-        runtime="1h",
+        mem=grows(32, "GB"),
+        runtime=grows(1, "h"),
     params:
         flags=flags(settings.model),
     shell:
