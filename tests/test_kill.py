@@ -1,0 +1,30 @@
+"""Killed at random moments, the workflow goes on to the artifacts of an undisturbed run.
+
+Three kills in a few stages; `python tests/kill_harness.py` does many in all of them.
+"""
+
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+from kill_harness import RESULTS, artifacts, difference, kill_once
+from workflow_project import snakemake
+
+pytestmark = pytest.mark.workflow
+
+KILLS = (("train_policy nspo", "stage"), ("train_policy nspo", "workflow"), ("certify", "all"))
+
+
+def test_killed_runs_end_in_the_same_artifacts(finished: Path) -> None:
+    """After kills of a stage, of Snakemake and of everything: every byte as before, and no `snakemake --unlock`."""
+    target = "results/smoke/certificates/nspo/seed0.json"
+    before = artifacts(finished)
+    shutil.rmtree(finished / RESULTS / "policy/nspo")
+    (finished / target).unlink()
+    chance = random.Random(0)
+    hits = [kill_once(finished, stage, victim, chance.uniform(1, 4), target) for stage, victim in KILLS]
+    assert any(hits)
+    last = snakemake(finished, target)
+    assert last.returncode == 0, last.stdout[-4000:]
+    assert difference(before, artifacts(finished)) == []
