@@ -145,11 +145,42 @@ def read_table(path: Path | str, columns: Iterable[str]) -> list[dict[str, Any]]
 
 
 def save_tensors(path: Path | str, tensors: Mapping[str, "Tensor"], manifest: Mapping[str, Any]) -> None:
-    """Write `tensors` and their `manifest` atomically as safetensors; equal content gives equal bytes."""
+    """Write `tensors` and their `manifest` atomically as safetensors; equal content gives equal bytes.
+
+    The manifest gets the key `content`, a fingerprint of the tensors by which `load_tensors` notices a flipped bit.
+    """
     from safetensors.torch import save_file
 
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    text = dumps({**manifest, "content": _fingerprint_tensors(tensors)})
     with atomic_path(path) as scratch:
-        save_file({k: v.contiguous() for k, v in tensors.items()}, scratch, metadata={METADATA_KEY: dumps(manifest)})
+        save_file(tensors, scratch, metadata={METADATA_KEY: text})
+
+
+def load_tensors(path: Path | str, kind: str) -> tuple[dict[str, Any], dict[str, "Tensor"]]:
+    """The manifest and the tensors that were given to `save_tensors`.
+
+    Raises:
+        UserError: as `read_tensor_manifest`, or when the tensors are not those that were written.
+    """
+    from safetensors.torch import load_file
+
+    manifest = read_tensor_manifest(path, kind)
+    tensors = load_file(path)
+    if manifest.pop("content", None) not in (None, _fingerprint_tensors(tensors)):  # None: a file of nspo before 0.2
+        raise UserError(f"{path} was damaged after it was written: delete it and rerun the stage that makes it")
+    return manifest, tensors
+
+
+def _fingerprint_tensors(tensors: Mapping[str, "Tensor"]) -> str:
+    """16 hex digits over the names and bytes of contiguous tensors on the CPU."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(f"{name}\0".encode())
+        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
 
 
 def read_tensor_manifest(path: Path | str, kind: str) -> dict[str, Any]:
@@ -214,3 +245,20 @@ def fingerprint_model(folder: Path | str) -> dict[str, str]:
         "weights": fingerprint_files(weights),
         "tokenizer": fingerprint_files(folder / name for name in names if (folder / name).is_file()),
     }
+
+
+def check_fingerprints(folder: Path | str, recorded: Mapping[str, Any]) -> dict[str, str]:
+    """`fingerprint_model` of a folder whose manifest recorded them; what is not recorded is not compared.
+
+    Raises:
+        UserError: when the files are no longer those that were written.
+    """
+    found = fingerprint_model(folder)
+    for part, value in found.items():
+        if recorded.get(part, value) != value:
+            raise UserError(
+                f"{folder}: the {part} is not what was written there (fingerprint {value}, its {MANIFEST_NAME} says "
+                f"{recorded[part]}), so the files were changed or damaged: delete the folder and rerun the stage that "
+                "makes it"
+            )
+    return found

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from nspo.artifacts import fingerprint_model, make_manifest, read_tensor_manifest, save_tensors
+from nspo.artifacts import fingerprint_model, load_tensors, make_manifest, save_tensors
 from nspo.errors import UserError
 from nspo.linears import canonical_name, find_linears, input_width, layer_norms
 from nspo.site_basis import Kind, SiteBasis
@@ -97,13 +97,10 @@ class NullSpaceBases(Mapping[str, SiteBasis]):
         """Read a file that `save` wrote, and check it.
 
         Raises:
-            UserError: when the file is missing, truncated, of another kind or schema, incomplete, has wrong shapes or
-                non-finite values, or its columns are not orthonormal to 1e-4.
+            UserError: when the file is missing, truncated, damaged, of another kind or schema, incomplete, has wrong
+                shapes or non-finite values, or its columns are not orthonormal to 1e-4.
         """
-        from safetensors.torch import load_file
-
-        manifest = read_tensor_manifest(path, "bases")
-        tensors = load_file(path)
+        manifest, tensors = load_tensors(path, "bases")
         keys = {field.name for field in fields(SiteBasis)} - {"basis", "eigenvalues"}
         sites = []
         try:

@@ -17,13 +17,15 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 from nspo.config import RuntimeSettings
-from nspo.errors import UserError
+from nspo.errors import UserError, first_line
 from nspo.stages import POSITIONAL, STAGES, Stage
 from nspo.validation import validate
 from nspo.value_types import Section
 from nspo.workflow_lock import end_with_workflow
 
 TRANSFERS = ("prepare", "bases fetch", "bases push")
+NO_SPACE = ("No space left on device", "PytorchStreamWriter failed writing")
+NO_MEMORY = ("can't allocate memory", "Cannot allocate memory", "out of memory")  # torch's CPU, the system, CUDA
 RUNTIME_FLAGS = ("device", "log_every", "recompute_activations", "requests", "vllm", "trackers", "workdir")
 
 
@@ -149,9 +151,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write("nspo: interrupted; the same command goes on from what is done\n")
         return 130
     except Exception as error:
-        # Writers word a full disk differently, and not all of them raise OSError.
-        if getattr(error, "errno", None) != errno.ENOSPC and "No space left on device" not in str(error):
+        if (said := _exhausted(error)) is None:
             raise
-        sys.stderr.write(f"nspo: error: no space left on the disk ({error}): free some and rerun\n")
+        sys.stderr.write(f"nspo: error: {said}; what is done is kept, the same command goes on\n")
         return 2
     return 0
+
+
+def _exhausted(error: Exception) -> str | None:
+    """What this machine has too little of, where that is what ended a stage: libraries word it, and raise it, as they
+    like."""
+    text, number = str(error), getattr(error, "errno", None)
+    if number == errno.ENOSPC or any(words in text for words in NO_SPACE):
+        return f"no space left on the disk ({first_line(error)}): free some and rerun"
+    if isinstance(error, MemoryError) or number == errno.ENOMEM or any(words in text for words in NO_MEMORY):
+        return (
+            f"not enough memory ({first_line(error)}): give the stage more, or lower batch_size, micro_batch_size or "
+            "max_new_tokens"
+        )
+    return None

@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from nspo.artifacts import MANIFEST_NAME, atomic_path, fingerprint_model, make_manifest, read_json, write_json
+from nspo.artifacts import (
+    MANIFEST_NAME,
+    atomic_path,
+    check_fingerprints,
+    fingerprint_model,
+    make_manifest,
+    read_json,
+    write_json,
+)
 from nspo.errors import UserError, first_line
 from nspo.progress import track
 from nspo.sources import Source, resolve
@@ -137,12 +145,17 @@ def load_model(
 
 
 def model_identity(folder: Path | str) -> dict[str, Any]:
-    """Architecture and fingerprints of a model folder, and its origin where `prepare_model` wrote that down."""
+    """Architecture and fingerprints of a model folder, and its origin where `prepare_model` wrote that down.
+
+    Raises:
+        UserError: when the manifest of the folder, where it has one, recorded other weights or another tokenizer.
+    """
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     manifest = Path(folder, MANIFEST_NAME)
-    origin = (read_json(manifest).get("model") or {}) if manifest.is_file() else {}
+    written = read_json(manifest) if manifest.is_file() else {}
+    origin = written.get("tuned") or written.get("model") or {}  # of a policy, or of a base model
     known = {key: origin[key] for key in ("source", "revision") if origin.get(key)}
-    return {"architecture": config.architectures[0], **known, **fingerprint_model(folder)}
+    return {"architecture": config.architectures[0], **known, **check_fingerprints(folder, origin)}
 
 
 def chat_text(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:

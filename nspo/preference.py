@@ -16,6 +16,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 
 from nspo.artifacts import (
     MANIFEST_NAME,
+    check_fingerprints,
     check_manifest,
     read_json,
 )
@@ -135,13 +136,15 @@ class PreferenceModel:
         """Load a folder that the stage `train-preference` wrote, with fp32 weights, in evaluation mode.
 
         Raises:
-            UserError: the folder holds no such model, or (where `target` is given) the other one of the two.
+            UserError: the folder holds no such model, one that was changed or damaged since it was written, or (where
+                `target` is given) the other one of the two.
         """
         folder = Path(folder)
         manifest = read_json(folder / MANIFEST_NAME)
         check_manifest(manifest, KIND, folder)
         if target not in (None, manifest["target"]):
             raise UserError(f"{folder} holds a {manifest['target']} model, expected a {target} model: swap the folders")
+        check_fingerprints(folder, manifest["model"])
         model = (
             AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
             .to(device)

@@ -115,11 +115,20 @@ def _fit(
     l2: float,
     target: Target,
 ) -> torch.Tensor:
-    """Fit the head of `scorer` in place on the training answers; scores (N, L) float64 of the held-out ones."""
+    """Fit the head of `scorer` in place on the training answers; scores (N, L) float64 of the held-out ones.
+
+    Raises:
+        UserError: when the base model's hidden states are not finite.
+    """
     features = {}
     for split, ids in encoded.items():
         with track(f"{target} features ({split})", len(ids), "answer") as bar:
             features[split] = answer_features(scorer, ids, scorer.config.pad_token_id, LENGTHS, bar.update)
+        if not torch.isfinite(features[split]).all():
+            raise UserError(
+                f"{target} model: the base model gives NaN or Inf for an answer, expected finite hidden states: check "
+                "the weights of model.source"
+            )
     head = fit_head(features["train"], judged, l2)
     with torch.no_grad():
         scorer.get_parameter("score.weight").copy_(head[None])

@@ -1,23 +1,28 @@
-"""Kill the smoke pipeline at random moments, again and again, and compare what it makes with an undisturbed run.
+"""Kill the stages of the smoke pipeline at random moments of their work, and compare what they make with a quiet run.
 
-    python tests/kill_harness.py --rounds 2 --seed 0
+    python tests/kill_harness.py --kills 3 --seed 0
 
-A round starts from nothing. For every stage, in the order of the pipeline, the workflow is started (again), the harness
-waits until that stage is at work and then for a random part of the time it took undisturbed, and kills with SIGKILL:
-the stage, Snakemake itself, or all there is (as a power cut would). In the end the workflow runs to its end, and
-every artifact is compared byte for byte.
+Every stage runs as a fork of one process that has imported all there is, so a kill falls into the work and not into
+the imports. First all stages run undisturbed, one after the other. Then each is done again: killed with SIGKILL at
+random moments `--kills` times, each time going on from what the last left, and at last run to its end. Its artifacts
+must be those of the quiet run, byte for byte, with nothing else left beside them.
 """
 
 import argparse
 import contextlib
+import importlib
 import io
+import os
 import random
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 
 import psutil
@@ -25,62 +30,27 @@ import pyarrow.parquet as pq
 from workflow_project import contents, copy_project, snakemake, snakemake_command
 
 RESULTS = Path("results/smoke")
-# The commands of the stages and, where several jobs share one, the flag that tells them apart; in the pipeline's order.
-STAGES = {
-    "prepare_model": ("prepare-model",),
-    "prepare_prompts": ("prepare-prompts",),
-    "prepare_labels": ("prepare-labels",),
-    "collect_activations": ("collect",),
-    "train_cost": ("train-preference", "--target cost"),
-    "train_reward": ("train-preference", "--target reward"),
-    "compute_bases": ("bases",),
-    "evaluate_base": ("evaluate", "--name base"),
-    "train_policy nspo": ("train-policy", "--name nspo"),
-    "train_policy grpo_no_kl": ("train-policy", "--name grpo_no_kl"),
-    "certify": ("verify",),
-    "evaluate_policy": ("evaluate", "--name nspo"),
-    "report": ("report",),
-}
-VICTIMS = ("stage", "workflow", "all")
+OUTPUTS = ("--out", "--summary", "--plots")
 
 
 def processes(workflow: psutil.Process, stage: str) -> list[psutil.Process]:
-    """The processes of a stage below Snakemake."""
-    command, *flags = STAGES[stage]
+    """The processes of a stage (a command of `nspo`) below Snakemake."""
     found = []
     with contextlib.suppress(psutil.Error):
         for child in workflow.children(recursive=True):
-            words = child.cmdline()
-            if words[1:4] == ["-m", "nspo", command] and all(flag in " ".join(words) for flag in flags):
+            if child.cmdline()[1:4] == ["-m", "nspo", stage]:
                 found.append(child)
     return found
 
 
-def undisturbed(project: Path) -> dict[str, float]:
-    """Run the workflow in peace; {stage: seconds it took}."""
-    begun: dict[str, float] = {}
-    seconds: dict[str, float] = {}
-    running = start(project)
-    workflow = psutil.Process(running.pid)
-    while running.poll() is None:
-        for stage in STAGES:
-            if processes(workflow, stage):
-                now = time.monotonic()
-                seconds[stage] = now - begun.setdefault(stage, now)
-        time.sleep(0.2)
-    assert running.returncode == 0, "the undisturbed run failed"
-    return seconds
-
-
-def start(project: Path, *targets: str) -> subprocess.Popen[bytes]:
-    """Start the workflow; what it says goes to its own log."""
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    return subprocess.Popen(snakemake_command(*targets), cwd=project, **quiet)
-
-
 def kill_once(project: Path, stage: str, victim: str, delay: float, *targets: str) -> bool:
-    """Start the workflow and kill `delay` seconds after `stage` began; False where it did not run, or not so long."""
-    running = start(project, *targets)
+    """Start the workflow and kill `delay` seconds after `stage` began; False where it did not run, or not so long.
+
+    Args:
+        victim: "stage", "workflow" (Snakemake itself), or "all" of them, as a power cut would.
+    """
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    running = subprocess.Popen(snakemake_command(*targets), cwd=project, **quiet)
     workflow = psutil.Process(running.pid)
     while not (stages := processes(workflow, stage)):
         if running.poll() is not None:
@@ -112,6 +82,60 @@ def difference(before: Mapping[str, bytes], after: Mapping[str, bytes]) -> list[
     return sorted(path for path in before.keys() | after.keys() if before.get(path) != after.get(path))
 
 
+def commands(project: Path) -> list[list[str]]:
+    """The arguments of `nspo` for every stage of the workflow, in an order in which they can run."""
+    shown = snakemake(project, "--dry-run", "--forceall", "--printshellcmds").stdout
+    lines = re.findall(r"^Shell command: (python -m nspo .*) 2>&1", shown, re.MULTILINE)
+    print_words = 'python() { shift 2; printf "%s\\0" "$@"; }; '
+    words = [subprocess.check_output(["bash", "-c", print_words + line], text=True) for line in lines]
+    return [text.split("\0")[:-1] for text in words]
+
+
+def fork(project: Path, arguments: list[str]) -> int:
+    """Run a stage in a fork of this process; its id."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        os.chdir(project)
+        log = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        from nspo import cli
+
+        code = cli.main(arguments)
+    finally:
+        os._exit(code)
+
+
+def undisturbed(project: Path, arguments: list[str]) -> float:
+    """Run a stage to its end; the seconds it took."""
+    begun = time.monotonic()
+    _, status = os.waitpid(fork(project, arguments), 0)
+    if status:
+        raise RuntimeError(f"the stage ended with status {status}: nspo {' '.join(arguments)}")
+    return time.monotonic() - begun
+
+
+def killed(project: Path, arguments: list[str], delay: float) -> bool:
+    """Run a stage and kill it after `delay` seconds; False where it had ended before."""
+    pid = fork(project, arguments)
+    time.sleep(delay)
+    os.kill(pid, signal.SIGKILL)  # not reaped yet, so the id is still its own
+    return os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+
+
+def remove_outputs(project: Path, arguments: list[str]) -> None:
+    """Remove what a stage made."""
+    for flag, value in pairwise(arguments):
+        path = project / value
+        if flag in OUTPUTS and path.is_dir():
+            shutil.rmtree(path)
+        elif flag in OUTPUTS:
+            path.unlink(missing_ok=True)
+
+
 def say(text: str) -> None:
     """A line at once, also in a file."""
     sys.stdout.write(f"{text}\n")
@@ -119,34 +143,35 @@ def say(text: str) -> None:
 
 
 def main() -> int:
-    """Run the rounds, say every kill and every difference; 1 where an artifact differs."""
+    """Kill in every stage, say every kill and every difference; 1 where an artifact differs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--kills", type=int, default=3, help="kills per stage")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--folder", type=Path, help="where to work [a temporary folder]")
-    arguments = parser.parse_args()
-    chance = random.Random(arguments.seed)
-    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+    options = parser.parse_args()
+    chance = random.Random(options.seed)
+    from nspo.stages import STAGES
+
+    with tempfile.TemporaryDirectory() as folder:
         project = copy_project(Path(folder))
-        begun = time.monotonic()
-        seconds = undisturbed(project)
-        say(f"undisturbed: {time.monotonic() - begun:.0f} s, of them {seconds}")
+        stages = commands(project)
+        for name in {stage[0] for stage in stages} & STAGES.keys():
+            importlib.import_module(STAGES[name].function.partition(":")[0])
+        seconds = [undisturbed(project, stage) for stage in stages]
+        say(f"undisturbed: {len(stages)} stages, {sum(seconds):.1f} s")
         before = artifacts(project)
-        kills, lost = 0, 0
-        for turn in range(arguments.rounds):
-            shutil.rmtree(project / RESULTS)
-            for stage in STAGES:
-                victim, delay = chance.choice(VICTIMS), chance.uniform(0, seconds[stage])
-                hit = kill_once(project, stage, victim, delay)
-                kills += hit
-                say(f"round {turn}: {'killed' if hit else 'missed'} {victim} {delay:.1f} s after {stage} began")
-            begun = time.monotonic()
-            last = snakemake(project)
-            say(f"round {turn}: the last run ended with {last.returncode} after {time.monotonic() - begun:.0f} s")
-            differing = difference(before, artifacts(project)) if last.returncode == 0 else [last.stdout[-3000:]]
-            lost += bool(differing)
-            say(f"round {turn}: {len(before)} files, different: {differing or 'none'}")
-    say(f"{kills} kills, {arguments.rounds} rounds, {lost} of them with a difference")
+        hits, lost, resumed, again = 0, 0, 0.0, 0.0
+        for stage, whole in zip(stages, seconds, strict=True):
+            remove_outputs(project, stage)
+            delays = [chance.uniform(0, whole) for _ in range(options.kills)]
+            times = [delay for delay in delays if killed(project, stage, delay)]
+            last = undisturbed(project, stage)
+            differing = difference(before, artifacts(project))
+            hits, lost, resumed, again = hits + len(times), lost + bool(differing), resumed + last, again + whole
+            say(
+                f"{' '.join(stage[:1])}: {whole:.2f} s undisturbed, killed after {[round(t, 2) for t in times]}, "
+                f"the last run took {last:.2f} s, different: {differing or 'none'}"
+            )
+    say(f"{hits} kills in {len(stages)} stages, {lost} differences; last runs {resumed:.1f} of {again:.1f} s")
     return int(lost > 0)
 
 

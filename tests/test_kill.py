@@ -13,7 +13,7 @@ from workflow_project import snakemake
 
 pytestmark = pytest.mark.workflow
 
-KILLS = (("train_policy nspo", "stage"), ("train_policy nspo", "workflow"), ("certify", "all"))
+KILLS = (("train-policy", "stage"), ("train-policy", "workflow"), ("verify", "all"))
 
 
 def test_killed_runs_end_in_the_same_artifacts(finished: Path) -> None:

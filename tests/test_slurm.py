@@ -96,8 +96,9 @@ def test_the_workflow_runs_on_the_cluster(project: Path, slurm: Cluster, tmp_pat
     ended = slurm.accounted()
     assert {job: entry["JobState"] for job, entry in ended.items()} == dict.fromkeys(jobs, "COMPLETED")
     assert {of_rule(job) for job in jobs.values() if job.get("TresPerJob") == "gres:gpu:1"} == GPU_RULES
+    # SLURM writes 64000 MB so; and twice as much as 125G.
     policy = next(job for job in jobs.values() if of_rule(job) == "train_policy")
-    assert (policy["MinMemoryNode"], policy["TimeLimit"]) == ("64000M", "1-00:00:00")
+    assert (policy["MinMemoryNode"], policy["TimeLimit"]) == ("62.50G", "1-00:00:00")
 
 
 def test_a_cancelled_job_is_submitted_again_with_more(project: Path, slurm: Cluster, tmp_path: Path) -> None:
@@ -110,7 +111,7 @@ def test_a_cancelled_job_is_submitted_again_with_more(project: Path, slurm: Clus
     assert running.wait() == 0, (tmp_path / "log").read_text()[-6000:]
     assert slurm.accounted()[job]["JobState"] == "CANCELLED"
     again = max(slurm.jobs().values(), key=lambda entry: int(entry["JobId"]))
-    assert (again["MinMemoryNode"], again["TimeLimit"], again["JobState"]) == ("128000M", "2-00:00:00", "COMPLETED")
+    assert (again["MinMemoryNode"], again["TimeLimit"], again["JobState"]) == ("125G", "2-00:00:00", "COMPLETED")
     assert contents(project / POLICY) == before
 
 

@@ -3,6 +3,7 @@
 Of several processes each calls them alike; only the main one (`state.is_world_process_zero`) writes files.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
 
 from nspo.bases import NullSpaceBases
+from nspo.errors import UserError
 from nspo.json_lines import JsonLines
 from nspo.policy.probes import Probe
 from nspo.policy.rewards import SafetyReward
@@ -218,11 +220,20 @@ class LogCallback(TrainerCallback):
         """Translate TRL's metric names to ours and add what other callbacks know of this update.
 
         Trackers, which come after this callback, are shown the same row.
+
+        Raises:
+            UserError: when the loss or the gradient is no finite number. Nothing of this update has been saved yet.
         """
         logs = kwargs["logs"]
         row: dict[str, Any] = {ours: logs[theirs] for theirs, ours in METRICS.items() if logs.get(theirs) is not None}
         if "loss" not in row:
             return
+        for name, key in (("loss", "loss"), ("norm of the gradient", "grad_norm_clipped_from")):
+            if not math.isfinite(row.get(key, 0.0)):
+                raise UserError(
+                    f"step {state.global_step}: the {name} is {row[key]}, expected a finite number: lower the method's "
+                    "learning_rate (policy.methods); the checkpoints of earlier steps are kept"
+                )
         for columns in self.columns:
             row |= columns(state.global_step)
         if "completion_length" in row:

@@ -17,7 +17,9 @@ from accelerate import PartialState
 from accelerate.utils import gather
 from torch import Tensor
 
+from nspo.errors import UserError
 from nspo.policy.timing import now
+from nspo.preference import PreferenceModel
 from nspo.refusal import is_refusal
 
 
@@ -42,11 +44,21 @@ def whole_rollout(*columns: Tensor) -> list[Tensor]:
 
 
 def score_where(model: Scorer, asked: list[str], answers: list[str], where: Tensor) -> Tensor:
-    """Scores (B,) at the positions of the mask `where`, zero elsewhere: each model reads only what it judges."""
+    """Scores (B,) at the positions of the mask `where`, zero elsewhere: each model reads only what it judges.
+
+    Raises:
+        UserError: for a fitted model's score that is NaN or Inf, before anything is learnt from it. (A judge's NaN is a
+            verdict that failed.)
+    """
     scores = torch.zeros(len(asked))
     index = where.nonzero().flatten().tolist()
     if index:
         scores[where] = model.score([asked[i] for i in index], [answers[i] for i in index]).cpu()
+    if isinstance(model, PreferenceModel) and not torch.isfinite(scores).all():
+        raise UserError(
+            f"the {model.target} model scores an answer with NaN or Inf, expected a finite number: train it again "
+            "(delete its folder), or check its labels"
+        )
     return scores
 
 
