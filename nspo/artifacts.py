@@ -257,8 +257,7 @@ def check_fingerprints(folder: Path | str, recorded: Mapping[str, Any]) -> dict[
     for part, value in found.items():
         if recorded.get(part, value) != value:
             raise UserError(
-                f"{folder}: the {part} is not what was written there (fingerprint {value}, its {MANIFEST_NAME} says "
-                f"{recorded[part]}), so the files were changed or damaged: delete the folder and rerun the stage that "
-                "makes it"
+                f"{folder}: {part} with the fingerprint {value}, its {MANIFEST_NAME} says {recorded[part]}: they were "
+                "damaged or replaced since they were written, delete the folder and rerun the stage that makes it"
             )
     return found

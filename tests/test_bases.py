@@ -327,6 +327,20 @@ def test_load_refuses_a_damaged_basis(bases, tmp_path, change, message):
         NullSpaceBases.load(tmp_path / "bases.safetensors")
 
 
+def test_a_flipped_bit_in_the_tensors_is_noticed(bases, tmp_path):
+    """Any bit of any value, however small the change it makes, is found by the fingerprint in the manifest."""
+    path = tmp_path / "bases.safetensors"
+    bases.save(path)
+    whole = path.read_bytes()
+    start = 8 + int.from_bytes(whole[:8], "little")
+    for place in range(start, len(whole), 5):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"bases\.safetensors was damaged after it was written"):
+            NullSpaceBases.load(path)
+
+
 def test_bases_refuse_all_empty_duplicate_layers_and_missing_norms():
     with pytest.warns(UserWarning, match="cannot move"):
         full = compute_basis("s", ["a"], torch.eye(4), TOKENS, "rank", 4)

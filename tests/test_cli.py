@@ -123,13 +123,22 @@ def test_every_fault_has_its_line(capsys: pytest.CaptureFixture[str]) -> None:
         (KeyboardInterrupt(), 130, "nspo: interrupted"),
         (OSError(errno.ENOSPC, "No space left on device"), 2, "nspo: error: no space left on the disk"),
         (RuntimeError("write failed: No space left on device"), 2, "nspo: error: no space left on the disk"),
+        (
+            RuntimeError("PytorchStreamWriter failed writing file data/5"),
+            2,
+            "nspo: error: no space left",
+        ),
+        (MemoryError(), 2, "nspo: error: not enough memory"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), 2, "nspo: error: not enough memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 2, "nspo: error: not enough memory"),
+        (RuntimeError("CUDA out of memory. Tried to allocate"), 2, "nspo: error: not enough memory"),
         (UserError("first\nsecond"), 2, "nspo: error: first\nnspo: error: second"),
     ],
 )
 def test_ends_without_a_traceback(
     error: BaseException, code: int, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """An interrupt and a full disk, however a library words it, end in one line."""
+    """An interrupt, a full disk and too little memory, however a library words it, end in one line."""
 
     def fail(argv: object) -> None:
         raise error

@@ -1,6 +1,7 @@
 """Models: one way of loading, chatting and generating; what batching must not change; what is refused."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -105,3 +106,18 @@ def test_device() -> None:
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match=r"runtime\.device is 'cuda'"):
             device_of("cuda")
+
+
+def test_changed_weights_are_noticed(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """A prepared folder whose weights are no longer those of its manifest is refused by name; whole, it is not."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model_dir, folder)
+    assert model_identity(folder) == model_identity(tiny_model_dir)
+    weights = folder / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-100] ^= 4
+    for damaged in (content, content[:-100]):
+        weights.write_bytes(damaged)
+        with pytest.raises(UserError, match="model: weights with the fingerprint") as error:
+            model_identity(folder)
+        assert "\n" not in str(error.value)

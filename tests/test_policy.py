@@ -39,6 +39,7 @@ from nspo.policy.rollouts import rollout_prompts
 from nspo.policy.timing import shares
 from nspo.policy.training import last_checkpoint, train_policy
 from nspo.policy_settings import MethodSettings, Objective, TrainingSettings
+from nspo.preference import PreferenceModel
 from nspo.preference_training import train_preference
 from nspo.prompts import PROMPT_COLUMNS
 from nspo.sites import find_sites
@@ -849,3 +850,47 @@ def test_swapped_judges_are_refused(inputs, tmp_path, monkeypatch):
     monkeypatch.setattr(grpo, "GRPOTrainer", None)
     with pytest.raises(UserError, match="holds a reward model, expected a cost model"):
         run(inputs, tmp_path, "grpo_no_kl", {"cost": inputs["reward"], "reward": inputs["cost"]})
+
+
+# Numbers that are no longer finite
+
+
+def test_a_score_that_is_no_number_ends_training_before_it_learns(inputs, tmp_path, monkeypatch):
+    """A cost model whose head holds NaN is named; nothing is written."""
+    loaded = PreferenceModel.load
+
+    def broken(folder: Path, *arguments: Any, **options: Any) -> PreferenceModel:
+        model = loaded(folder, *arguments, **options)
+        if model.target == "cost":
+            model.model.get_parameter("score.weight").data.fill_(math.nan)
+        return model
+
+    monkeypatch.setattr(PreferenceModel, "load", broken)
+    with pytest.raises(UserError, match="the cost model scores an answer with NaN or Inf"):
+        run(inputs, tmp_path, "grpo_no_kl")
+    assert not (tmp_path / "out").exists()
+
+
+def test_divergence_is_named_with_its_remedy(inputs, tmp_path, monkeypatch):
+    """A learning rate that throws the weights away ends in one line that names the key; nothing is written."""
+    monkeypatch.setitem(METHODS, "grpo_no_kl", MethodSettings(objective="grpo_no_kl", learning_rate=1e30))
+    with pytest.raises(UserError, match=r"expected a finite number|are NaN or Inf") as error:
+        run(inputs, tmp_path, "grpo_no_kl")
+    assert "learning_rate" in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_gradient_that_is_no_number_is_not_learnt_from(inputs, tmp_path, monkeypatch):
+    """NaN in a gradient ends the run at that update, before a checkpoint holds it."""
+    begin = LogCallback.on_train_begin
+
+    def poison(self: LogCallback, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        begin(self, args, state, control, **kwargs)
+        weight = next(w for w in kwargs["model"].parameters() if w.requires_grad)
+        weight.register_hook(lambda gradient: gradient * math.nan if state.global_step == 2 else gradient)
+
+    monkeypatch.setattr(LogCallback, "on_train_begin", poison)
+    with pytest.raises(UserError, match=r"step 3: the .* is nan"):
+        run(inputs, tmp_path, "grpo_no_kl")
+    assert not list((tmp_path / "work").glob("*/checkpoint-3"))

@@ -343,3 +343,28 @@ def test_bootstrap_resamples_whole_prompts():
 def test_refusal_phrases(text, refused):
     """Phrases count in the opening only, whatever the case, quotes and spacing."""
     assert is_refusal(text) is refused
+
+
+def test_a_damaged_folder_is_refused(cost_run, tmp_path):
+    """A flipped bit in the weights, or half of them, is refused in one line that names the folder."""
+    shutil.copytree(cost_run[0], tmp_path / "cost")
+    weights = tmp_path / "cost/model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    for damaged in (content, content[: len(content) // 2]):
+        weights.write_bytes(damaged)
+        with pytest.raises(UserError, match="cost: weights with the fingerprint") as error:
+            PreferenceModel.load(tmp_path / "cost")
+        assert "\n" not in str(error.value)
+
+
+def test_hidden_states_that_are_no_numbers_are_refused(tiny_model_dir, tmp_path):
+    """A base model with NaN in it ends the fit in one line; nothing is written."""
+    broken = tmp_path / "model"
+    model = load_model(tiny_model_dir)
+    model.get_parameter("model.norm.weight").data.fill_(float("nan"))
+    model.save_pretrained(broken)
+    load_tokenizer(tiny_model_dir).save_pretrained(broken)
+    with pytest.raises(UserError, match="cost model: the base model gives NaN or Inf for an answer"):
+        train(broken, tmp_path, graded(8, "train") + graded(4, "heldout"))
+    assert not (tmp_path / "out").exists()

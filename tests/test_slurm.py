@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from kill_harness import artifacts, difference
 from slurm_cluster import Cluster, cluster, missing
-from workflow_project import contents, copy_project
+from workflow_project import copy_project
 
 pytest.importorskip("snakemake_executor_plugin_slurm", reason="the dev extra installs the SLURM plugin")
 pytestmark = [pytest.mark.slurm, pytest.mark.skipif(missing() is not None, reason=f"no SLURM: {missing()}")]
@@ -103,7 +104,7 @@ def test_the_workflow_runs_on_the_cluster(project: Path, slurm: Cluster, tmp_pat
 
 def test_a_cancelled_job_is_submitted_again_with_more(project: Path, slurm: Cluster, tmp_path: Path) -> None:
     """After `scancel` in mid-training the same run submits the job again with more memory and time: same policy."""
-    before = contents(project / POLICY)
+    before = artifacts(project)
     (project / POLICY / "manifest.json").unlink()
     running = start(project, tmp_path / "log", str(POLICY / "manifest.json"))
     checkpoints = ".work/policy-*/*/trainer_state.json"
@@ -112,12 +113,12 @@ def test_a_cancelled_job_is_submitted_again_with_more(project: Path, slurm: Clus
     assert slurm.accounted()[job]["JobState"] == "CANCELLED"
     again = max(slurm.jobs().values(), key=lambda entry: int(entry["JobId"]))
     assert (again["MinMemoryNode"], again["TimeLimit"], again["JobState"]) == ("125G", "2-00:00:00", "COMPLETED")
-    assert contents(project / POLICY) == before
+    assert difference(before, artifacts(project)) == []
 
 
 def test_a_cancelled_workflow_goes_on(project: Path, slurm: Cluster, tmp_path: Path) -> None:
     """A run whose job was cancelled for good ends with a failure; the next one goes on to the same answers."""
-    before = contents(project / BASE)
+    before = artifacts(project)
     (project / BASE / "metrics.json").unlink()
     target = str(BASE / "metrics.json")
     running = start(project, tmp_path / "log", "--retries", "0", target)
@@ -126,4 +127,4 @@ def test_a_cancelled_workflow_goes_on(project: Path, slurm: Cluster, tmp_path: P
     assert not (project / target).exists()
     assert start(project, tmp_path / "log", target).wait() == 0, (tmp_path / "log").read_text()[-6000:]
     assert "continuing after" in (project / RESULTS / "logs/evaluate/base-seed0.log").read_text()
-    assert contents(project / BASE) == before
+    assert difference(before, artifacts(project)) == []

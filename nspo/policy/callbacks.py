@@ -22,6 +22,7 @@ from nspo.policy.timing import now, shares
 from nspo.progress import say, track
 from nspo.projection import Constraint, Mode, constrain, innermost
 
+REMEDY = "lower the method's learning_rate (policy.methods)"  # where training diverges
 LEAST_KEPT = 0.01  # share of the gradient's norm below which a run hardly learns, and is told so
 LOOSER_WHEN_RAISED = {"relative", "absolute", "leakage"}  # for all other rules a lower threshold protects less
 Columns = Callable[[int], dict[str, float]]  # what a callback adds to the log of an update
@@ -231,8 +232,7 @@ class LogCallback(TrainerCallback):
         for name, key in (("loss", "loss"), ("norm of the gradient", "grad_norm_clipped_from")):
             if not math.isfinite(row.get(key, 0.0)):
                 raise UserError(
-                    f"step {state.global_step}: the {name} is {row[key]}, expected a finite number: lower the method's "
-                    "learning_rate (policy.methods); the checkpoints of earlier steps are kept"
+                    f"step {state.global_step}: the {name} is {row[key]}, expected a finite number: {REMEDY}"
                 )
         for columns in self.columns:
             row |= columns(state.global_step)

@@ -28,10 +28,11 @@ from nspo.artifacts import (
     write_json,
 )
 from nspo.config import RuntimeSettings
+from nspo.errors import UserError
 from nspo.evaluation.judges import judge_of
 from nspo.json_lines import JsonLines
 from nspo.models import load_model, load_tokenizer, model_identity
-from nspo.policy.callbacks import LogCallback, LoggedCallback, ProbeCallback
+from nspo.policy.callbacks import REMEDY, LogCallback, LoggedCallback, ProbeCallback
 from nspo.policy.grpo import RolloutLearner
 from nspo.policy.judged import JudgedCost
 from nspo.policy.objectives import check_given, constraint_of, load_bases, prepare_layers
@@ -157,7 +158,13 @@ def _train_policy(
     prepare_engine(trainer, training.sharding)
     if checkpoint is not None:
         say(f"resuming {name} (seed {seed}) from {checkpoint.name}")
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except RuntimeError as error:
+        if "probability tensor contains" not in str(error):  # what torch says of logits that are NaN or Inf
+            raise
+        step = trainer.state.global_step
+        raise UserError(f"{name}: after step {step} the policy's logits are NaN or Inf: {REMEDY}") from error
 
     state = whole_weights(trainer)
     processes.wait_for_everyone()  # nobody writes to the work folder any more
