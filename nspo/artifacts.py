@@ -179,7 +179,7 @@ def _fingerprint_tensors(tensors: Mapping[str, "Tensor"]) -> str:
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(f"{name}\0".encode())
-        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
 
 

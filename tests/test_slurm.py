@@ -10,6 +10,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -113,6 +114,7 @@ def test_a_cancelled_job_is_submitted_again_with_more(project: Path, slurm: Clus
     assert slurm.accounted()[job]["JobState"] == "CANCELLED"
     again = max(slurm.jobs().values(), key=lambda entry: int(entry["JobId"]))
     assert (again["MinMemoryNode"], again["TimeLimit"], again["JobState"]) == ("125G", "2-00:00:00", "COMPLETED")
+    assert "resuming nspo (seed 0) from" in (project / RESULTS / "logs/train_policy/nspo-seed0.log").read_text()
     assert difference(before, artifacts(project)) == []
 
 
@@ -122,7 +124,8 @@ def test_a_cancelled_workflow_goes_on(project: Path, slurm: Cluster, tmp_path: P
     (project / BASE / "metrics.json").unlink()
     target = str(BASE / "metrics.json")
     running = start(project, tmp_path / "log", "--retries", "0", target)
-    cancel_once(slurm, running, "evaluate_base", lambda: any((project / RESULTS).glob(".work/evaluation-*.jsonl")))
+    kept = partial((project / RESULTS).glob, ".work/evaluation-*.jsonl")
+    cancel_once(slurm, running, "evaluate_base", lambda: any(path.stat().st_size for path in kept()))
     assert running.wait() == 1
     assert not (project / target).exists()
     assert start(project, tmp_path / "log", target).wait() == 0, (tmp_path / "log").read_text()[-6000:]
