@@ -250,6 +250,16 @@ STAGES = {
     "config check": Stage(
         "nspo.commands:check_file", "check a configuration", arguments={"file": Argument("configuration (YAML)")}
     ),
+    "plan": Stage(
+        "nspo.plan:show_plan",
+        "say what a configuration will take of time, memory, disk and GPU hours",
+        arguments={
+            "config": Argument("configuration (YAML)"),
+            "model": Argument("model folder, config.json or a known name [model.source]", type=str, required=False),
+            "machine": Argument("h100 or cpu [h100]", type=str, required=False),
+            "devices": Argument("how many share collection and training [as configured]", type=int, required=False),
+        },
+    ),
     "bases info": Stage(
         "nspo.commands:show_bases",
         "print what a bases file holds, and draw it",

@@ -71,7 +71,9 @@ def artifacts(project: Path) -> dict[str, bytes]:
     found = {}
     for path, content in contents(project / RESULTS).items():
         if path.endswith("training.parquet"):
-            found[path] = repr(pq.read_table(io.BytesIO(content)).drop_columns("seconds").to_pylist()).encode()
+            table = pq.read_table(io.BytesIO(content))
+            times = [name for name in table.column_names if name.endswith(("seconds", "per_second"))]
+            found[path] = repr(table.drop_columns(times).to_pylist()).encode()
         elif not path.startswith(("logs/", "benchmarks/")):
             found[path] = content
     return found
@@ -88,6 +90,8 @@ def commands(project: Path) -> list[list[str]]:
     lines = re.findall(r"^Shell command: (python -m nspo .*) 2>&1", shown, re.MULTILINE)
     print_words = 'python() { shift 2; printf "%s\\0" "$@"; }; '
     words = [subprocess.check_output(["bash", "-c", print_words + line], text=True) for line in lines]
+    if not words:
+        raise RuntimeError(f"no stage in the plan of Snakemake:\n{shown}")
     return [text.split("\0")[:-1] for text in words]
 
 
