@@ -133,17 +133,14 @@ class _Plan:
         passes = 6 + (2 if method.kl or method.preference else 0)
         step = answers * length * passes * shape.multiplied / flops
         if not method.preference:
-            blocks = (
-                max(self.config.cost.backbone_layers, self.config.reward.backbone_layers) or shape.num_hidden_layers
-            )
-            step += answers * length * 2 * shape.trained * blocks / shape.num_hidden_layers / flops
+            step += answers * length * 2 * shape.trained * self._share("cost", "reward") / flops
             step += self._decode(answers, settings.max_new_tokens, self.training)
         if method.needs_bases:  # the gradient and the weights: D U, and that times U^T
             columns = sum(out * width * KEPT * width for out, width in shape.layers) * shape.num_hidden_layers
             step += settings.updates_per_step * 2 * 4 * columns / flops
         probes = 1 + math.ceil(settings.steps / settings.probe_every)
         probing = probes * self._decode(2 * settings.probe_prompts, settings.max_new_tokens, self.training)
-        whole = FP32 * shape.weights + (FP32 + ADAM) * shape.trained
+        whole: float = FP32 * shape.weights + (FP32 + ADAM) * shape.trained
         if method.needs_bases:
             whole += FP32 * shape.trained + self._bases_bytes()
         each = whole / self.training if self.sharded else whole
