@@ -145,8 +145,8 @@ class AttributionSettings(Section):
     """Where in the model safety lives: what is lost when the update of a group of layers is taken back."""
 
     enabled: bool = Field(True, description="Measure it for every policy: about two minutes each in the default run.")
-    harmful_prompts: int = Field(24, ge=2, description="Prompts per harmful set, the first of the evaluation's.")
-    general_prompts: int = Field(8, ge=2, description="Prompts per general domain, for drift.")
+    harmful_prompts: int = Field(16, ge=2, description="Prompts per harmful set, the first of the evaluation's.")
+    general_prompts: int = Field(6, ge=2, description="Prompts per general domain, for drift.")
 
 
 Tracker = Literal["tensorboard", "trackio"]
