@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers as tf
+from model_copy import copy_model
 
 from nspo import activations, models, sequences
 from nspo.activation_store import ActivationStore, PartWriter
@@ -257,7 +258,7 @@ def test_nan_inputs_are_refused_with_the_layer_that_reads_them(tmp_path, tiny_mo
     """A broken weight surfaces at the first layer that reads its output."""
     model = models.load_model(tiny_model_dir)
     model.model.layers[1].input_layernorm.weight.data[3] = float("nan")
-    shutil.copytree(tiny_model_dir, tmp_path / "model")
+    copy_model(tiny_model_dir, tmp_path / "model")
     model.save_pretrained(tmp_path / "model")
     with pytest.raises(UserError, match=r"layer model\.layers\.1\.self_attn\.q_proj reads NaN or Inf"):
         run(tmp_path / "activations", tmp_path / "model", prompts, max_new_tokens=0)

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from model_copy import copy_model
 from safetensors.torch import load_file, save_file
 
 from nspo import attribution
@@ -34,7 +35,7 @@ def folders(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> d
 
     folder = tmp_path_factory.mktemp("attribution")
     found = {"base": tiny_model_dir, "tuned": folder / "tuned", "cost": folder / "cost"}
-    shutil.copytree(tiny_model_dir, found["tuned"])
+    copy_model(tiny_model_dir, found["tuned"])
     weights = load_file(found["tuned"] / "model.safetensors")
     torch.manual_seed(1)
     layers = {name: value for name, value in weights.items() if "_proj" in name}

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from model_copy import copy_model
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -68,7 +69,7 @@ def tuned(bases, tiny_model_dir, tmp_path):
 
     def make(change=lambda weights: None):
         folder = tmp_path / "tuned"
-        shutil.copytree(tiny_model_dir, folder)
+        copy_model(tiny_model_dir, folder)
         weights = load_file(folder / "model.safetensors")
         torch.manual_seed(0)
         for layer in bases.layers:
@@ -209,7 +210,7 @@ def test_dtypes_may_differ(bases, tiny_model_dir, tuned, tmp_path):
 
     def cast(side, name, convert):
         folder = tmp_path / f"{side}-{name}"
-        shutil.copytree(folders[side], folder)
+        copy_model(folders[side], folder)
         weights = {key: convert(value) for key, value in load_file(folder / "model.safetensors").items()}
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
         return folder
@@ -260,7 +261,7 @@ def test_what_does_not_belong_together_is_refused(bases, tiny_model_dir, tuned, 
     norm = "model.norm.weight"
 
     retokenized, relabelled = tmp_path / "retokenized", tmp_path / "relabelled"
-    shutil.copytree(tiny_model_dir, retokenized)
+    copy_model(tiny_model_dir, retokenized)
     tokenizer = load_tokenizer(retokenized)
     tokenizer.chat_template += " "
     tokenizer.save_pretrained(retokenized)

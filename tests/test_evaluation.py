@@ -3,13 +3,13 @@
 import json
 import math
 import re
-import shutil
 from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from model_copy import copy_model
 
 import nspo.evaluation as stage
 from nspo.artifacts import MANIFEST_NAME, fingerprint_model, make_manifest, write_json
@@ -377,7 +377,7 @@ def prompts(tmp_path_factory):
 @pytest.fixture(scope="module")
 def tuned_dir(models, tiny_model_dir, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tuned") / "model"
-    shutil.copytree(tiny_model_dir, folder)
+    copy_model(tiny_model_dir, folder)
     models[1].save_pretrained(folder)
     return folder
 
