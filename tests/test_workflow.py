@@ -169,7 +169,8 @@ def test_processes_share_out_the_training(finished: Path) -> None:
     """
     results = finished / "results/several"
     shutil.copytree(finished / "results/smoke", results)
-    shutil.rmtree(results / "policy/nspo")
+    for part in ("policy/nspo", "certificates/nspo"):
+        shutil.rmtree(results / part)
     policy = yaml.safe_load((finished / "config/smoke.yaml").read_text())["policy"]
     two = {**policy, "processes": 2, "micro_batch_size": 2}
     target = "results/several/certificates/nspo/seed0.json"
