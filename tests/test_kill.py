@@ -16,15 +16,16 @@ pytestmark = pytest.mark.workflow
 KILLS = (("train-policy", "stage"), ("train-policy", "workflow"), ("verify", "all"))
 
 
-def test_killed_runs_end_in_the_same_artifacts(finished: Path) -> None:
+def test_killed_runs_end_in_the_same_artifacts(finished: Path, tmp_path: Path) -> None:
     """After kills of a stage, of Snakemake and of everything: every byte as before, and no `snakemake --unlock`."""
     target = "results/smoke/certificates/nspo/seed0.json"
     before = artifacts(finished)
-    shutil.rmtree(finished / RESULTS / "policy/nspo")
-    (finished / target).unlink()
+    project = Path(shutil.copytree(finished, tmp_path / "project"))
+    shutil.rmtree(project / RESULTS / "policy/nspo")
+    (project / target).unlink()
     chance = random.Random(0)
-    hits = [kill_once(finished, stage, victim, chance.uniform(1, 4), target) for stage, victim in KILLS]
+    hits = [kill_once(project, stage, victim, chance.uniform(1, 4), target) for stage, victim in KILLS]
     assert any(hits)
-    last = snakemake(finished, target)
+    last = snakemake(project, target)
     assert last.returncode == 0, last.stdout[-4000:]
-    assert difference(before, artifacts(finished)) == []
+    assert difference(before, artifacts(project)) == []
