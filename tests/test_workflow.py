@@ -317,7 +317,7 @@ def test_a_killed_stage_resumes(finished: Path) -> None:
         assert running.poll() is None, "the stage ended before it could be killed"
         assert time.monotonic() < deadline, "the stage did not start"
         time.sleep(0.02)
-    for stage in stages_of(psutil.Process(running.pid), "evaluate"):
+    for stage in stages_of(psutil.Process(running.pid), "evaluate-heldout"):
         stage.send_signal(signal.SIGKILL)
     assert running.wait(timeout=60) == 1
     assert not (finished / target).exists()
