@@ -782,7 +782,10 @@ def test_a_run_stopped_before_its_first_checkpoint_starts_over(inputs, tmp_path,
 
 
 def test_the_target_stops_training_even_across_a_kill(inputs, tmp_path, monkeypatch):
-    """At the first probe that meets the target: its update is the last one logged, no resumed run goes beyond it."""
+    """At the first probe that meets the target: its update is the last one logged, no resumed run goes beyond it.
+
+    What was asked for is written down alike.
+    """
 
     def failing(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -797,6 +800,7 @@ def test_the_target_stops_training_even_across_a_kill(inputs, tmp_path, monkeypa
     assert [row["step"] for row in table(out, "probes")] == [0, 4]
     assert [row["step"] for row in table(out, "training")] == [1, 2, 3, 4]
     assert all(torch.equal(value, stopped[key]) for key, value in weights(out).items())
+    assert json.loads((out / "settings.json").read_text())["trainer"]["max_steps"] == 2 * TRAINING.steps
 
 
 def test_rewinding_forgets_later_rows_and_torn_lines(tmp_path):

@@ -146,6 +146,7 @@ def _train_policy(
     also = [constraint.leakage] if constraint is not None else []
     probes = ProbeCallback(probe, work, training.probe_every * updates, training.target_unsafe, also)
     checkpoint = last_checkpoint(work, updates)
+    asked = training.steps * updates
     if checkpoint is not None and probes.met_target(step_of(checkpoint)):
         # Interrupted after its last update: a run of exactly this length has nothing left but to be written.
         training = training.model_copy(update={"steps": step_of(checkpoint) // updates})
@@ -177,6 +178,7 @@ def _train_policy(
             if (work / TENSORBOARD_FOLDER).is_dir():
                 shutil.copytree(work / TENSORBOARD_FOLDER, scratch / TENSORBOARD_FOLDER)
             settings = resolved_settings(trainer, identity)
+            settings["trainer"]["max_steps"] = asked  # also where the interrupted run had met its target
             write_json(scratch / "settings.json", settings | {"theory": theory(log.steps.rows())})
             write_json(scratch / MANIFEST_NAME, {**identity, "tuned": model_identity(scratch)})
         shutil.rmtree(work)
