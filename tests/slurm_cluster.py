@@ -6,6 +6,7 @@ needs no database. The configuration stands in /etc/slurm, because `srun` inside
 """
 
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -77,9 +78,18 @@ def missing() -> str | None:
         return "a SLURM of one's own is started as root"
     if absent := [name for name in PROGRAMS if shutil.which(name) is None]:
         return f"{absent[0]} is not installed (apt-get install slurm-wlm munge)"
-    if (ETC / "slurm.conf").exists():
+    if (ETC / "slurm.conf").exists() and not _left_over():
         return f"{ETC}/slurm.conf is there already: this machine belongs to a cluster"
     return None
+
+
+def _left_over() -> bool:
+    """Whether the configuration is that of a test run which was killed: ours, and its controller is gone."""
+    found = re.match(
+        r"ClusterName=nspo\n(?s:.*)^SlurmctldPidFile=(.*)$", (ETC / "slurm.conf").read_text(), re.MULTILINE
+    )
+    pid = Path(found[1]) if found else None
+    return pid is not None and not (pid.is_file() and Path("/proc", pid.read_text().strip()).exists())
 
 
 @contextmanager
