@@ -13,8 +13,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import PartialState
 from transformers import Trainer, set_seed
 from transformers.trainer_callback import PrinterCallback
 
@@ -82,83 +80,84 @@ def train_policy(
     check_trackers(runtime.trackers)
     with processes_of(runtime.device, "policy.processes") as processes:
         check_processes(training, method, processes)
-        inputs = (model, bases, layers, reward, cost, prompts, pairs, guide_policy)
         device = own_device(processes, runtime.device)
-        _train_policy(training, method, name, seed, *inputs, out, runtime, processes, device)
+        if not processes.is_main_process:
+            silence()
+        protected = load_bases(method, name, bases, model)
+        judge = (
+            judge_of("policy.judge", training.judge, runtime, stay=True) if training.judge and pairs is None else None
+        )
+        if pairs is None:
+            check_rollout(training, runtime.vllm, device, processes.num_processes)
+        identity = make_manifest(
+            "policy",
+            method=name,
+            seed=seed,
+            settings={**training.dump(), **method.dump()},
+            layers=layers,
+            base=model_identity(model),
+            bases=fingerprint_files([bases]) if bases else None,
+            reward=read_json(reward / MANIFEST_NAME),
+            cost=read_json(cost / MANIFEST_NAME),
+            judge=judge and judge.identity,
+            prompts=fingerprint_files([prompts]),
+            pairs=fingerprint_files([pairs]) if pairs else None,
+            guide=model_identity(guide_policy) if guide_policy else None,
+        )
+        work = Path(runtime.workdir) / f"policy-{name}-seed{seed}-{fingerprint(identity)}"
+        work.mkdir(parents=True, exist_ok=True)
+
+        set_seed(seed)
+        tokenizer = load_tokenizer(model)
+        policy = load_model(model, device)
+        prepare_layers(policy, method, layers, protected)
+        constraint = constraint_of(method, seed, protected, model)
+        learner: RolloutLearner | PairLearner
+        if pairs is None:
+            judged = JudgedCost(judge, work / f"verdicts-{processes.process_index}.jsonl") if judge else None
+            learner = RolloutLearner(training, method, cost, reward, prompts, device, judged)
+        else:
+            learner = PairLearner(method, model, cost, pairs, guide_policy, device)
+        count, length = training.probe_prompts, training.max_new_tokens
+        probe = Probe.load(model, tokenizer, learner.cost, prompts, count, length, device)
+        updates = training.updates_per_step
+        also = [constraint.leakage] if constraint is not None else []
+        probes = ProbeCallback(probe, work, training.probe_every * updates, training.target_unsafe, also)
+        checkpoint = last_checkpoint(work, updates)
+        asked = training.steps * updates
+        if checkpoint is not None and probes.met_target(step_of(checkpoint)):
+            # Interrupted after its last update: a run of exactly this length has nothing left but to be written.
+            training = training.model_copy(update={"steps": step_of(checkpoint) // updates})
+        parts: list[LoggedCallback] = [*([] if constraint is None else [constraint]), *learner.parts]
+        log = LogCallback(work, learner.samples, [part.columns for part in (*parts, probes)], runtime.log_every)
+        watched = tracker_callbacks(runtime.trackers, work, step_of(checkpoint) if checkpoint else 0)
+        callbacks = [*parts, log, probes, *watched]
+        trainer = learner.trainer(training, policy, tokenizer, seed, work, runtime, callbacks)
+        trainer.remove_callback(PrinterCallback)
+        prepare_engine(trainer, training.sharding)
+        if checkpoint is not None:
+            say(f"resuming {name} (seed {seed}) from {checkpoint.name}")
+        learn(trainer, checkpoint, name)
+        state = whole_weights(trainer)
+        processes.wait_for_everyone()  # nobody writes to the work folder any more
+        if processes.is_main_process:
+            settings = resolved_settings(trainer, identity) | {"theory": theory(log.steps.rows())}
+            settings["trainer"]["max_steps"] = asked  # also where the interrupted run had met its target
+            with atomic_path(out) as scratch:
+                policy.save_pretrained(scratch, state_dict=state)
+                tokenizer.save_pretrained(scratch)
+                write_logs(work, scratch)
+                write_json(scratch / "settings.json", settings)
+                write_json(scratch / MANIFEST_NAME, {**identity, "tuned": model_identity(scratch)})
+            shutil.rmtree(work)
 
 
-def _train_policy(
-    training: TrainingSettings,
-    method: MethodSettings,
-    name: str,
-    seed: int,
-    model: Path,
-    bases: Path | None,
-    layers: str,
-    reward: Path,
-    cost: Path,
-    prompts: Path,
-    pairs: Path | None,
-    guide_policy: Path | None,
-    out: Path,
-    runtime: RuntimeSettings,
-    processes: PartialState,
-    device: torch.device,
-) -> None:
-    if not processes.is_main_process:
-        silence()
-    protected = load_bases(method, name, bases, model)
-    judge = judge_of("policy.judge", training.judge, runtime, stay=True) if training.judge and pairs is None else None
-    if pairs is None:
-        check_rollout(training, runtime.vllm, device, processes.num_processes)
-    identity = make_manifest(
-        "policy",
-        method=name,
-        seed=seed,
-        settings={**training.dump(), **method.dump()},
-        layers=layers,
-        base=model_identity(model),
-        bases=fingerprint_files([bases]) if bases else None,
-        reward=read_json(reward / MANIFEST_NAME),
-        cost=read_json(cost / MANIFEST_NAME),
-        judge=judge and judge.identity,
-        prompts=fingerprint_files([prompts]),
-        pairs=fingerprint_files([pairs]) if pairs else None,
-        guide=model_identity(guide_policy) if guide_policy else None,
-    )
-    work = Path(runtime.workdir) / f"policy-{name}-seed{seed}-{fingerprint(identity)}"
-    work.mkdir(parents=True, exist_ok=True)
+def learn(trainer: Trainer, checkpoint: Path | None, name: str) -> None:
+    """Train from the checkpoint on, or from the start.
 
-    set_seed(seed)
-    tokenizer = load_tokenizer(model)
-    policy = load_model(model, device)
-    prepare_layers(policy, method, layers, protected)
-    constraint = constraint_of(method, seed, protected, model)
-    learner: RolloutLearner | PairLearner
-    if pairs is None:
-        judged = JudgedCost(judge, work / f"verdicts-{processes.process_index}.jsonl") if judge else None
-        learner = RolloutLearner(training, method, cost, reward, prompts, device, judged)
-    else:
-        learner = PairLearner(method, model, cost, pairs, guide_policy, device)
-    count, length = training.probe_prompts, training.max_new_tokens
-    probe = Probe.load(model, tokenizer, learner.cost, prompts, count, length, device)
-    updates = training.updates_per_step
-    also = [constraint.leakage] if constraint is not None else []
-    probes = ProbeCallback(probe, work, training.probe_every * updates, training.target_unsafe, also)
-    checkpoint = last_checkpoint(work, updates)
-    asked = training.steps * updates
-    if checkpoint is not None and probes.met_target(step_of(checkpoint)):
-        # Interrupted after its last update: a run of exactly this length has nothing left but to be written.
-        training = training.model_copy(update={"steps": step_of(checkpoint) // updates})
-    parts: list[LoggedCallback] = [*([] if constraint is None else [constraint]), *learner.parts]
-    log = LogCallback(work, learner.samples, [part.columns for part in (*parts, probes)], runtime.log_every)
-    watched = tracker_callbacks(runtime.trackers, work, step_of(checkpoint) if checkpoint else 0)
-    callbacks = [*parts, log, probes, *watched]
-    trainer = learner.trainer(training, policy, tokenizer, seed, work, runtime, callbacks)
-    trainer.remove_callback(PrinterCallback)
-    prepare_engine(trainer, training.sharding)
-    if checkpoint is not None:
-        say(f"resuming {name} (seed {seed}) from {checkpoint.name}")
+    Raises:
+        UserError: when the policy diverges until its logits are NaN or Inf.
+    """
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except RuntimeError as error:
@@ -167,21 +166,13 @@ def _train_policy(
         step = trainer.state.global_step
         raise UserError(f"{name}: after step {step} the policy's logits are NaN or Inf: {REMEDY}") from error
 
-    state = whole_weights(trainer)
-    processes.wait_for_everyone()  # nobody writes to the work folder any more
-    if processes.is_main_process:
-        with atomic_path(out) as scratch:
-            policy.save_pretrained(scratch, state_dict=state)
-            tokenizer.save_pretrained(scratch)
-            for file in ("training", "probes", "samples"):
-                write_rows(JsonLines(work / f"{file}.jsonl").rows(), scratch / f"{file}.parquet")
-            if (work / TENSORBOARD_FOLDER).is_dir():
-                shutil.copytree(work / TENSORBOARD_FOLDER, scratch / TENSORBOARD_FOLDER)
-            settings = resolved_settings(trainer, identity)
-            settings["trainer"]["max_steps"] = asked  # also where the interrupted run had met its target
-            write_json(scratch / "settings.json", settings | {"theory": theory(log.steps.rows())})
-            write_json(scratch / MANIFEST_NAME, {**identity, "tuned": model_identity(scratch)})
-        shutil.rmtree(work)
+
+def write_logs(work: Path, folder: Path) -> None:
+    """What the run logged in `work`, as files of the policy's folder."""
+    for file in ("training", "probes", "samples"):
+        write_rows(JsonLines(work / f"{file}.jsonl").rows(), folder / f"{file}.parquet")
+    if (work / TENSORBOARD_FOLDER).is_dir():
+        shutil.copytree(work / TENSORBOARD_FOLDER, folder / TENSORBOARD_FOLDER)
 
 
 def last_checkpoint(work: Path, updates: int) -> Path | None:
