@@ -38,7 +38,7 @@ from nspo.bases import NullSpaceBases
 from nspo.bases_table import block_of, kind_of
 from nspo.config import BasesSettings
 from nspo.derived_bases import random_like
-from nspo.evaluation.drift import FIGURES, drift, token_weights
+from nspo.evaluation.drift import FIGURES, Remembered, drift, token_weights
 from nspo.linears import find_linears, is_transposed
 from nspo.models import chat_ids, generate, load_model, load_tokenizer
 from nspo.progress import track
@@ -123,26 +123,12 @@ def spaces(name: Point, sites: Iterable[Mapping[Point, Choice]]) -> dict[str, fl
 # ------------------------------------------------------------------------------------------- what an update does there
 
 
-class Remembered:
-    """A model that answers a batch it has seen from memory: the base is asked the same for every rule."""
-
-    def __init__(self, model: PreTrainedModel):
-        self.model, self.device, self.config = model, model.device, model.config
-        self.seen: dict[bytes, Any] = {}
-
-    def __call__(self, input_ids: Tensor, **options: Any) -> Any:
-        """The model's output, computed once per batch of ids."""
-        key = input_ids.cpu().numpy().tobytes()
-        if key not in self.seen:
-            self.seen[key] = self.model(input_ids=input_ids, **options)
-        return self.seen[key]
-
-
 class Trial:
     """A model whose answers to held-out prompts are compared with those of its updated self."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: Any):
-        self.tokenizer, self.base, self.tuned = tokenizer, Remembered(model), copy.deepcopy(model)
+        self.tokenizer, self.model, self.tuned = tokenizer, model, copy.deepcopy(model)
+        self.base = Remembered(model)  # it is asked the same for every rule
         asked = {
             domain: load_prompts(options.prompts, role, "heldout", domain, options.prompts_per_domain)
             for role in ("general", "benign", HARMFUL)
@@ -161,7 +147,7 @@ class Trial:
             How many layers could move.
         """
         generator = torch.Generator().manual_seed(seed)
-        before, after = find_linears(self.base.model, bases), find_linears(self.tuned, bases)
+        before, after = find_linears(self.model, bases), find_linears(self.tuned, bases)
         moved = 0
         for layer, basis in bases.items():
             weight = before[layer].weight.detach()
@@ -179,10 +165,11 @@ class Trial:
 
         Harmless look-alikes count as general, as they do among the protected inputs.
         """
-        base: Any = self.base  # answers like the model, from memory
         lengths = [len(answer) for answer in self.answers]
         weights = token_weights(lengths, FIRST_TOKENS)
-        found = drift(base, self.tuned, self.tokenizer, self.prompts, self.answers, FIRST_TOKENS, BATCH, description)
+        found = drift(
+            self.base, self.tuned, self.tokenizer, self.prompts, self.answers, FIRST_TOKENS, BATCH, description
+        )
         members = {name: [i for i, domain in enumerate(self.domains) if domain == name] for name in set(self.domains)}
         members["general"] = [i for i, domain in enumerate(self.domains) if domain not in self.harmful]
         members[HARMFUL] = [i for i, domain in enumerate(self.domains) if domain in self.harmful]

@@ -30,7 +30,7 @@ from nspo.artifacts import fingerprint, make_manifest, read_json, read_table, wr
 from nspo.bases_table import find_block
 from nspo.config import AttributionSettings, EvaluationSettings, RuntimeSettings
 from nspo.errors import UserError
-from nspo.evaluation.drift import drift, token_weights
+from nspo.evaluation.drift import Remembered, drift, token_weights
 from nspo.evaluation.judges import CostModel, flags
 from nspo.evaluation.statistics import bootstrap_mean, paired_difference, wilson
 from nspo.models import chat_ids, device_of, generate, load_model, load_tokenizer, model_identity
@@ -87,10 +87,11 @@ def attribute(
     done = _kept(work)
     if rest := [name for name in groups if name not in done]:
         tokenizer = load_tokenizer(base)
-        models = load_model(base, device), load_model(tuned, device)
+        before, after = load_model(base, device), load_model(tuned, device)
+        remembered = Remembered(before)
         for name in rest:
-            with taken_back(models[1], models[0], groups[name]):
-                done[name] = _measure(*models, tokenizer, judge, asked, limits, name)
+            with taken_back(after, before, groups[name]):
+                done[name] = _measure(remembered, after, tokenizer, judge, asked, limits, name)
             work.parent.mkdir(parents=True, exist_ok=True)
             with work.open("a") as file:
                 file.write("\n" + json.dumps([name, done[name]]) + "\n")  # the first ends a line that was cut off
@@ -208,7 +209,7 @@ def choose(settings: AttributionSettings, tuned: Path, base: Path) -> dict[str, 
 
 
 def _measure(
-    base: PreTrainedModel,
+    base: Remembered,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     judge: CostModel,

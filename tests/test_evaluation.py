@@ -17,7 +17,7 @@ from nspo.config import EvaluationSettings, RuntimeSettings
 from nspo.errors import UserError
 from nspo.evaluation import answers
 from nspo.evaluation.checks import mark
-from nspo.evaluation.drift import FIGURES, drift, token_drift, token_weights
+from nspo.evaluation.drift import FIGURES, Remembered, drift, token_drift, token_weights
 from nspo.evaluation.judges import CostModel, flags
 from nspo.evaluation.scores import compute_scores
 from nspo.evaluation.statistics import bootstrap_mean, mcnemar, paired_difference, wilson
@@ -226,6 +226,19 @@ def test_batching_and_padding_change_nothing(models, monkeypatch):
     for name in FIGURES:
         for other in (alone, tight, {key: values[::-1] for key, values in reverse.items()}):
             assert other[name] == pytest.approx(together[name], abs=1e-6)
+
+
+def test_a_remembered_base_is_asked_once(models):
+    """The same figures from memory, also after the model was let go, which answers no batch that it has not seen."""
+    base, tuned, tokenizer = models
+    remembered = Remembered(base)
+    first = drift(remembered, base, tokenizer, PROMPTS, ANSWERS, 2, 3)
+    remembered.release()
+    assert first == drift(base, base, tokenizer, PROMPTS, ANSWERS, 2, 3)
+    again = drift(remembered, tuned, tokenizer, PROMPTS, ANSWERS, 2, 3)
+    assert again == drift(base, tuned, tokenizer, PROMPTS, ANSWERS, 2, 3)
+    with pytest.raises(LookupError, match="not seen"):
+        drift(remembered, tuned, tokenizer, PROMPTS[:1], ANSWERS[:1], 2, 3)
 
 
 def test_first_token_figure_sees_the_first_token_only(models):

@@ -5,10 +5,13 @@ answer tokens (where a refusal is decided, and to which the mean over all tokens
 answer's negative log-likelihood, and the share of tokens on which both models' first choice agrees. Every answer token
 counts, the closing stop token too; prompt and padding never do. (The authors' release reports benchmark scores only.)
 
-Both models run side by side on the same batch, so logits are never stored; only those at answer positions are computed.
+Both models run side by side on the same batch, so logits need not be stored (`Remembered` stores the base's, where it
+is compared with again and again); only those at answer positions are computed.
 """
 
 from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,9 +43,34 @@ def token_drift(base_logits: Tensor, tuned_logits: Tensor, targets: Tensor) -> t
     return kl, nll_change, base_logits.argmax(-1) == tuned_logits.argmax(-1)
 
 
+class Remembered:
+    """A base model that answers a batch it has seen from memory, for drift that is measured many times.
+
+    Logits wait in main memory. Once every batch was seen, `release` lets the model itself go.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model: PreTrainedModel | None = model
+        self.device, self.config = model.device, model.config
+        self.seen: dict[bytes, Tensor] = {}
+
+    def __call__(self, input_ids: Tensor, **options: Any) -> SimpleNamespace:
+        """The model's logits, computed once per batch of ids."""
+        key = input_ids.cpu().numpy().tobytes()
+        if key not in self.seen:
+            if self.model is None:
+                raise LookupError("a batch that was not seen before the model was released")
+            self.seen[key] = self.model(input_ids=input_ids, **options).logits.cpu()
+        return SimpleNamespace(logits=self.seen[key].to(self.device))
+
+    def release(self) -> None:
+        """Let the model go, and its memory with it; from now on only batches that were seen are answered."""
+        self.model = None
+
+
 @torch.no_grad()  # no inference mode: FSDP2 keeps its buffers for training
 def drift(
-    base: PreTrainedModel,
+    base: PreTrainedModel | Remembered,
     tuned: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompt_ids: Sequence[Sequence[int]],
@@ -113,7 +141,7 @@ def _batches(
     return batches
 
 
-def _last_logits(model: PreTrainedModel, ids: Tensor, mask: Tensor, count: int) -> Tensor:
+def _last_logits(model: PreTrainedModel | Remembered, ids: Tensor, mask: Tensor, count: int) -> Tensor:
     """(B, count, V): logits that predict the last `count` tokens of rows padded on the left."""
     positions = (mask.cumsum(-1) - 1).clamp(min=0)  # a row's first real token is position 0, whatever its padding
     output = model(

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from nspo.evaluation.drift import drift, token_weights
+from nspo.evaluation.drift import Remembered, drift, token_weights
 from nspo.models import chat_ids, generate, load_model
 from nspo.preference import PreferenceModel
 from nspo.prompts import domains, load_prompts
@@ -40,10 +40,10 @@ def full_precision(model: PreTrainedModel) -> Iterator[None]:
 
 @dataclass
 class Probe:
-    """Probe prompts and the base model's own answers to the general ones, made once."""
+    """Probe prompts, and what the base model says to the general ones: asked once, after which the model is let go."""
 
     tokenizer: PreTrainedTokenizerBase
-    base: PreTrainedModel
+    base: Remembered
     cost: PreferenceModel
     harmful: list[str]
     benign: list[str]
@@ -73,7 +73,7 @@ class Probe:
         answers = dict(generate(base, tokenizer, general_ids, max_new_tokens, BATCH, "base answers for the probes"))
         return cls(
             tokenizer=tokenizer,
-            base=base,
+            base=Remembered(base),
             cost=cost,
             harmful=[r["prompt"] for r in load_prompts(prompts, "harmful", "validation", limit=count)],
             benign=[r["prompt"] for r in load_prompts(prompts, "benign", "validation", limit=count)],
@@ -89,6 +89,7 @@ class Probe:
             moved = drift(
                 self.base, policy, self.tokenizer, self.general_ids, self.answer_ids, FIRST_TOKENS, BATCH, "probe drift"
             )
+        self.base.release()
         cost = self.cost.score(self.harmful, harmful)
         weights = token_weights([len(ids) for ids in self.answer_ids], FIRST_TOKENS)
         return {
