@@ -22,7 +22,7 @@ include: "workflow/rules/common.smk"
 pathvars:
     results=settings.runtime.results,
     logs=f"{settings.runtime.results}/logs",
-    benchmarks=f"{settings.runtime.results}/benchmarks",
+    timings=f"{settings.runtime.results}/timings",
 
 
 include: "workflow/rules/sources.smk"

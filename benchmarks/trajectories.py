@@ -47,7 +47,7 @@ FORMATS = {  # of the figures at the target, in the table's order
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=Path("config/objectives.yaml"))
-    parser.add_argument("--target", type=float, default=0.3, help="unsafe rate at which objectives are compared")
+    parser.add_argument("--target", type=float, default=0.375, help="unsafe rate at which objectives are compared")
     parser.add_argument("--out", type=Path, default=Path("results/benchmarks"))
     args = parser.parse_args()
     settings = load_config(args.config)

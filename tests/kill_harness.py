@@ -74,7 +74,7 @@ def artifacts(project: Path) -> dict[str, bytes]:
             table = pq.read_table(io.BytesIO(content))
             times = [name for name in table.column_names if name.endswith(("seconds", "per_second"))]
             found[path] = repr(table.drop_columns(times).to_pylist()).encode()
-        elif not path.startswith(("logs/", "benchmarks/")) and not path.endswith(".snakemake_timestamp"):
+        elif not path.startswith(("logs/", "timings/")) and not path.endswith(".snakemake_timestamp"):
             found[path] = content
     return found
 

@@ -12,7 +12,7 @@ rule evaluate_base:
     log:
         "<logs>/evaluate/base-seed0.log",
     benchmark:
-        "<benchmarks>/evaluate/base-seed0.tsv"
+        "<timings>/evaluate/base-seed0.tsv"
     conda:
         "../envs/nspo.yaml"
     threads: HEAVY_THREADS
@@ -49,7 +49,7 @@ use rule evaluate_base as evaluate_policy with:
     log:
         "<logs>/evaluate/{method}-seed{seed}.log",
     benchmark:
-        "<benchmarks>/evaluate/{method}-seed{seed}.tsv"
+        "<timings>/evaluate/{method}-seed{seed}.tsv"
     params:
         flags=flags(settings.evaluation),
         runtime=runtime,
@@ -79,7 +79,7 @@ rule benchmark_base:
     log:
         "<logs>/benchmark/base-seed0-{task}.log",
     benchmark:
-        "<benchmarks>/benchmark/base-seed0-{task}.tsv"
+        "<timings>/benchmark/base-seed0-{task}.tsv"
     conda:
         "../envs/nspo.yaml"
     threads: HEAVY_THREADS
@@ -116,7 +116,7 @@ use rule benchmark_base as benchmark_policy with:
     log:
         "<logs>/benchmark/{method}-seed{seed}-{task}.log",
     benchmark:
-        "<benchmarks>/benchmark/{method}-seed{seed}-{task}.tsv"
+        "<timings>/benchmark/{method}-seed{seed}-{task}.tsv"
     params:
         flags=benchmark_flags,
         judging=flags(judge_settings),
@@ -139,7 +139,7 @@ rule judge_agreement:
     log:
         "<logs>/judge_agreement.log",
     benchmark:
-        "<benchmarks>/judge_agreement.tsv"
+        "<timings>/judge_agreement.tsv"
     conda:
         "../envs/nspo.yaml"
     threads: HEAVY_THREADS
@@ -176,7 +176,7 @@ rule attribute:
     log:
         "<logs>/attribute/{method}-seed{seed}.log",
     benchmark:
-        "<benchmarks>/attribute/{method}-seed{seed}.tsv"
+        "<timings>/attribute/{method}-seed{seed}.tsv"
     conda:
         "../envs/nspo.yaml"
     threads: HEAVY_THREADS

@@ -13,7 +13,7 @@ rule make_pairs:
     log:
         "<logs>/make_pairs/seed{seed}.log",
     benchmark:
-        "<benchmarks>/make_pairs/seed{seed}.tsv"
+        "<timings>/make_pairs/seed{seed}.tsv"
     conda:
         "../envs/nspo.yaml"
     threads: HEAVY_THREADS
@@ -52,7 +52,7 @@ rule train_policy:
     log:
         "<logs>/train_policy/{method}-seed{seed}.log",
     benchmark:
-        "<benchmarks>/train_policy/{method}-seed{seed}.tsv"
+        "<timings>/train_policy/{method}-seed{seed}.tsv"
     conda:
         "../envs/nspo.yaml"
     threads: HEAVY_THREADS

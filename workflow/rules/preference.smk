@@ -14,7 +14,7 @@ rule train_cost:
     log:
         "<logs>/train_cost.log",
     benchmark:
-        "<benchmarks>/train_cost.tsv"
+        "<timings>/train_cost.tsv"
     conda:
         "../envs/nspo.yaml"
     threads: HEAVY_THREADS
@@ -48,7 +48,7 @@ use rule train_cost as train_reward with:
     log:
         "<logs>/train_reward.log",
     benchmark:
-        "<benchmarks>/train_reward.tsv"
+        "<timings>/train_reward.tsv"
     params:
         target="reward",
         flags=flags(settings.reward),
