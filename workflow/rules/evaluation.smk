@@ -84,8 +84,8 @@ rule benchmark_base:
         "../envs/nspo.yaml"
     threads: HEAVY_THREADS
     resources:
-        mem="32GB",
-        runtime="8h",
+        mem=grows(32, "GB"),
+        runtime=grows(8, "h"),
     params:
         flags=benchmark_flags,
         judging=flags(judge_settings),
@@ -181,8 +181,8 @@ rule attribute:
         "../envs/nspo.yaml"
     threads: HEAVY_THREADS
     resources:
-        mem="32GB",
-        runtime="4h",
+        mem=grows(32, "GB"),
+        runtime=grows(4, "h"),
     params:
         flags=flags(settings.attribution, ("harmful_prompts", "general_prompts")),
         runtime=runtime,

@@ -18,8 +18,8 @@ rule make_pairs:
         "../envs/nspo.yaml"
     threads: HEAVY_THREADS
     resources:
-        mem="64GB",
-        runtime="12h",
+        mem=grows(64, "GB"),
+        runtime=grows(12, "h"),
     params:
         settings=flags(settings.policy, PairSettings.model_fields),
         runtime=runtime,
