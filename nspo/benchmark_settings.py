@@ -1,5 +1,6 @@
 """Typed settings of the named benchmarks; a part of `nspo/config.py`."""
 
+import difflib
 from typing import Annotated, Any, Self
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -35,9 +36,11 @@ class BenchmarkSettings(Section):
 
     @model_validator(mode="after")
     def _names_are_known(self) -> Self:
-        for name in [*self.tasks, *self.sources]:
-            if name not in TASKS:
-                raise ValueError(f"found the benchmark {name!r}, expected one of: {', '.join(TASKS)}")
+        for key in ("tasks", "sources"):
+            if unknown := [name for name in getattr(self, key) if name not in TASKS]:
+                close = difflib.get_close_matches(unknown[0], TASKS, n=1)
+                hint = f"did you mean {close[0]!r}?" if close else "expected one that docs/evaluation.md lists"
+                raise ValueError(f"{key}: found the benchmark {unknown[0]!r}, {hint}")
         if len(set(self.tasks)) < len(self.tasks):
             raise ValueError(f"tasks {self.tasks} names a benchmark twice, expected each once")
         for name, source in self.sources.items():

@@ -27,10 +27,10 @@ from pathlib import Path
 
 import psutil
 import pyarrow.parquet as pq
-from workflow_project import contents, copy_project, snakemake, snakemake_command
+from workflow_project import BENCHMARK, contents, copy_project, set_config, snakemake, snakemake_command
 
 RESULTS = Path("results/smoke")
-OUTPUTS = ("--out", "--summary", "--plots")
+OUTPUTS = ("--out", "--summary", "--latex", "--cards", "--plots")
 
 
 def processes(workflow: psutil.Process, stage: str) -> list[psutil.Process]:
@@ -157,6 +157,7 @@ def main() -> int:
 
     with tempfile.TemporaryDirectory() as folder:
         project = copy_project(Path(folder))
+        set_config(project, benchmarks=BENCHMARK)
         stages = commands(project)
         for name in {stage[0] for stage in stages} & STAGES.keys():
             importlib.import_module(STAGES[name].function.partition(":")[0])

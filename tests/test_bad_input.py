@@ -3,6 +3,7 @@
 The mutations are systematic, not random: every key of the default and of the smoke configuration, with every fault.
 """
 
+import contextlib
 import copy
 import datetime
 import gzip
@@ -39,8 +40,63 @@ from nspo.validation import LONGEST, check_config, load_config, validate
 ROOT = Path(__file__).parents[1]
 SMOKE = ROOT / "config/smoke.yaml"
 SCHEMA = jsonschema.Draft202012Validator(json.loads(json_schema()))
-GONE = object()
-NAMED = {"wheels", "general", "harmful_heldout", "labels", "methods", "weights"}  # mappings whose keys a user chooses
+GONE, MISSPELT = object(), object()
+# Mappings whose keys a user chooses.
+NAMED = {"wheels", "general", "harmful_heldout", "labels", "methods", "weights", "judges", "only", "grades"}
+EVERY_KEY: dict[str, Any] = {  # what the default leaves out
+    "model": {"source": "tiny:llama"},
+    "data": {
+        "wheels": {},
+        "general": {"maths": {"source": "builtin:maths.jsonl", "only": {"level": "[1-3]"}, "fraction": 0.5}},
+        "harmful": {"source": "harmful.csv"},
+        "harmful_heldout": {"other": {"source": "other.csv"}},
+        "labels": {
+            "graded": {
+                "kind": "graded",
+                "source": ["graded.csv"],
+                "target": "cost",
+                "questions": {"source": "questions.csv"},
+                "grades": {"0": 1.0, "1": 0.0},
+            },
+            "pairs": {"kind": "pairs", "source": ["pairs.jsonl"], "target": "reward", "fraction": 0.5},
+            "rlhf": {"kind": "safe_rlhf", "source": ["rlhf.jsonl"], "target": "cost", "only": {"severity": "[23]"}},
+        },
+    },
+    "bases": {"weights": {"maths": 2.0, "benign": 0.5}, "precomputed": "hub:org/name@main"},
+    "policy": {
+        "methods": {
+            "dpo": {"objective": "dpo", "learning_rate": 1e-4, "beta": 0.2},
+            "tokens": {
+                "objective": "wdoor",
+                "learning_rate": 1e-4,
+                "token_temperature": 0.5,
+                "safety_share": 0.3,
+                "guide": "dpo",
+            },
+            "limit": {
+                "objective": "nspo_lagrangian",
+                "learning_rate": 1e-4,
+                "cost_limit": 0.2,
+                "multiplier_init": 1.5,
+                "multiplier_lr": 0.2,
+                "multiplier_max": 4.0,
+            },
+            "near": {"objective": "grpo", "learning_rate": 1e-4, "kl": 0.04},
+        },
+        "delta": 3.0,
+        "seeds": [0, 1],
+        "judge": {"kind": "endpoint", "url": "http://host/v1", "model": "m", "template": "{prompt}|{response}"},
+    },
+    "evaluation": {
+        "judges": {
+            "net": {"kind": "endpoint", "url": "http://host/v1", "model": "m", "api_key_env": "KEY"},
+            "guard": {"kind": "guard", "source": "guard", "safe": "no", "unsafe": "yes", "line": "Harmful response:"},
+            "labels": {"kind": "classifier", "source": "hub:org/name@main", "unsafe": ["toxic"], "threshold": 0.4},
+        }
+    },
+    "benchmarks": {"tasks": ["advbench", "xstest"], "sources": {"advbench": "a.csv", "xstest": "hub:org/name@main"}},
+    "runtime": {"requests": {"retries": 1}, "vllm": {"server": "http://host:8000"}, "trackers": ["tensorboard"]},
+}
 LOOP: list[Any] = []
 LOOP.append(LOOP)
 WRONG: list[Any] = [
@@ -91,24 +147,34 @@ def at(node: Any, path: Path_) -> Any:
     return node
 
 
-def mutations(shipped: dict[str, Any]) -> Iterator[tuple[Path_, Any, dict[str, Any]]]:
-    """(path, what stands there now, configuration): each key with each wrong value, missing, and misspelt."""
+def change(raw: dict[str, Any], path: Path_, wrong: Any) -> Path_:
+    """Let `wrong` stand at `path` of a configuration, take the key away, or misspell it; the path that is wrong now."""
+    parent = at(raw, path[:-1])
+    if wrong is GONE:
+        del parent[path[-1]]
+    elif wrong is MISSPELT:
+        path = (*path[:-1], f"{path[-1]}x")
+        parent[path[-1]] = parent.pop(path[-1][:-1])
+    else:
+        parent[path[-1]] = wrong
+    return path
+
+
+def faults(shipped: dict[str, Any]) -> Iterator[tuple[Path_, Any]]:
+    """Every place of a configuration, with all that it can wrongly become."""
     for path in places(shipped):
         for wrong in WRONG:
-            if path[-1] == "kind" and wrong == 16**5000:
-                continue  # pydantic-core prints a note of its own when it cannot write out the tag of a union
-            raw = copy.deepcopy(shipped)
-            parent = at(raw, path[:-1])
-            if wrong is GONE:
-                del parent[path[-1]]
-            else:
-                parent[path[-1]] = wrong
-            yield path, wrong, raw
+            if path[-1] != "kind" or wrong != 16**5000:
+                yield path, wrong  # pydantic-core prints a note of its own when it cannot write out the tag of a union
         if isinstance(path[-1], str) and (len(path) < 2 or path[-2] not in NAMED):
-            raw = copy.deepcopy(shipped)
-            parent = at(raw, path[:-1])
-            parent[f"{path[-1]}x"] = parent.pop(path[-1])
-            yield (*path[:-1], f"{path[-1]}x"), "misspelt", raw
+            yield path, MISSPELT
+
+
+def mutations(shipped: dict[str, Any]) -> Iterator[tuple[Path_, Any, dict[str, Any]]]:
+    """(path, what stands there now, configuration): each key with each wrong value, missing, and misspelt."""
+    for path, wrong in faults(shipped):
+        raw = copy.deepcopy(shipped)
+        yield change(raw, path, wrong), wrong, raw
 
 
 def outcome(read: Callable[[], Any]) -> tuple[Any, str]:
@@ -135,24 +201,44 @@ def check_lines(text: str, where: str) -> list[str]:
     return lines
 
 
-@pytest.mark.parametrize("name", ["default", "smoke"])
+def shipped(name: str) -> dict[str, Any]:
+    """A configuration without fault."""
+    written = {"default": Config().dump, "smoke": lambda: yaml.safe_load(SMOKE.read_text()), "every": lambda: EVERY_KEY}
+    return written[name]()
+
+
+@pytest.mark.parametrize("name", ["default", "smoke", "every"])
 def test_every_wrong_value_is_refused_by_key(name: str) -> None:
     """What is accepted is allowed by the schema and kept as it is; all else is refused, naming the file and the key."""
-    shipped = Config().dump() if name == "default" else yaml.safe_load(SMOKE.read_text())
     refused = 0
-    for path, wrong, raw in mutations(shipped):
+    for path, wrong, raw in mutations(shipped(name)):
         config, message = outcome(lambda raw=raw: check_config(raw, "my.yaml"))
         if message:
             refused += 1
             assert any(names_key(line, path) for line in check_lines(message, "my.yaml: ")), (path, wrong, message)
             continue
-        assert wrong != "misspelt", path
+        assert wrong is not MISSPELT, path
         if wrong is not GONE:
             kept = at(config.dump(), path)
             assert wrong in ({}, []) or kept == wrong, (path, wrong)
             assert type(kept) is type(wrong) or (type(kept), type(wrong)) == (float, int), (path, wrong)
             assert SCHEMA.is_valid(raw), (path, wrong)
     assert refused > 700
+
+
+def test_several_faults_are_told_at_once() -> None:
+    """Of two to four faults in one configuration, whatever they make of each other, the first to be told is one."""
+    chance = random.Random(0)
+    for name in ("default", "smoke", "every"):
+        known = list(faults(shipped(name)))
+        for _ in range(150):
+            raw, wrong = copy.deepcopy(shipped(name)), []
+            for path, value in sorted(chance.sample(known, chance.randint(2, 4)), key=lambda fault: -len(fault[0])):
+                with contextlib.suppress(LookupError):  # what another fault took away
+                    wrong.append(change(raw, path, value))
+            _, message = outcome(lambda raw=raw: check_config(raw, "my.yaml"))
+            line = check_lines(message, "my.yaml: ")[0] if message else ""
+            assert any(names_key(line, path) for path in wrong) or not message, (wrong, message)
 
 
 def test_wrong_files_end_in_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

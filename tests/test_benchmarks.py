@@ -443,7 +443,8 @@ def test_answers_are_made_once(
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (["--tasks", "advbnch"], "found the benchmark 'advbnch', expected one of: advbench"),
+        (["--tasks", "advbnch"], "tasks: found the benchmark 'advbnch', did you mean 'advbench'?"),
+        (["--sources", '{"mine": "x.csv"}'], "sources: found the benchmark 'mine', expected one that docs/evaluation"),
         (["--tasks", "alert"], "alert: no data: put alert/alert.jsonl"),
         (["--cost", "nowhere"], "nowhere"),
         (["--training", "nowhere.parquet"], "nowhere.parquet does not exist"),

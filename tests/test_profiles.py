@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import pytest
 import yaml
-from workflow_project import ROOT, snakemake
+from workflow_project import BENCHMARK, ROOT, snakemake
 
 pytestmark = pytest.mark.workflow
 
@@ -15,7 +15,7 @@ EVERY_RULE = {
     "bases": {"jobs": 2},
     "policy": {"methods": {name: {"objective": name, "learning_rate": 1e-4} for name in ("nspo", "dpo")}},
     "evaluation": {"judges": {"net": {"kind": "endpoint", "url": "http://127.0.0.1:9/v1", "model": "m"}}},
-    "benchmarks": {"tasks": ["advbench"], "sources": {"advbench": "tests/data/harmful.jsonl"}},
+    "benchmarks": BENCHMARK,
 }
 
 

@@ -14,10 +14,9 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-import yaml
 from kill_harness import artifacts, difference
 from slurm_cluster import Cluster, cluster, missing
-from workflow_project import copy_project
+from workflow_project import BENCHMARK, copy_project, set_config
 
 pytest.importorskip("snakemake_executor_plugin_slurm", reason="the dev extra installs the SLURM plugin")
 pytestmark = [pytest.mark.slurm, pytest.mark.skipif(missing() is not None, reason=f"no SLURM: {missing()}")]
@@ -39,8 +38,11 @@ JOBS = {
     "certify": 2,
     "evaluate_base": 1,
     "evaluate_policy": 2,
+    "benchmark_base": 1,
+    "benchmark_policy": 2,
+    "attribute": 2,
 }
-GPU_RULES = {"collect_activations", "train_cost", "train_reward", "train_policy", "evaluate_base", "evaluate_policy"}
+NO_GPU = {"prepare_model", "prepare_prompts", "prepare_labels", "compute_bases_part", "compute_bases", "certify"}
 
 
 @pytest.fixture(scope="module")
@@ -56,10 +58,14 @@ def project(tmp_path_factory: pytest.TempPathFactory, slurm: Cluster) -> Path:
     folder = copy_project(tmp_path_factory.mktemp("project"))
     profile = folder / "profiles/slurm/profile.yaml"
     profile.write_text(profile.read_text().replace("<partition>", slurm.partition))
-    config = folder / "config/smoke.yaml"
-    raw = yaml.safe_load(config.read_text())
-    raw["policy"]["steps"], raw["evaluation"]["batch_size"], raw["bases"] = 6, 2, {"jobs": 3}
-    config.write_text(yaml.safe_dump(raw, sort_keys=False))
+    set_config(
+        folder,
+        bases={"jobs": 3},
+        cost={"positive_above": 0.2},  # then all that this model says counts as unsafe: it trains to its last step
+        policy={"steps": 12, "probe_prompts": 8},
+        evaluation={"batch_size": 2},
+        benchmarks=BENCHMARK,
+    )
     return folder
 
 
@@ -97,7 +103,7 @@ def test_the_workflow_runs_on_the_cluster(project: Path, slurm: Cluster, tmp_pat
     assert {job["JobState"] for job in jobs.values()} == {"COMPLETED"}
     ended = slurm.accounted()
     assert {job: entry["JobState"] for job, entry in ended.items()} == dict.fromkeys(jobs, "COMPLETED")
-    assert {of_rule(job) for job in jobs.values() if job.get("TresPerJob") == "gres:gpu:1"} == GPU_RULES
+    assert {of_rule(job) for job in jobs.values() if job.get("TresPerJob") != "gres:gpu:1"} == NO_GPU
     # SLURM writes 64000 MB so; and twice as much as 125G.
     policy = next(job for job in jobs.values() if of_rule(job) == "train_policy")
     assert (policy["MinMemoryNode"], policy["TimeLimit"]) == ("62.50G", "1-00:00:00")

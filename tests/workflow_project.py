@@ -6,10 +6,18 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 ROOT = Path(__file__).parents[1]
 PARTS = ("Snakefile", "workflow", "profiles", "config", "nspo", "tests/data")
 CORES = str(min(2, os.cpu_count() or 1))
+BENCHMARK = {  # a named benchmark of the smoke data, for runs in which every stage takes part
+    "tasks": ["advbench"],
+    "sources": {"advbench": "tests/data/harmful_heldout.jsonl"},
+    "max_new_tokens": 8,
+}
 
 
 def copy_project(project: Path) -> Path:
@@ -20,6 +28,14 @@ def copy_project(project: Path) -> Path:
         else:
             shutil.copy2(ROOT / part, project / part)
     return project
+
+
+def set_config(project: Path, **sections: Mapping[str, Any]) -> None:
+    """Set these keys of these sections anew in the smoke configuration of `project`."""
+    config = project / "config/smoke.yaml"
+    raw = yaml.safe_load(config.read_text())
+    raw |= {section: {**raw.get(section, {}), **keys} for section, keys in sections.items()}
+    config.write_text(yaml.safe_dump(raw, sort_keys=False))
 
 
 def snakemake_command(*arguments: str, config: str = "config/smoke.yaml") -> list[str]:
