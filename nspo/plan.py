@@ -29,6 +29,8 @@ CERTIFY = 1.4e11  # FLOP/s of a certificate: 335 s for one block of Llama-3-70B'
 PROMPT_TOKENS = 100  # ASSUMPTION: mean length of a prompt in chat format; AdvBench and short tasks are below it
 LABELS = 1000  # ASSUMPTION: graded responses per preference model, about what the default configuration has
 BATCH = 64  # ASSUMPTION: answers that one device writes at a time
+KNOCK_OUTS = 6  # of an attribution: four quarters of the depth, attention, MLPs
+QUESTIONS = 1000  # ASSUMPTION: prompts of a named benchmark that `benchmarks.limit` does not cut
 USABLE = 0.8  # ASSUMPTION: share of a device's memory that weights may fill, the rest being activations
 
 
@@ -80,10 +82,16 @@ def stages(config: Config, shape: Shape, machine: Machine, devices: int | None =
     plan = _Plan(config, shape, machine, devices)
     found = [] if config.bases.precomputed else [plan.collect(), plan.bases()]
     found += [plan.preference("cost"), plan.preference("reward"), plan.evaluate("base")]
+    questions = [plan.benchmark] if config.benchmarks.tasks else []
+    found += [benchmark("base") for benchmark in questions]
+    if any(method.preference for method in config.policy.methods.values()):
+        found += [plan.pairs(f"seed {seed}") for seed in config.policy.seeds]
+    locate = [plan.attribute] if config.attribution.enabled else []
     for name, method in config.policy.methods.items():
         for seed in config.policy.seeds:
             label = f"{name} seed {seed}"
-            found += [plan.policy(label, method), plan.certify(label), plan.evaluate(label)]
+            found.append(plan.policy(label, method))
+            found += [stage(label) for stage in (plan.certify, plan.evaluate, *locate, *questions)]
     return found
 
 
@@ -122,6 +130,16 @@ class _Plan:
         size = self.shape.trained * share + self.shape.embedding
         seconds = 2 * self.shape.trained * share * LABELS * settings.max_tokens / self.machine.flops
         return Cost(f"train_{target}", seconds, 1, FP32 * size, FP32 * size)
+
+    def pairs(self, label: str) -> Cost:
+        """Groups of answers of the base model for the preference objectives, and their scores."""
+        settings, answers = self.config.policy, 0
+        if settings.pairs == "sampled":
+            answers = settings.steps * settings.prompts_per_step * settings.group_size
+        length = _prompt(settings.max_prompt_tokens) + settings.max_new_tokens
+        seconds = self._decode(answers, settings.max_new_tokens, 1)
+        seconds += answers * length * 4 * self.shape.trained * self._share("cost", "reward") / self.machine.flops
+        return Cost(f"make_pairs {label}", seconds, 1, FP32 * self.shape.weights, 1e7)
 
     def policy(self, label: str, method: MethodSettings) -> Cost:
         """Rollouts, their scores, forward and backward passes, the projection, and the probes."""
@@ -163,6 +181,24 @@ class _Plan:
         models = 1 if label == "base" else 2
         seconds += 2 * (models - 1) * prompts * length * 2 * self.shape.multiplied / self.machine.flops
         return Cost(f"evaluate {label}", seconds, 1, models * FP32 * self.shape.weights, 1e7)
+
+    def attribute(self, label: str) -> Cost:
+        """For every group of layers that is taken back, answers to harmful prompts and drift on general ones."""
+        settings, limits = self.config.attribution, self.config.evaluation
+        sets = 1 + len(self.config.data.harmful_heldout)
+        harmful = sets * min(settings.harmful_prompts, limits.harmful_prompts)
+        general = len(self.config.data.general) * min(settings.general_prompts, limits.general_prompts)
+        length = PROMPT_TOKENS + limits.max_new_tokens
+        seconds = _decode(self.shape, self.machine, harmful, limits.max_new_tokens, limits.batch_size)
+        seconds += 2 * general * length * 2 * self.shape.multiplied / self.machine.flops
+        return Cost(f"attribute {label}", KNOCK_OUTS * seconds, 1, 2 * FP32 * self.shape.weights, 1e6)
+
+    def benchmark(self, label: str) -> Cost:
+        """Greedy answers to every prompt of the named benchmarks."""
+        settings = self.config.benchmarks
+        prompts = len(settings.tasks) * (settings.limit or QUESTIONS)
+        seconds = _decode(self.shape, self.machine, prompts, settings.max_new_tokens, settings.batch_size)
+        return Cost(f"benchmark {label}", seconds, 1, FP32 * self.shape.weights, 1e7 * len(settings.tasks))
 
     def _decode(self, answers: float, tokens: int, devices: int) -> float:
         share = answers / devices
@@ -244,6 +280,6 @@ def show_plan(config: Path, model: str | None, machine: str | None, devices: int
     sys.stdout.write(
         f"{table(list(rows(costs, chosen)))}\n\nAssumed of one {name}: {chosen.flops / 1e12:.3g} TFLOP/s, "
         f"{chosen.bandwidth / 1e12:.3g} TB/s, {chosen.memory / 1e9:.3g} GB; prompts of {PROMPT_TOKENS} tokens, answers "
-        f"at full length, {LABELS} labels.\nEverything else is measured or counted (docs/scaling.md); expect a factor "
-        "of two or three.\n"
+        f"at full length, {LABELS} labels, {QUESTIONS} prompts of a benchmark without limit.\nEverything else is "
+        "measured or counted (docs/scaling.md); expect a factor of two or three.\n"
     )

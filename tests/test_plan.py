@@ -9,7 +9,7 @@ from nspo.config import Config
 from nspo.errors import UserError
 from nspo.plan import MACHINES, rows, show_plan, stages
 from nspo.shapes import SHAPES, Shape, shape_of
-from nspo.validation import load_config
+from nspo.validation import check_config, load_config
 
 ROOT = Path(__file__).parents[1]
 SCALING = ROOT / "docs/scaling.yaml"
@@ -52,6 +52,27 @@ def test_the_configuration_counts() -> None:
     assert stages(longer, shape, machine, 1)[5].seconds == pytest.approx(2 * one[5].seconds, rel=0.02)
     shared = config.model_copy(update={"bases": config.bases.model_copy(update={"precomputed": "hub:a/b@main"})})
     assert len(stages(shared, shape, machine)) == len(one) - 2
+
+
+def test_every_heavy_stage_is_planned() -> None:
+    """Benchmarks for the base and every policy, pairs where an objective wants them, attribution unless it is off."""
+    methods = {name: {"objective": name, "learning_rate": 1e-4} for name in ("nspo", "dpo")}
+    raw = {"policy": {"methods": methods}, "benchmarks": {"tasks": ["xstest", "gsm8k"], "limit": 100}}
+    shape, machine = SHAPES["smollm2-135m"], MACHINES["cpu"]
+    planned = {cost.stage: cost for cost in stages(check_config(raw), shape, machine)}
+    of_each = {
+        f"{stage} {name} seed 0"
+        for stage in ("train_policy", "certify", "evaluate", "attribute", "benchmark")
+        for name in methods
+    }
+    once = {"collect_activations", "compute_bases", "train_cost", "train_reward", "make_pairs seed 0"}
+    assert planned.keys() == of_each | once | {"evaluate base", "benchmark base"}
+    whole = {
+        cost.stage: cost for cost in stages(check_config(raw | {"benchmarks": {"tasks": ["xstest"]}}), shape, machine)
+    }
+    assert whole["benchmark base"].seconds == pytest.approx(1000 / 200 * planned["benchmark base"].seconds, rel=0.15)
+    off = stages(check_config(raw | {"attribution": {"enabled": False}, "benchmarks": {}}), shape, machine)
+    assert len(off) == len(planned) - 5
 
 
 @pytest.mark.parametrize("model", ["qwen2.5-1.5b", "qwen2.5-7b", "llama-3-70b"])
