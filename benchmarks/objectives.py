@@ -1,11 +1,11 @@
 """What an update costs under every objective, against TRL's own trainer with nothing of ours but the reward.
 
 The rivals take turns, each turn in a fresh process: the model, the trainer that the stage would build, two updates on
-the same prompts with the same seed, of which the second counts: 16 answers of 32 tokens. The learning rate is so low that all rollouts are those
-of the base model, so rivals sample the same answers. Seconds run from the first micro-batch to the end of the
-optimizer's step, rollout included; probes and checkpoints are left out. Peak memory is that of the process. Preference
-objectives sample nothing (their pairs are there before), and an update of theirs sees two answers where the others see
-a group: their rival is `dpo`.
+the same prompts with the same seed, of which the second counts: 16 answers of 32 tokens. The learning rate is so low
+that all rollouts are those of the base model, so rivals sample the same answers. Seconds run from the first micro-batch
+to the end of the optimizer's step, rollout included; probes and checkpoints are left out. Peak memory is that of the
+process. Preference objectives sample nothing (their pairs are there before), and an update of theirs sees two answers
+where the others see a group: their rival is `dpo`.
 
 Command, on the artifacts of the default run: `python benchmarks/objectives.py --results results --out
 results/benchmarks`.
