@@ -6,7 +6,7 @@ from typing import Annotated, Any, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from nspo.benchmarks.registry import TASKS
-from nspo.value_types import Count, Section, Whole, source_of
+from nspo.value_types import Count, Engine, Section, Whole, source_of
 
 
 def _by_comma(value: Any) -> Any:
@@ -29,6 +29,11 @@ class BenchmarkSettings(Section):
         0.5, gt=0, le=1, description="A prompt is left out when it shares this much with a training prompt (Jaccard)."
     )
     max_new_tokens: Count = Field(512, description="Tokens per greedy answer.")
+    engine: Engine = Field(
+        "transformers",
+        description="What answers in words; vllm needs an NVIDIA GPU and requirements-vllm.lock (`runtime.vllm`), and "
+        "its answers differ here and there.",
+    )
     run_code: bool = Field(
         False, description="Run code answers in a sandbox and mark them by their tests; false: code is not marked."
     )

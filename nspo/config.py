@@ -18,7 +18,7 @@ from nspo.data_settings import DataSettings
 from nspo.judge_settings import JudgeSettings, RequestSettings
 from nspo.policy_settings import PolicySettings, VLLMSettings
 from nspo.sources import Source, wheel_folder
-from nspo.value_types import Count, Pattern, Section, Whole, source_of
+from nspo.value_types import Count, Engine, Pattern, Section, Whole, source_of
 
 
 class ModelSettings(Section):
@@ -133,6 +133,11 @@ class EvaluationSettings(JudgeSettings):
     benign_prompts: Count = Field(80, description="Held-out harmless look-alike prompts.")
     general_prompts: Count = Field(40, description="Held-out prompts per general domain, for ability and drift.")
     max_new_tokens: Count = Field(48, description="Tokens per greedy answer.")
+    engine: Engine = Field(
+        "transformers",
+        description="What answers; vllm needs an NVIDIA GPU and requirements-vllm.lock (`runtime.vllm`), and its "
+        "answers differ here and there.",
+    )
     run_code: bool = Field(
         False,
         description="Run code answers in a sandbox and mark them by their tests; false: code counts for drift only.",

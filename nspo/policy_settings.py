@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, PositiveFloat, model_validator
 
 from nspo.judge_settings import AnyJudge
-from nspo.value_types import MOST, Count, Section, Whole
+from nspo.value_types import MOST, Count, Engine, Section, Whole
 
 Objective = Literal[
     "nspo",
@@ -155,18 +155,19 @@ class MethodSettings(Section):
 
 
 class VLLMSettings(Section):
-    """Where vLLM samples the answers, where `policy.rollout` is vllm."""
+    """Where vLLM answers, for `policy.rollout`, `evaluation.engine` and `benchmarks.engine`."""
 
     server: str | None = Field(
         None,
         pattern=r"^https?://\S+$",
-        description="Address of a running `vllm serve`; null: vLLM runs inside the training processes, on their GPUs.",
+        description="For rollouts: address of a running `vllm serve`; null: vLLM runs inside the training processes, "
+        "on their GPUs.",
     )
     gpu_memory: float = Field(
-        0.3, gt=0, lt=1, description="Share of a GPU's memory for vLLM inside a training process: weights and cache."
+        0.3, gt=0, lt=1, description="Share of a GPU's memory for vLLM inside a stage: weights and cache."
     )
     tensor_parallel: Count = Field(
-        1, description="GPUs over which vLLM inside the training processes splits the model; divides their number."
+        1, description="GPUs over which vLLM inside a stage splits the model; divides the training processes."
     )
 
 
@@ -210,7 +211,7 @@ class PairSettings(RolloutSettings):
 class TrainingSettings(RolloutSettings):
     """Reinforcement learning settings that all methods share: same data, seed and rollout budget."""
 
-    rollout: Literal["transformers", "vllm"] = Field(
+    rollout: Engine = Field(
         "transformers",
         description="What samples the answers; vllm needs an NVIDIA GPU and requirements-vllm.lock "
         "(`runtime.vllm` says where it runs).",

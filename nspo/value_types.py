@@ -4,7 +4,7 @@
 """
 
 import re
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
@@ -14,6 +14,7 @@ from nspo.sources import REQUIREMENT, SHA256, Source
 MOST = 2**31 - 1  # what 32 bits count: a larger number is a slip of the keyboard
 Whole = Annotated[int, Field(ge=0, le=MOST)]
 Count = Annotated[int, Field(ge=1, le=MOST)]
+Engine = Literal["transformers", "vllm"]
 Requirement = Annotated[str, Field(pattern=f"^{REQUIREMENT}$")]
 Sha256 = Annotated[str, Field(pattern=f"^{SHA256}$")]
 

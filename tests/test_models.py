@@ -99,6 +99,15 @@ def test_answers_end_with_the_first_stop_token(tiny_model_dir: Path) -> None:
         assert answer == free[index][:end]
 
 
+def test_greedy_is_greedy(tiny_model_dir: Path) -> None:
+    """A penalty on repetition in a model's own generation settings (Qwen2.5's) changes no answer."""
+    model, tokenizer = load_model(tiny_model_dir), load_tokenizer(tiny_model_dir)
+    prompts = [chat_ids(tokenizer, text) for text in ("Hello", "Why?")]
+    plain = dict(generate(model, tokenizer, prompts, 8, 2, "plain"))
+    model.generation_config.repetition_penalty = 5.0
+    assert dict(generate(model, tokenizer, prompts, 8, 2, "penalised")) == plain
+
+
 def test_device() -> None:
     """`auto` takes what there is; a GPU that is not there is refused with the key to change."""
     assert device_of("cpu").type == "cpu"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from vllm_package import class_of, engine_parameters, field_names, vllm_folder
 
 from nspo.errors import UserError
 from nspo.policy.vllm_rollouts import check_rollout, vllm_arguments
@@ -28,7 +29,7 @@ def test_refused_without_the_package_or_a_gpu(monkeypatch):
     with pytest.raises(UserError, match=r"the package vllm is not installed: pip install -r requirements-vllm\.lock"):
         check_rollout(VLLM, VLLMSettings(), GPU, processes=1)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
-    with pytest.raises(UserError, match="training runs on cpu, expected an NVIDIA GPU"):
+    with pytest.raises(UserError, match="the stage runs on cpu, expected an NVIDIA GPU"):
         check_rollout(VLLM, VLLMSettings(), CPU, processes=1)
     check_rollout(VLLM, VLLMSettings(), GPU, processes=1)
 
@@ -72,15 +73,6 @@ def test_everything_about_vllm_is_written_out():
 # ------------------------------------------------------------------------------- TRL's calls against the real package
 
 
-@pytest.fixture(scope="module")
-def vllm_folder() -> Path:
-    """The installed vllm, read as text: importing it needs a GPU's libraries."""
-    spec = importlib.util.find_spec("vllm")
-    if spec is None or spec.origin is None:
-        pytest.skip("vllm is not installed (requirements-vllm.lock)")
-    return Path(spec.origin).parent
-
-
 def trl_source(name: str) -> ast.Module:
     spec = importlib.util.find_spec("trl")
     assert spec is not None
@@ -88,38 +80,22 @@ def trl_source(name: str) -> ast.Module:
     return ast.parse((Path(spec.origin).parent / "generation" / name).read_text())
 
 
-def class_of(path: Path, name: str) -> ast.ClassDef:
-    found = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ClassDef)]
-    return next(node for node in found if node.name == name)
-
-
-def field_names(node: ast.ClassDef) -> set[str]:
-    return {
-        part.target.id for part in node.body if isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name)
-    }
-
-
 def calls(tree: ast.Module) -> Iterator[ast.Call]:
     return (node for node in ast.walk(tree) if isinstance(node, ast.Call))
 
 
-def test_vllm_takes_every_argument_of_the_engine(vllm_folder):
+def test_vllm_takes_every_argument_of_the_engine():
+    folder = vllm_folder()
     (call,) = (
         c for c in calls(trl_source("vllm_generation.py")) if isinstance(c.func, ast.Name) and c.func.id == "LLM"
     )
     given = {keyword.arg for keyword in call.keywords}
     assert {"model", "tensor_parallel_size", "gpu_memory_utilization", "max_model_len", "logprobs_mode"} <= given
-    init = next(
-        part
-        for part in class_of(vllm_folder / "entrypoints/llm.py", "LLM").body
-        if isinstance(part, ast.FunctionDef) and part.name == "__init__"
-    )
-    own = {argument.arg for argument in init.args.args + init.args.kwonlyargs}
-    rest = field_names(class_of(vllm_folder / "engine/arg_utils.py", "EngineArgs")) if init.args.kwarg else set()
-    assert given - own - rest == set()
+    assert given - engine_parameters(folder) == set()
 
 
-def test_vllm_takes_every_sampling_parameter(vllm_folder):
+def test_vllm_takes_every_sampling_parameter():
+    folder = vllm_folder()
     written = [
         node.value
         for node in ast.walk(trl_source("vllm_generation.py"))
@@ -129,26 +105,28 @@ def test_vllm_takes_every_sampling_parameter(vllm_folder):
     ]
     given = {ast.literal_eval(key) for value in written for key in value.keys if key is not None}
     assert {"temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_tokens", "logprobs"} <= given
-    assert given - field_names(class_of(vllm_folder / "sampling_params.py", "SamplingParams")) == set()
+    assert given - field_names(class_of(folder / "sampling_params.py", "SamplingParams")) == set()
 
 
-def test_vllm_has_what_the_engine_is_asked_to_do(vllm_folder):
+def test_vllm_has_what_the_engine_is_asked_to_do():
+    folder = vllm_folder()
     asked = {
         call.func.attr
         for call in calls(trl_source("vllm_generation.py"))
         if isinstance(call.func, ast.Attribute) and ast.unparse(call.func.value) == "self.llm"
     }
     assert {"generate", "reset_prefix_cache"} <= asked
-    text = "".join(path.read_text() for path in sorted((vllm_folder / "entrypoints").glob("*.py")))
+    text = "".join(path.read_text() for path in sorted((folder / "entrypoints").glob("*.py")))
     assert {name for name in asked if f"def {name}(" not in text} == set()
 
 
-def test_vllm_serves_every_route_that_trl_asks(vllm_folder):
+def test_vllm_serves_every_route_that_trl_asks():
     """The server mode: answers, weights, and what the server computes with."""
+    folder = vllm_folder()
     text = ast.unparse(trl_source("vllm_client.py"))
     asked = set(re.findall(r"self\.base_url\}(/[\w/]+)", text)) - {"/v1/chat/completions/render"}  # for images only
     assert {"/health", "/server_info", "/init_weight_transfer_engine", "/reset_prefix_cache"} <= asked
     served = set()
-    for path in (vllm_folder / "entrypoints").rglob("*.py"):
+    for path in (folder / "entrypoints").rglob("*.py"):
         served |= set(re.findall(r"@router\.(?:get|post)\(\s*\"(/[\w/]+)\"", path.read_text()))
     assert asked - served == set()

@@ -19,6 +19,7 @@ import yaml
 from nspo.benchmarks.registry import Task
 from nspo.errors import UserError, first_line
 from nspo.evaluation.answers import greedy_answers
+from nspo.models import Generate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -49,6 +50,7 @@ def answer(
     rows: list[dict[str, Any]],
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
+    generate: Generate,
     max_new_tokens: int,
     batch_size: int,
     work: Path,
@@ -60,7 +62,7 @@ def answer(
     """
     import lm_eval
 
-    asked = _model(model, tokenizer, max_new_tokens, batch_size, work, f"answers to {name}")
+    asked = _model(model, tokenizer, generate, max_new_tokens, batch_size, work, f"answers to {name}")
     try:
         with tempfile.TemporaryDirectory(prefix="nspo-harness-") as folder:
             made = _task(name, task, [row["doc"] for row in rows], Path(folder))
@@ -103,6 +105,7 @@ def _task(name: str, task: Task, docs: list[dict[str, Any]], folder: Path) -> An
 def _model(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
+    generate: Generate,
     max_new_tokens: int,
     batch_size: int,
     work: Path,
@@ -115,7 +118,7 @@ def _model(
         def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
             texts, options = zip(*(request.args for request in requests), strict=True)
             ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-            answers = greedy_answers(model, tokenizer, ids, max_new_tokens, batch_size, work, description)
+            answers = greedy_answers(generate, ids, max_new_tokens, batch_size, work, description)
             said = [str(tokenizer.decode(answer, skip_special_tokens=True)) for answer in answers]
             return [_cut(text, option) for text, option in zip(said, options, strict=True)]
 

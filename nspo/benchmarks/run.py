@@ -43,8 +43,9 @@ from nspo.evaluation.checks import mark, runs_code
 from nspo.evaluation.judges import CostModel, Judge, RefusalPhrases, added_judges
 from nspo.evaluation.scores import accuracy, refusal, refusal_contrast, safety
 from nspo.judge_settings import JudgeSettings
-from nspo.models import chat_ids, device_of, load_model, load_tokenizer, model_identity
+from nspo.models import Generate, chat_ids, device_of, load_model, load_tokenizer, model_identity
 from nspo.progress import say
+from nspo.vllm_engine import answering, check_engine
 
 KIND = "benchmark"
 COLUMNS = {
@@ -91,13 +92,14 @@ def evaluate(
     """
     if not settings.tasks:
         raise UserError("no benchmark is named, expected --tasks NAME,NAME (see docs/evaluation.md)")
+    device = device_of(runtime.device)
+    check_engine("benchmarks.engine", settings.engine, device)
     identity = model_identity(model)
     seen = training_prompts(training) if training else None
     benchmarks = {task: load(task, settings, seen) for task in settings.tasks}
     for task, benchmark in benchmarks.items():
         if "doc" in benchmark.items[0]:
             harness.check(task)
-    device = device_of(runtime.device)
     judges = CostModel(cost, device) if cost else None, RefusalPhrases()
     added = added_judges(judging.judges, runtime)
     every: list[Judge] = [*(judge for judge in judges if judge), *added]
@@ -117,18 +119,19 @@ def evaluate(
         say(f"{out}: every benchmark is there already")
         return
     loaded, tokenizer = load_model(model, device, "auto"), load_tokenizer(model)
-    for task, (benchmark, manifest) in waiting.items():
-        rows = _answered(task, benchmark, loaded, tokenizer, settings, identity, Path(runtime.workdir))
-        judge_answers(rows, *judges)
-        for row in rows:
-            row["refused"] = row["refused"] if row.get("response_tokens") is not None else None
-        for judge in added:
-            kept = _work(runtime.workdir, "verdicts", task, judge.name, fingerprint(judge.identity), identity)
-            add_verdicts(rows, judge, kept)
-        write_responses(rows, COLUMNS, judging.judges, manifest, out / task / "responses.parquet")
-        written = pq.read_table(out / task / "responses.parquet").to_pylist()
-        scores = benchmark_scores(task, written, list(judging.judges), cost is not None)
-        write_json(out / task / "metrics.json", {**manifest, "scores": scores})
+    with answering(settings.engine, model, loaded, tokenizer, runtime.vllm) as generate:
+        for task, (benchmark, manifest) in waiting.items():
+            rows = _answered(task, benchmark, loaded, tokenizer, generate, settings, identity, Path(runtime.workdir))
+            judge_answers(rows, *judges)
+            for row in rows:
+                row["refused"] = row["refused"] if row.get("response_tokens") is not None else None
+            for judge in added:
+                kept = _work(runtime.workdir, "verdicts", task, judge.name, fingerprint(judge.identity), identity)
+                add_verdicts(rows, judge, kept)
+            write_responses(rows, COLUMNS, judging.judges, manifest, out / task / "responses.parquet")
+            written = pq.read_table(out / task / "responses.parquet").to_pylist()
+            scores = benchmark_scores(task, written, list(judging.judges), cost is not None)
+            write_json(out / task / "metrics.json", {**manifest, "scores": scores})
 
 
 def benchmark_scores(task: str, rows: Rows, judges: Sequence[str], cost_model: bool) -> list[dict[str, Any]]:
@@ -174,6 +177,7 @@ def _answered(
     benchmark: Benchmark,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
+    generate: Generate,
     settings: BenchmarkSettings,
     identity: dict[str, Any],
     workdir: Path,
@@ -183,16 +187,16 @@ def _answered(
     size = settings.max_new_tokens, settings.batch_size
     if "doc" in rows[0]:
         docs = [row["doc"] for row in rows]
-        work = _work(workdir, "answers", task, docs, *size, identity)
-        harness.answer(task, TASKS[task], rows, model, tokenizer, *size, work)
+        work = _work(workdir, "answers", task, docs, *size, settings.engine, identity)
+        harness.answer(task, TASKS[task], rows, model, tokenizer, generate, *size, work)
         return rows
     for row in rows:
         row["check"] = None if not settings.run_code and runs_code(row.get("check") or {}) else row.get("check")
     if rows[0]["check"]:
         mark(rows[0]["check"], "")  # refuses a machine that cannot mark, before any answer is made
     ids = [chat_ids(tokenizer, row["prompt"]) for row in rows]
-    work = _work(workdir, "answers", task, ids, *size, identity)
-    for row, answer in zip(rows, greedy_answers(model, tokenizer, ids, *size, work, f"answers to {task}"), strict=True):
+    work = _work(workdir, "answers", task, ids, *size, settings.engine, identity)
+    for row, answer in zip(rows, greedy_answers(generate, ids, *size, work, f"answers to {task}"), strict=True):
         response = str(tokenizer.decode(answer, skip_special_tokens=True)).strip()
         row.update(response=response, answer_ids=answer, response_tokens=len(answer))
         row["correct"] = mark(row["check"], response) if row["check"] else None

@@ -41,6 +41,7 @@ from nspo.evaluation.judges import CostModel, Judge, RefusalPhrases, added_judge
 from nspo.evaluation.scores import compute_scores
 from nspo.models import chat_ids, device_of, load_model, load_tokenizer, model_identity
 from nspo.prompts import domains, load_prompts
+from nspo.vllm_engine import answering, check_engine
 
 KIND = "responses"
 COLUMNS = {
@@ -89,6 +90,7 @@ def evaluate(
             another model, other prompts or other settings; after the answers, for a judge that cannot go on.
     """
     device = device_of(runtime.device)
+    check_engine("evaluation.engine", settings.engine, device)
     identity = {
         "base": model_identity(base),
         "prompts": fingerprint_files([prompts]),
@@ -107,7 +109,8 @@ def evaluate(
     asked = {**identity, "settings": settings.model_dump(mode="json", exclude={"judges"}), "policy": tuned}
     work = Path(runtime.workdir) / f"evaluation-{fingerprint(asked)}.jsonl"
     size = settings.max_new_tokens, settings.batch_size
-    answers = greedy_answers(model, tokenizer, prompt_ids, *size, work, f"answers of {name}")
+    with answering(settings.engine, policy, model, tokenizer, runtime.vllm) as generate:
+        answers = greedy_answers(generate, prompt_ids, *size, work, f"answers of {name}")
     for row, ids in zip(rows, answers, strict=True):
         response = str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
         row.update(response=response, answer_ids=ids, response_tokens=len(ids))

@@ -11,19 +11,17 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nspo.artifacts import METADATA_KEY, atomic_path, dumps
 from nspo.evaluation.judges import AddedJudge, CostModel, KeptVerdicts, RefusalPhrases, flags
 from nspo.evaluation.scores import JUDGED
-from nspo.models import generate
+from nspo.models import Generate, Ids, by_length
 from nspo.progress import say
 
 
 def greedy_answers(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompt_ids: Sequence[Sequence[int]],
+    generate: Generate,
+    prompt_ids: Sequence[Ids],
     max_new_tokens: int,
     batch_size: int,
     work: Path,
@@ -34,7 +32,7 @@ def greedy_answers(
     Only whole batches are taken from an earlier run: every answer is made in the same batch, with the same padding, as
     without the interruption, so rounding cannot make a resumed run differ.
     """
-    order = sorted(range(len(prompt_ids)), key=lambda i: (len(prompt_ids[i]), i))
+    order = by_length(prompt_ids)
     lines = work.read_text().split("\n")[:-1] if work.is_file() else []  # the last piece is empty or was cut off
     done = len(lines) if len(lines) == len(order) else len(lines) - len(lines) % batch_size
     answers = dict(json.loads(line) for line in lines[:done])
@@ -44,9 +42,7 @@ def greedy_answers(
         scratch.write_text("".join(line + "\n" for line in lines[:done]))
     rest = order[done:]
     with work.open("a") as file:
-        for place, ids in generate(
-            model, tokenizer, [prompt_ids[i] for i in rest], max_new_tokens, batch_size, description
-        ):
+        for place, ids in generate([prompt_ids[i] for i in rest], max_new_tokens, batch_size, description):
             answers[rest[place]] = ids
             file.write(json.dumps([rest[place], ids]) + "\n")
             file.flush()

@@ -10,13 +10,13 @@ The answers of a seed differ from those of transformers, and an interrupted run 
 uninterrupted one would have sampled: vLLM's random numbers are its own.
 """
 
-import importlib.util
 from typing import Any
 
 import torch
 
 from nspo.errors import UserError
 from nspo.policy_settings import TrainingSettings, VLLMSettings
+from nspo.vllm_engine import check_engine
 
 RATIO_LIMIT = 3.0
 
@@ -27,18 +27,9 @@ def check_rollout(training: TrainingSettings, vllm: VLLMSettings, device: torch.
     Raises:
         UserError: the package or the GPU is missing, or the processes cannot share it out.
     """
+    check_engine("policy.rollout", training.rollout, device)
     if training.rollout != "vllm":
         return
-    if importlib.util.find_spec("vllm") is None:
-        raise UserError(
-            "policy.rollout is 'vllm', but the package vllm is not installed: pip install -r requirements-vllm.lock on "
-            "a machine with an NVIDIA GPU, or set policy.rollout: transformers"
-        )
-    if device.type != "cuda":
-        raise UserError(
-            f"policy.rollout is 'vllm', but training runs on {device.type}, expected an NVIDIA GPU: set "
-            "policy.rollout: transformers"
-        )
     if vllm.server is None and processes % vllm.tensor_parallel:
         raise UserError(
             f"runtime.vllm.tensor_parallel is {vllm.tensor_parallel}, expected a divisor of the {processes} training "
