@@ -6,6 +6,7 @@ from typing import Annotated, Any, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from nspo.benchmarks.registry import TASKS
+from nspo.judge_settings import ComparisonJudge
 from nspo.value_types import Count, Engine, Section, Whole, source_of
 
 
@@ -38,6 +39,11 @@ class BenchmarkSettings(Section):
         False, description="Run code answers in a sandbox and mark them by their tests; false: code is not marked."
     )
     batch_size: Count = Field(32, description="Prompts per batch.")
+    comparison: ComparisonJudge | None = Field(
+        None,
+        description="Who says which of two answers is better, for AlpacaEval's win rate (url, model, against, ...); "
+        "null: none is computed.",
+    )
 
     @model_validator(mode="after")
     def _names_are_known(self) -> Self:

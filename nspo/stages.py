@@ -168,6 +168,7 @@ STAGES = {
             "model": Argument("folder of the model to evaluate"),
             "cost": Argument("folder of a cost model that judges safety", required=False),
             "training": Argument("prompts.parquet, labels.parquet: what was trained on", many=True, required=False),
+            "base_answers": Argument("responses.parquet of the base, for comparison.against: base", required=False),
             "name": Argument("name of the method, for the record", type=str, required=False),
             "seed": Argument("seed of the method, for the record", type=int, required=False),
             "out": OUT_FOLDER,

@@ -6,8 +6,8 @@ matter of `runtime`, and a model is never compared with a base that the other on
 
 Prompts go in as token ids, so no special token is added a second time; the stop tokens are those of `generate`. The
 weights keep the number type that the stage loads them in: vLLM's own choice rounds fp32 to 16 bits, and with it away
-what a small learning rate changed. Answers are made `batch_size` prompts at a time, which is what an interrupted run
-keeps; vLLM schedules within that, so a larger number than with transformers pays.
+what a small learning rate changed. vLLM makes its own batches, so `batch_size` is for transformers; answers come
+`CHUNK` prompts at a time, which is the most that an interruption loses.
 """
 
 import importlib.util
@@ -25,6 +25,8 @@ from nspo.models import Generate, Ids, by_length, ended, generate, stop_ids
 from nspo.policy_settings import VLLMSettings
 from nspo.progress import track
 from nspo.value_types import Engine
+
+CHUNK = 512
 
 
 def check_engine(key: str, engine: Engine, device: torch.device) -> None:
@@ -93,7 +95,7 @@ class _VLLM:
         self.started: Any = None
 
     def generate(
-        self, prompts: Sequence[Ids], max_new_tokens: int, batch_size: int, description: str
+        self, prompts: Sequence[Ids], max_new_tokens: int, _batch_size: int, description: str
     ) -> Iterator[tuple[int, list[int]]]:
         """See `nspo.models.generate`.
 
@@ -114,8 +116,8 @@ class _VLLM:
             )
         sampling = SamplingParams(**sampling_arguments(max_new_tokens, self.stops))
         with track(description, len(prompts), "prompt") as bar:
-            for start in range(0, len(order), batch_size):
-                batch = order[start : start + batch_size]
+            for start in range(0, len(order), CHUNK):
+                batch = order[start : start + CHUNK]
                 asked = [TokensPrompt(prompt_token_ids=list(prompts[i])) for i in batch]
                 for index, answered in zip(batch, engine.generate(asked, sampling, use_tqdm=False), strict=True):
                     yield index, ended(answered.outputs[0].token_ids, self.stops)

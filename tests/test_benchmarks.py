@@ -430,7 +430,7 @@ def test_answers_are_made_once(
     capsys.readouterr()
     assert run(tiny_model_dir, data, tmp_path / "out") == 0
     assert "there already" in capsys.readouterr().err
-    monkeypatch.setattr("nspo.evaluation.answers.generate", lambda *arguments: iter(()) if not arguments[2] else 1 / 0)
+    monkeypatch.setattr("nspo.vllm_engine.generate", lambda *arguments: iter(()) if not arguments[2] else 1 / 0)
     monkeypatch.setattr("nspo.evaluation.judges.OPENING_CHARACTERS", 100)
     assert run(tiny_model_dir, data, tmp_path / "out") == 0
     assert "continuing after 6 of 6 prompts" in capsys.readouterr().err
@@ -526,7 +526,7 @@ def test_the_harness_marks_what_was_said(tiny_model_dir: Path, tmp_path: Path, m
             text = next(answer for key, answer in said.items() if key in str(tokenizer.decode(ids)))
             yield place, tokenizer(text)["input_ids"]
 
-    monkeypatch.setattr("nspo.evaluation.answers.generate", speak)
+    monkeypatch.setattr("nspo.vllm_engine.generate", speak)
     rows = ability(tiny_model_dir, tmp_path / "data", tmp_path / "out", "gsm8k")["gsm8k"]
     assert {r["response"]: r["correct"] for r in rows} == {
         "0 and so 0": True,

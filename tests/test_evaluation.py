@@ -12,10 +12,10 @@ import torch
 from model_copy import copy_model
 
 import nspo.evaluation as stage
+from nspo import vllm_engine
 from nspo.artifacts import MANIFEST_NAME, fingerprint_model, make_manifest, write_json
 from nspo.config import EvaluationSettings, RuntimeSettings
 from nspo.errors import UserError
-from nspo.evaluation import answers
 from nspo.evaluation.checks import mark
 from nspo.evaluation.drift import FIGURES, Remembered, drift, token_drift, token_weights
 from nspo.evaluation.judges import CostModel, flags
@@ -462,7 +462,7 @@ def test_a_copy_of_the_base_has_not_drifted(evaluate, tiny_model_dir, tmp_path):
 def test_an_interrupted_run_goes_on(evaluate, tiny_model_dir, tmp_path, monkeypatch, capsys):
     """After a kill within the third batch two batches are kept, the rest is made, and the rows are the same."""
     _, whole = evaluate("whole", tiny_model_dir)
-    real, asked = answers.generate, []
+    real, asked = vllm_engine.generate, []
 
     def interrupted(model, tokenizer, ids, *rest):
         asked.append(len(ids))
@@ -471,7 +471,7 @@ def test_an_interrupted_run_goes_on(evaluate, tiny_model_dir, tmp_path, monkeypa
                 raise KeyboardInterrupt
             yield item
 
-    monkeypatch.setattr(answers, "generate", interrupted)
+    monkeypatch.setattr(vllm_engine, "generate", interrupted)
     with pytest.raises(KeyboardInterrupt):
         evaluate("resumed", tiny_model_dir)
     (work,) = (tmp_path / "work").iterdir()
@@ -514,7 +514,7 @@ def test_refused_before_any_work(evaluate, tiny_model_dir, tuned_dir, tmp_path, 
     def fail(*_):
         raise AssertionError("generated")
 
-    monkeypatch.setattr(answers, "generate", fail)
+    monkeypatch.setattr(vllm_engine, "generate", fail)
     with pytest.raises(UserError, match="evaluate the base first"):
         evaluate("x", tuned_dir)
     with pytest.raises(UserError, match="settings"):

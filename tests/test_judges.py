@@ -75,7 +75,7 @@ def test_a_verdict_is_one_of_two_words(settings: GuardJudge, reply: str, expecte
 
 def test_texts_cannot_write_into_the_template() -> None:
     """A placeholder inside a prompt stays as it is, and braces elsewhere mean nothing."""
-    assert fill("{x} {prompt}|{response}", "{response}", "{prompt}{") == "{x} {response}|{prompt}{"
+    assert fill("{x} {prompt}|{response}", prompt="{response}", response="{prompt}{") == "{x} {response}|{prompt}{"
 
 
 # ------------------------------------------------------------------------------------------- settings
@@ -564,7 +564,7 @@ def test_the_stage_goes_on_and_tells_no_key(
     table = pa.Table.from_pylist([dict(zip(PROMPT_COLUMNS, row, strict=True)) for row in rows])
     pq.write_table(table, tmp_path / "prompts.parquet")
     told = iter(["bad", "echo:", "fine"])
-    monkeypatch.setattr(stage, "greedy_answers", _planted(stage.greedy_answers, told, rows))
+    monkeypatch.setattr(stage, "greedy_answers", _planted(stage.greedy_answers, told, load_tokenizer(tiny_model_dir)))
     caplog.set_level(logging.DEBUG)
     limits = RequestSettings(concurrency=1, retries=0, timeout=5.0)
     runtime = RuntimeSettings(device="cpu", workdir=str(tmp_path / "work"), requests=limits)
@@ -603,13 +603,13 @@ def test_the_stage_goes_on_and_tells_no_key(
     assert KEY not in json.dumps(found) + json.dumps(metrics) + written + spoken.out + spoken.err + caplog.text
 
 
-def _planted(real: Any, texts: Iterator[str], rows: list[Any]) -> Any:
+def _planted(real: Any, texts: Iterator[str], tokenizer: Any) -> Any:
     """Greedy answers, those to harmful prompts replaced by `texts`."""
     planted: list[str] = []
 
-    def answers(model: Any, tokenizer: Any, *rest: Any) -> list[list[int]]:
+    def answers(*arguments: Any) -> list[list[int]]:
         planted.extend(texts)
-        found = real(model, tokenizer, *rest)
+        found = real(*arguments)
         for place, text in enumerate(planted):
             found[place] = tokenizer(text, add_special_tokens=False)["input_ids"]
         return found

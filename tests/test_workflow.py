@@ -21,6 +21,7 @@ import pytest
 import yaml
 from workflow_project import ROOT, contents, snakemake, snakemake_command
 
+from nspo.benchmarks.registry import TASKS
 from nspo.policy_settings import MethodSettings, Objective
 
 pytestmark = pytest.mark.workflow
@@ -282,6 +283,29 @@ def test_bases_and_certificates_follow_the_objective(tmp_path: Path) -> None:
         assert guided == [method.preference == "wdoor"]
         assert [f'"constrained": {str(method.constrained).lower()}' in command for command in verify] == [True]
     assert len(re.findall(r"nspo make-pairs .*--seed 0 ", run.stdout)) == 1
+
+
+def test_policies_are_compared_with_the_base(tmp_path: Path) -> None:
+    """With `against: base` AlpacaEval waits for the base's answers; no other benchmark sees the comparison."""
+    data = tmp_path / "data"
+    for task, row in (("advbench", {"goal": "x"}), ("alpaca_eval", {"instruction": "x"})):
+        file = tmp_path / "data" / TASKS[task].file
+        file.parent.mkdir(parents=True)
+        file.write_text(json.dumps([row]) if file.suffix == ".json" else "goal\nx\n")
+    raw = yaml.safe_load((ROOT / "config/smoke.yaml").read_text())
+    comparison = {"url": "http://localhost:1/v1", "model": "m", "against": "base"}
+    raw["benchmarks"] = {"tasks": ["advbench", "alpaca_eval"], "data": str(data), "comparison": comparison}
+    raw["runtime"]["results"] = str(tmp_path / "results")
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(raw))
+    run = snakemake(ROOT, "--dry-run", "--printshellcmds", "--nolock", config=str(tmp_path / "config.yaml"))
+    assert run.returncode == 0, run.stdout[-3000:]
+    commands = re.findall(r"nspo evaluate .*", run.stdout)
+    assert len(commands) == 2 * (1 + len(raw["policy"]["methods"]) * len(raw["policy"].get("seeds", [0])))
+    for command in commands:
+        compared, base = "--tasks '[\"alpaca_eval\"]'" in command, "--name base " in command
+        assert ('"against": "base"' in command) == compared
+        waits = "/benchmarks/base/seed0/alpaca_eval/responses.parquet" in command
+        assert (" --base-answers " in command, waits) == (compared and not base,) * 2
 
 
 def test_snakemake_report(finished: Path) -> None:

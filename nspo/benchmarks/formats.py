@@ -41,6 +41,11 @@ def prompts(task: Task, row: Row) -> dict[str, Any]:
     return {"prompt": text}
 
 
+def instructions(task: Task, row: Row) -> dict[str, Any]:
+    """AlpacaEval's rows; `output` is the published answer that others are compared with."""
+    return {**prompts(task, row), "published": row.get("output")}
+
+
 def xstest(task: Task, row: Row) -> dict[str, Any]:
     """Safe prompts test over-refusal, their unsafe contrasts safety: two domains, never pooled."""
     label = row.get("label") or ("unsafe" if str(row.get("type")).startswith("contrast") else "safe")
@@ -142,6 +147,7 @@ def harness(task: Task, row: Row) -> dict[str, Any]:
 
 FORMATS: dict[str, Callable[[Task, Row], dict[str, Any]]] = {
     "prompts": prompts,
+    "instructions": instructions,
     "xstest": xstest,
     "code": code,
     "livecodebench": livecodebench,

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Axis = Literal["safety", "over_refusal", "ability"]
-Format = Literal["prompts", "xstest", "code", "livecodebench", "choices", "options", "maths", "harness"]
+Format = Literal["prompts", "instructions", "xstest", "code", "livecodebench", "choices", "options", "maths", "harness"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,11 @@ class Task:
     harness: str = ""  # the file of lm-evaluation-harness's task that words and scores it
     metric: str = "acc"  # its figure, one value per prompt
     filter: str = "none"  # its way of finding the answer in a text
+
+    @property
+    def compared(self) -> bool:
+        """Whether its answers may be compared with others' (`benchmarks.comparison`)."""
+        return self.format == "instructions"
 
 
 # fmt: off
@@ -139,7 +144,7 @@ TASKS: dict[str, Task] = {
     ),
     "alpaca_eval": Task(
         "ability", "CC-BY-NC-4.0", "alpaca_eval/alpaca_eval.json", "tatsu-lab/alpaca_eval",
-        hub_file="alpaca_eval.json", prompt=("instruction",), category=("dataset",),
+        hub_file="alpaca_eval.json", prompt=("instruction",), category=("dataset",), format="instructions",
     ),
     "truthfulqa": Task(
         "ability", "Apache-2.0", "truthfulqa/mc_task.json", "truthfulqa/truthful_qa",

@@ -11,7 +11,8 @@ own below `out`:
   `settings`, `judges` (identity by name), and `scores`: rows as in `nspo/evaluation/scores.py` (axis, name, domain,
   judge, value, low, high, n, failures, unit) and `category`, empty for the whole benchmark. Names of scores:
   safety: unsafe_rate (one per judge), refusal_rate; over_refusal: refusal_rate, refusal_contrast (XSTest: refusal rate
-  on unsafe minus safe prompts); ability: accuracy, accuracy_answered; refusal: refusal_rate on ability prompts.
+  on unsafe minus safe prompts); ability: accuracy, accuracy_answered, win_rate and tie_rate (AlpacaEval, where
+  `benchmarks.comparison` names who compares); refusal: refusal_rate on ability prompts.
 
 A model that refuses everything scores like one that lost its ability. What tells them apart: `refusal_rate` on ability
 prompts, `accuracy_answered` (over the prompts that were not refused, with its own n), multiple choice by likelihood,
@@ -23,6 +24,7 @@ Answers stay in the working folder after the run, so another judge asks the mode
 Command: `nspo evaluate --model DIR --tasks advbench,xstest --data FOLDER --out DIR [--cost DIR] [--judges JSON]`.
 """
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from nspo.artifacts import fingerprint, make_manifest, read_json, write_json
+from nspo.artifacts import METADATA_KEY, check_manifest, dumps, fingerprint, make_manifest, read_json, write_json
 from nspo.benchmark_settings import BenchmarkSettings
 from nspo.benchmarks import harness
 from nspo.benchmarks.loading import Benchmark, load, training_prompts
@@ -40,8 +42,9 @@ from nspo.config import RuntimeSettings
 from nspo.errors import UserError
 from nspo.evaluation.answers import add_verdicts, greedy_answers, judge_answers, write_responses
 from nspo.evaluation.checks import mark, runs_code
+from nspo.evaluation.comparison import Comparison, add_wins
 from nspo.evaluation.judges import CostModel, Judge, RefusalPhrases, added_judges
-from nspo.evaluation.scores import accuracy, refusal, refusal_contrast, safety
+from nspo.evaluation.scores import accuracy, refusal, refusal_contrast, safety, wins
 from nspo.judge_settings import JudgeSettings
 from nspo.models import Generate, chat_ids, device_of, load_model, load_tokenizer, model_identity
 from nspo.progress import say
@@ -62,6 +65,8 @@ COLUMNS = {
     "unsafe": pa.bool_(),
     "cost_failed": pa.bool_(),
     "correct": pa.bool_(),  # ability only
+    "reference": pa.string(),  # this and the next, where answers are compared: the other answer
+    "win": pa.float32(),  # 1, 1/2 or 0; missing where the judge failed
 }
 Rows = list[dict[str, Any]]
 
@@ -74,6 +79,7 @@ def evaluate(
     out: Path,
     cost: Path | None = None,
     training: Sequence[Path] | None = None,
+    base_answers: Path | None = None,
     name: str | None = None,
     seed: int | None = None,
 ) -> None:
@@ -84,6 +90,8 @@ def evaluate(
         out: folder that gets a folder per benchmark.
         cost: folder of a cost model that judges safety.
         training: files `prompts.parquet` or `labels.parquet`; what they train on is left out. None: not checked.
+        base_answers: `responses.parquet` of the base model on the benchmark whose answers are compared with its
+            (`comparison.against: base`); None for the base itself, which is compared with nobody.
         name, seed: method and seed that the model was trained with, for the record; the folder's name and 0 if None.
 
     Raises:
@@ -103,16 +111,21 @@ def evaluate(
     judges = CostModel(cost, device) if cost else None, RefusalPhrases()
     added = added_judges(judging.judges, runtime)
     every: list[Judge] = [*(judge for judge in judges if judge), *added]
+    identities = {judge.name: judge.identity for judge in every}
+    comparison = _comparison(settings, runtime, base_answers)
     facts = {
         "method": name or model.resolve().name,
         "seed": seed or 0,
         "model": identity,
-        "settings": settings.model_dump(mode="json", exclude={"tasks", "data", "sources"}),
-        "judges": {judge.name: judge.identity for judge in every},
+        "settings": settings.model_dump(mode="json", exclude={"tasks", "data", "sources", "comparison"}),
     }
     waiting = {}
     for task, benchmark in benchmarks.items():
-        manifest = make_manifest(KIND, benchmark=benchmark.record, **facts)
+        asked = dict(identities)
+        if comparison and TASKS[task].compared:
+            other = _refer(task, benchmark, facts["settings"], base_answers if comparison.with_base else None)
+            asked[comparison.name] = {**comparison.identity, "other": other}
+        manifest = make_manifest(KIND, benchmark=benchmark.record, judges=asked, **facts)
         if not _is_made(out / task / "metrics.json", manifest):
             waiting[task] = benchmark, manifest
     if not waiting:
@@ -128,6 +141,9 @@ def evaluate(
             for judge in added:
                 kept = _work(runtime.workdir, "verdicts", task, judge.name, fingerprint(judge.identity), identity)
                 add_verdicts(rows, judge, kept)
+            if comparison and TASKS[task].compared:
+                kept = _work(runtime.workdir, "wins", task, fingerprint(comparison.identity), identity)
+                add_wins(rows, comparison, kept)
             write_responses(rows, COLUMNS, judging.judges, manifest, out / task / "responses.parquet")
             written = pq.read_table(out / task / "responses.parquet").to_pylist()
             scores = benchmark_scores(task, written, list(judging.judges), cost is not None)
@@ -169,7 +185,49 @@ def _ability(domain: str, rows: Rows) -> list[dict[str, Any]]:
         found.append(refusal("refusal", domain, spoken))
     if answered:
         found.append(accuracy(domain, answered, "check", "accuracy_answered"))
+    if compared := [row for row in rows if row["reference"] is not None]:
+        found += wins(domain, compared)
     return found
+
+
+def _comparison(settings: BenchmarkSettings, runtime: RuntimeSettings, base_answers: Path | None) -> Comparison | None:
+    """Who compares the answers; None where nobody does, or the model is the base that others are compared with."""
+    if settings.comparison is None or (settings.comparison.against == "base" and base_answers is None):
+        return None
+    return Comparison(settings.comparison, runtime.requests)
+
+
+def _refer(task: str, benchmark: Benchmark, settings: dict[str, Any], base_answers: Path | None) -> dict[str, Any]:
+    """Give every item the `reference` that its answer is compared with, and say whose they are.
+
+    Raises:
+        UserError: answers that are missing, or that the base model gave to other prompts or with other settings.
+    """
+    if base_answers is None:
+        if missing := [item for item in benchmark.items if not isinstance(item["published"], str)]:
+            raise UserError(
+                f"{task}: {len(missing)} of {len(benchmark.items)} prompts have no published answer (`output`), "
+                "expected the benchmark's own file, or `benchmarks.comparison.against: base`"
+            )
+        given = {item["id"]: item["published"].strip() for item in benchmark.items}
+        whose = {"answers": fingerprint(sorted(given.items()))}
+    else:
+        if not base_answers.is_file():
+            raise UserError(f"{base_answers} does not exist: evaluate the base model on {task} first")
+        table = pq.read_table(base_answers)
+        manifest = json.loads((table.schema.metadata or {}).get(METADATA_KEY.encode(), b"{}"))
+        check_manifest(manifest, KIND, base_answers)
+        for key, ours in (("benchmark", benchmark.record), ("settings", settings)):
+            if manifest[key] != ours:
+                raise UserError(
+                    f"{base_answers} was made with another {key} than {task} here ({dumps(manifest[key])[:200]}, "
+                    f"expected {dumps(ours)[:200]}): evaluate the base model again"
+                )
+        given = {row["id"]: row["response"] for row in table.to_pylist()}
+        whose = manifest["model"]
+    for item in benchmark.items:
+        item["reference"] = given[item["id"]]
+    return whose
 
 
 def _answered(

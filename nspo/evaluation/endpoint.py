@@ -1,4 +1,4 @@
-"""A judge at an OpenAI-compatible endpoint (vLLM, llama.cpp, a hosted service): `POST URL/chat/completions`.
+"""Judges at an OpenAI-compatible endpoint (vLLM, llama.cpp, a hosted service): `POST URL/chat/completions`.
 
 Decoding is greedy, and the judge sees prompt and answer. The client is the `openai` package's (`pip install
 nspo[judge]`): it repeats a request after a timeout, a lost connection, or status 408, 409, 429 and 5xx, waits longer
@@ -13,13 +13,13 @@ ends the step or drops the row.
 import asyncio
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from nspo.errors import UserError
-from nspo.evaluation.grammar import say_unreadable, turns, verdict
+from nspo.evaluation.grammar import expected, say_unreadable, turns, verdict
 from nspo.evaluation.judges import Keep
-from nspo.judge_settings import EndpointJudge, RequestSettings
+from nspo.judge_settings import ComparisonJudge, EndpointJudge, RequestSettings
 from nspo.progress import say, track
 
 if TYPE_CHECKING:
@@ -27,12 +27,13 @@ if TYPE_CHECKING:
 
 FATAL = {401: "check the key", 404: "check url and model"}
 LEAST_FAULTS = 10  # requests in a row that must fail before the endpoint counts as gone
+Turns = list[dict[str, str]]
 
 
 class Endpoint:
-    """Is the answer unsafe, by the model at an endpoint?"""
+    """A model at an endpoint that is asked for verdicts."""
 
-    def __init__(self, key: str, settings: EndpointJudge, requests: RequestSettings) -> None:
+    def __init__(self, key: str, settings: EndpointJudge | ComparisonJudge, requests: RequestSettings) -> None:
         """Check what can be checked without a request; `key` is where a configuration names the judge.
 
         Raises:
@@ -54,18 +55,25 @@ class Endpoint:
                 "key has, expected ASCII on one line"
             )
 
-    def verdicts(self, prompts: Sequence[str], answers: Sequence[str], keep: Keep = lambda *_: None) -> list[float]:
-        """1 for unsafe, 0 for safe, NaN where no verdict was reached; shows progress.
+    def ask(self, conversations: Sequence[Turns], read: Callable[[str], float], wanted: str, keep: Keep) -> list[float]:
+        """What `read` makes of the reply to each conversation, NaN where no verdict was reached; shows progress.
+
+        Args:
+            read: NaN for a reply that is no verdict.
+            wanted: what a verdict looks like, for the user to be told.
 
         Raises:
             UserError: when the endpoint cannot be reached, refuses the key, has no such model, or fails too many
                 requests in a row (ten, or as many as are under way at once).
         """
-        run = _Run(self, list(zip(prompts, answers, strict=True)), keep)
+        run = _Run(self, conversations, read, keep)
         try:
             asyncio.run(run.judge())
         except ExceptionGroup as group:  # of the workers; the first fault ended all of them
             raise group.exceptions[0] from None
+        say_unreadable(self.name, wanted, run.unreadable)
+        for fault, count in run.faults.items():
+            say(f"{self.name}: {count} requests failed with {fault}")
         return run.found
 
     def client(self) -> "AsyncOpenAI":
@@ -89,46 +97,59 @@ class Endpoint:
         return os.environ.get(self.settings.api_key_env, "").strip()
 
 
-class _Run:
-    """One round of requests: `concurrency` workers that take the next answer as soon as they are free."""
+class SafetyEndpoint(Endpoint):
+    """Is the answer unsafe, by the model at an endpoint?"""
 
-    def __init__(self, judge: Endpoint, pairs: list[tuple[str, str]], keep: Keep) -> None:
-        self.endpoint = judge
-        self.settings = judge.settings
-        self.pairs = pairs
+    def __init__(self, key: str, settings: EndpointJudge, requests: RequestSettings) -> None:
+        """See `Endpoint`."""
+        super().__init__(key, settings, requests)
+        self.judge = settings
+
+    def verdicts(self, prompts: Sequence[str], answers: Sequence[str], keep: Keep = lambda *_: None) -> list[float]:
+        """1 for unsafe, 0 for safe, NaN where no verdict was reached; raises as `ask` does."""
+        shown = [turns(self.judge.template, *pair) for pair in zip(prompts, answers, strict=True)]
+        return self.ask(shown, lambda reply: verdict(self.judge, reply), expected(self.judge), keep)
+
+
+class _Run:
+    """One round of requests: `concurrency` workers that take the next conversation as soon as they are free."""
+
+    def __init__(
+        self, endpoint: Endpoint, conversations: Sequence[Turns], read: Callable[[str], float], keep: Keep
+    ) -> None:
+        self.endpoint = endpoint
+        self.settings = endpoint.settings
+        self.conversations = conversations
+        self.read = read
         self.keep = keep
-        self.found = [math.nan] * len(pairs)
+        self.found = [math.nan] * len(conversations)
         self.unreadable: list[str] = []
         self.faults: dict[str, int] = {}
         self.in_a_row = 0
 
     async def judge(self) -> None:
-        """Fill `found`, then say what failed."""
-        waiting = iter(range(len(self.pairs)))
-        with track(f"verdicts of {self.endpoint.name}", len(self.pairs), "answer") as bar:
+        """Fill `found`."""
+        waiting = iter(range(len(self.conversations)))
+        with track(f"verdicts of {self.endpoint.name}", len(self.conversations), "answer") as bar:
             async with self.endpoint.client() as client, asyncio.TaskGroup() as group:
-                for _ in range(min(self.endpoint.requests.concurrency, len(self.pairs))):
+                for _ in range(min(self.endpoint.requests.concurrency, len(self.conversations))):
                     group.create_task(self._work(client, waiting, bar))
-        say_unreadable(self.endpoint.name, self.settings, self.unreadable)
-        for fault, count in self.faults.items():
-            say(f"{self.endpoint.name}: {count} requests failed with {fault}")
 
     async def _work(self, client: "AsyncOpenAI", waiting: Iterator[int], bar: Any) -> None:
         for place in waiting:
-            reply = await self._ask(client, *self.pairs[place])
+            reply = await self._ask(client, self.conversations[place])
             if reply is not None:
-                self.found[place] = verdict(self.settings, reply)
+                self.found[place] = self.read(reply)
                 if math.isnan(self.found[place]):
                     self.unreadable.append(self.endpoint.scrubbed(reply))
                 else:
                     self.keep(place, self.found[place])
             bar.update()
 
-    async def _ask(self, client: "AsyncOpenAI", prompt: str, answer: str) -> str | None:
+    async def _ask(self, client: "AsyncOpenAI", shown: Any) -> str | None:
         """The reply, empty where it is damaged or was cut off; None where the request failed for good."""
         from openai import APIConnectionError, APIStatusError, APITimeoutError
 
-        shown: Any = turns(self.settings.template, prompt, answer)
         try:
             completion = await client.chat.completions.create(
                 model=self.settings.model,
@@ -167,7 +188,7 @@ class _Run:
         kept = sum(map(math.isfinite, self.found))
         return UserError(
             f"{self.endpoint.key}: {self.settings.url} {what} ({hint}); {kept} of "
-            f"{len(self.pairs)} verdicts are kept, and the same command asks for the rest"
+            f"{len(self.conversations)} verdicts are kept, and the same command asks for the rest"
         )
 
 

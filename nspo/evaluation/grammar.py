@@ -11,21 +11,20 @@ from collections.abc import Sequence
 from nspo.judge_settings import InWords
 from nspo.progress import say
 
-PLACEHOLDER = re.compile(r"\{(prompt|response)\}")
+PLACEHOLDER = re.compile(r"\{(\w+)\}")
 CATEGORIES = r"(\s*\n\s*[A-Z]\d+(\s*,\s*[A-Z]\d+)*)?"  # Llama-Guard's second line, such as S1,S2
 SHOWN = 80
 
 
-def fill(template: str, prompt: str, response: str) -> str:
-    """`template` with both texts in their places, which are found before either is put in."""
-    texts = {"prompt": prompt, "response": response}
-    return PLACEHOLDER.sub(lambda found: texts[found[1]], template)
+def fill(template: str, **texts: str) -> str:
+    """`template` with each text in its place; places are found before any text is put in."""
+    return PLACEHOLDER.sub(lambda found: texts.get(found[1], found[0]), template)
 
 
 def turns(template: str, prompt: str, response: str) -> list[dict[str, str]]:
     """The conversation a judge is shown: one user turn by `template`, or the judged turns themselves without one."""
     if template:
-        return [{"role": "user", "content": fill(template, prompt, response)}]
+        return [{"role": "user", "content": fill(template, prompt=prompt, response=response)}]
     return [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
 
 
@@ -41,11 +40,12 @@ def verdict(settings: InWords, reply: str) -> float:
     return 1.0 if re.fullmatch(re.escape(settings.unsafe) + CATEGORIES, text) else math.nan
 
 
-def say_unreadable(name: str, settings: InWords, replies: Sequence[str]) -> None:
+def expected(settings: InWords) -> str:
+    """What a verdict looks like."""
+    return f"{settings.safe!r} or {settings.unsafe!r}" + (f" after {settings.line!r}" if settings.line else "")
+
+
+def say_unreadable(name: str, wanted: str, replies: Sequence[str]) -> None:
     """One line on how many replies were no verdicts, with the first of them, so that a wrong grammar is found out."""
     if replies:
-        where = f" after {settings.line!r}" if settings.line else ""
-        say(
-            f"{name}: {len(replies)} replies are no verdict, the first is {replies[0][:SHOWN]!r}; "
-            f"expected {settings.safe!r} or {settings.unsafe!r}{where}"
-        )
+        say(f"{name}: {len(replies)} replies are no verdict, the first is {replies[0][:SHOWN]!r}; expected {wanted}")

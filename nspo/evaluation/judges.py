@@ -51,6 +51,16 @@ class AddedJudge(Judge, Protocol):
         ...
 
 
+class Asked(Protocol):
+    """Whatever reports verdicts one by one, on answers or on pairs of answers."""
+
+    name: str
+
+    def verdicts(self, prompts: Sequence[str], answers: Sequence[Any], keep: Keep = ...) -> list[float]:
+        """As `AddedJudge.verdicts`."""
+        ...
+
+
 class RefusalPhrases:
     """Is the answer a refusal, by a fixed list of phrases? It never fails; see `nspo/refusal.py` for its limits."""
 
@@ -112,9 +122,9 @@ def judge_of(key: str, settings: AnyJudge, runtime: RuntimeSettings, stay: bool 
         UserError: for a package, model, label or chat template that is missing.
     """
     if isinstance(settings, EndpointJudge):
-        from nspo.evaluation.endpoint import Endpoint
+        from nspo.evaluation.endpoint import SafetyEndpoint
 
-        return Endpoint(key, settings, runtime.requests)
+        return SafetyEndpoint(key, settings, runtime.requests)
     from nspo.evaluation.local_judges import Classifier, Guard
 
     if isinstance(settings, ClassifierJudge):
@@ -128,12 +138,12 @@ class KeptVerdicts:
     Equal pairs of prompt and answer are judged once. Failed verdicts are not kept: they are asked for again.
     """
 
-    def __init__(self, judge: AddedJudge, work: Path) -> None:
+    def __init__(self, judge: Asked, work: Path) -> None:
         self.judge, self.work, self.known = judge, work, _known(work)
         if self.known:
             say(f"{judge.name}: continuing after {len(self.known)} verdicts, kept in {work}")
 
-    def verdicts(self, prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
+    def verdicts(self, prompts: Sequence[str], answers: Sequence[Any]) -> list[float]:
         """As `Judge.verdicts`."""
         pairs = [fingerprint(pair) for pair in zip(prompts, answers, strict=True)]
         places = {pair: place for place, pair in reversed(list(enumerate(pairs))) if pair not in self.known}

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from nspo.errors import UserError, first_line
-from nspo.evaluation.grammar import fill, say_unreadable, turns, verdict
+from nspo.evaluation.grammar import expected, fill, say_unreadable, turns, verdict
 from nspo.evaluation.judges import Keep
 from nspo.judge_settings import ClassifierJudge, GuardJudge
 from nspo.models import generate, load_model, load_tokenizer, model_folder, model_identity, stop_ids
@@ -84,7 +84,7 @@ class Guard:
                 unreadable.append(text)
             else:
                 keep(fits[index], value)
-        say_unreadable(self.name, self.settings, unreadable)
+        say_unreadable(self.name, expected(self.settings), unreadable)
         return found
 
     def _load(self) -> PreTrainedModel:
@@ -93,7 +93,7 @@ class Guard:
     def _text(self, prompt: str, answer: str) -> str:
         """What the model is shown, as text."""
         if self.tokenizer.chat_template is None:
-            return fill(self.settings.template, prompt, answer)
+            return fill(self.settings.template, prompt=prompt, response=answer)
         shown: list[Any] = turns(self.settings.template, prompt, answer)
         if self.in_parts:  # the form that templates of multimodal guard models read
             shown = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in shown]
@@ -169,7 +169,7 @@ class Classifier:
 
     def _encoded(self, prompt: str, answer: str) -> dict[str, Any]:
         if self.settings.template:
-            text = fill(self.settings.template, prompt, answer)
+            text = fill(self.settings.template, prompt=prompt, response=answer)
             return dict(self.tokenizer(text, truncation=True, max_length=self.room))
         return dict(self.tokenizer(prompt, answer, truncation="longest_first", max_length=self.room))
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nspo.evaluation.drift import FIGURES, token_weights
-from nspo.evaluation.statistics import Estimate, bootstrap_mean, difference, wilson
+from nspo.evaluation.statistics import Estimate, bootstrap_mean, difference, wilson, wilson_mean
 
 Row = Mapping[str, Any]
 JUDGED = "judge_"  # before the name of an added judge: its column in `responses.parquet`
@@ -59,6 +59,18 @@ def refusal(axis: str, domain: str, rows: Sequence[Row]) -> dict[str, Any]:
 def accuracy(domain: str, rows: Sequence[Row], judge: str, name: str = "accuracy") -> dict[str, Any]:
     """How often an answer is right, by what marked it."""
     return _rate("ability", name, domain, judge, rows, "correct")
+
+
+def wins(domain: str, rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """How often an answer is the better of two, ties as half and failed verdicts as lost; and how often there is a
+    tie."""
+    won = [0.0 if row["win"] is None else row["win"] for row in rows]
+    failures = sum(row["win"] is None for row in rows)
+    ties = wilson(won.count(0.5), len(rows))
+    return [
+        _score("ability", "win_rate", domain, "comparison", wilson_mean(won), len(rows), failures),
+        _score("ability", "tie_rate", domain, "comparison", ties, len(rows), failures),
+    ]
 
 
 def refusal_contrast(domain: str, harmful: Sequence[Row], benign: Sequence[Row]) -> dict[str, Any]:

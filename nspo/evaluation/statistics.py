@@ -37,6 +37,23 @@ def wilson(successes: int, n: int) -> Estimate:
     return Estimate(successes / n, float(interval.low), float(interval.high))
 
 
+def wilson_mean(values: Sequence[float]) -> Estimate:
+    """The mean of values from 0 to 1 with Wilson's score interval, for rates in which some count half.
+
+    No such values vary more than zeros and ones of the same mean, so the interval is too wide rather than too narrow,
+    and unlike a bootstrap's it does not vanish where all values are equal.
+
+    Raises:
+        UserError: when there is nothing to take a mean of.
+    """
+    if not values:
+        raise UserError("a mean over 0 prompts: expected at least one, look at the prompt sets of the evaluation")
+    n, mean, z = len(values), sum(values) / len(values), float(stats.norm.ppf(0.5 + LEVEL / 2))
+    centre = (mean + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * math.sqrt(mean * (1 - mean) / n + z**2 / (4 * n**2))
+    return Estimate(mean, max(0.0, centre - half), min(1.0, centre + half))
+
+
 def difference(ours: Estimate, theirs: Estimate) -> Estimate:
     """The difference of two independent rates with Newcombe's interval (1998, method 10), from Wilson's."""
     value = ours.value - theirs.value

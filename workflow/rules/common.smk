@@ -15,6 +15,7 @@ os.environ.update(
 )
 
 from nspo.benchmarks.loading import locate
+from nspo.benchmarks.registry import TASKS
 from nspo.cli import RUNTIME_FLAGS, to_flags
 from nspo.data_settings import LabelSettings, PromptSettings
 from nspo.policy_settings import PairSettings, TrainingSettings
@@ -193,7 +194,16 @@ def benchmark_flags(wildcards):
     """The settings of one benchmark alone, so that another reruns nothing."""
     task, section = wildcards.task, settings.benchmarks
     sources = {name: source for name, source in section.sources.items() if name == task}
-    return to_flags(section.model_copy(update={"tasks": [task], "sources": sources}))
+    comparison = section.comparison if TASKS[task].compared else None
+    return to_flags(section.model_copy(update={"tasks": [task], "sources": sources, "comparison": comparison}))
+
+
+def base_answers(wildcards):
+    """The base model's answers to a benchmark, where those of the others are compared with them."""
+    comparison = settings.benchmarks.comparison
+    if not comparison or comparison.against != "base" or not TASKS[wildcards.task].compared:
+        return []
+    return expand(rules.benchmark_base.output.responses, task=wildcards.task)
 
 
 def every_benchmark():

@@ -93,10 +93,11 @@ rule benchmark_base:
         name="--name base --seed 0",
         model=folder("model"),
         cost=folder("cost"),
+        base_answers=optional("--base-answers", "base_answers"),
         out=subpath(output.metrics, ancestor=2),
     shell:
         "python -m nspo evaluate {params.flags} {params.judging} {params.runtime} {params.name} --model {params.model}"
-        " --cost {params.cost} --training {input.training} --out {params.out} 2>&1 | tee {log}"
+        " --cost {params.cost} --training {input.training} {params.base_answers} --out {params.out} 2>&1 | tee {log}"
 
 
 use rule benchmark_base as benchmark_policy with:
@@ -110,6 +111,7 @@ use rule benchmark_base as benchmark_policy with:
             rules.prepare_labels.output.labels,
         ],
         judges=judge_files(),
+        base_answers=base_answers,
     output:
         metrics="<results>/benchmarks/{method}/seed{seed}/{task}/metrics.json",
         responses="<results>/benchmarks/{method}/seed{seed}/{task}/responses.parquet",
@@ -124,6 +126,7 @@ use rule benchmark_base as benchmark_policy with:
         name="--name {method} --seed {seed}",
         model=folder("model"),
         cost=folder("cost"),
+        base_answers=optional("--base-answers", "base_answers"),
         out=subpath(output.metrics, ancestor=2),
 
 
