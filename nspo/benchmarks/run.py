@@ -113,7 +113,7 @@ def evaluate(
     every: list[Judge] = [*(judge for judge in judges if judge), *added]
     identities = {judge.name: judge.identity for judge in every}
     comparison = _comparison(settings, runtime, base_answers)
-    facts = {
+    facts: dict[str, Any] = {
         "method": name or model.resolve().name,
         "seed": seed or 0,
         "model": identity,
