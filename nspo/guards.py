@@ -1,7 +1,7 @@
 """Refusals: where the guarantee of the constraint would not hold, training stops before it starts, in one line."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 import torch
@@ -14,17 +14,22 @@ from nspo.linears import canonical_name, is_transposed
 _UNSUPPORTED_OPTIMIZERS = re.compile(r"schedulefree|lomo|layerwise", re.IGNORECASE)
 
 
-def refuse_engines(model: nn.Module, optimizer: Any) -> None:
+def refuse_engines(model: nn.Module, optimizer: Any, zero: Any = None) -> None:
     """Refuse wrappers and optimizers whose writes to the weights nobody could follow or correct.
 
+    Args:
+        zero: DeepSpeed's ZeRO optimizer around `optimizer`, where there is one.
+
     Raises:
-        UserError: DeepSpeed, FSDP1, no torch optimizer, or one that steps on sparse gradients or outside `step()`.
+        UserError: DeepSpeed without `zero`, FSDP1, no torch optimizer, or one that steps on sparse gradients or
+            outside `step()`.
     """
     origins = [f"{cls.__module__}.{cls.__name__}".lower() for it in (model, optimizer) for cls in type(it).__mro__]
-    if any("deepspeed" in origin for origin in origins) or any(hasattr(p, "ds_id") for p in model.parameters()):
+    of_deepspeed = any("deepspeed" in origin for origin in origins)
+    if zero is None and (of_deepspeed or any(hasattr(p, "ds_id") for p in model.parameters())):
         raise UserError(
-            "the model or optimizer belongs to DeepSpeed, which steps on flat partitions: train with FSDP2 "
-            "(fsdp_version: 2) or DDP instead"
+            "the model or optimizer belongs to DeepSpeed, which steps on flat partitions: pass the optimizer that "
+            "deepspeed.initialize (or accelerate) returned, with zero_stage 2 or 3"
         )
     flat = any(type(parameter).__name__ == "FlatParameter" for parameter in model.parameters())
     if flat or any(cls.__name__ == "FullyShardedDataParallel" for m in model.modules() for cls in type(m).__mro__):
@@ -48,31 +53,36 @@ def refuse_engines(model: nn.Module, optimizer: Any) -> None:
         )
 
 
-def refuse_late_freeze(model: nn.Module, modules: Mapping[str, nn.Linear]) -> None:
-    """Refuse to freeze what DDP already expects gradients of; `modules` are the constrained layers by name.
+def refuse_late_freeze(model: nn.Module, modules: Mapping[str, nn.Linear], zero: Any = None) -> None:
+    """Refuse to freeze what DDP, or DeepSpeed's `zero`, already expects gradients of.
+
+    Args:
+        modules: the constrained layers by name.
 
     Raises:
-        UserError: other trainable parameters inside `DistributedDataParallel`.
+        UserError: other trainable parameters inside `DistributedDataParallel` or DeepSpeed.
     """
     covered = {id(module.weight) for module in modules.values()}
     trainable = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in covered]
-    if trainable and any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
+    replicas = any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules())
+    if trainable and (replicas or zero is not None):
+        engine = "DDP" if replicas else "DeepSpeed"
         raise UserError(
-            f"{len(trainable)} parameters outside the bases are trainable under DDP, which cannot freeze them now: "
-            "call nspo.projection.freeze_uncovered(model, bases) before wrapping, or pass freeze_rest=False"
+            f"{len(trainable)} parameters outside the bases are trainable under {engine}, which cannot freeze them "
+            "now: call nspo.projection.freeze_uncovered(model, bases) before wrapping, or pass freeze_rest=False"
         )
 
 
-def refuse_weights(
-    model: nn.Module, modules: Mapping[str, nn.Linear], optimizer: torch.optim.Optimizer, freeze_rest: bool
-) -> None:
+def refuse_weights(model: nn.Module, modules: Mapping[str, nn.Linear], held: Container[int], freeze_rest: bool) -> None:
     """Refuse constrained layers, `modules` by name, whose weight could not be kept in place or exact.
+
+    Args:
+        held: the ids of the weights that the optimizer steps.
 
     Raises:
         UserError: a weight that is shared, not float32, frozen, sharded by columns or unknown to the optimizer, or a
             bias that stays trainable.
     """
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(canonical_name(name))

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from nspo.errors import UserError
@@ -29,7 +29,12 @@ def is_transposed(module: nn.Module) -> bool:
 
 def input_width(module: nn.Linear) -> int:
     """Width d of the input that a linear layer reads."""
-    return int(module.weight.shape[0 if is_transposed(module) else 1])
+    return whole_shape(module.weight)[0 if is_transposed(module) else 1]
+
+
+def whole_shape(weight: Tensor) -> Size:
+    """The shape of a weight over all ranks; DeepSpeed's ZeRO-3 leaves an empty tensor in its place."""
+    return getattr(weight, "ds_shape", weight.shape)
 
 
 def find_linears(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Linear]:
@@ -60,7 +65,7 @@ def find_linears(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Linear]
         if weight.is_meta:
             raise UserError(f"layer {name} has its weight on the meta device, expected data: load the weights first")
         plain = type(weight.data) in (Tensor, DTensor) and weight.is_floating_point() and weight.itemsize > 1
-        if not plain or weight.ndim != 2:
+        if not plain or len(whole_shape(weight)) != 2:
             kind = f"{type(weight.data).__name__} {weight.dtype} of shape {tuple(weight.shape)}"
             raise UserError(
                 f"layer {name} has a quantised or flattened weight ({kind}), expected a float matrix: "

@@ -248,8 +248,10 @@ class TrainingSettings(RolloutSettings):
         description="Processes that train one policy, one per GPU (`accelerate launch`). Rollouts and updates keep "
         "their sizes, and micro_batch_size x processes divides minibatch_size. Another number samples other answers.",
     )
-    sharding: Literal["none", "fsdp2"] = Field(
-        "none", description="How the processes split the model: not at all (DDP), or by rows (PyTorch FSDP2, on GPUs)."
+    sharding: Literal["none", "fsdp2", "zero2", "zero3"] = Field(
+        "none",
+        description="How the processes split the model, on GPUs: not at all (DDP), by rows (PyTorch FSDP2), or as "
+        "DeepSpeed does: gradients and optimizer (ZeRO-2), or weights too (ZeRO-3).",
     )
 
     @property

@@ -6,58 +6,33 @@ rows, so momentum, decay, clipping and accumulation cannot leave the null space,
 row-sharded weights need no communication.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
+from nspo.anchors import narrow, own_weights, saved_weights
 from nspo.bases import NullSpaceBases
+from nspo.deepspeed import Partition, ZeroLayer, own_rows, partitions, zero_optimizer
 from nspo.errors import UserError
 from nspo.guards import refuse_engines, refuse_late_freeze, refuse_weights
+from nspo.layers import Layer
 from nspo.linears import (
     canonical_name,
     find_linears,
     frobenius,
     is_transposed,
-    layer_norms,
     local,
-    sum_over_shards,
+    whole_shape,
 )
-from nspo.projector import inner_product, project_, protected_part, reanchor_, squared_norm
-from nspo.site_basis import Kind
+from nspo.projector import inner_product, project_, reanchor_, squared_norm
 
 Mode = Literal["both", "anchor", "gradient"]
 VERIFY_TOLERANCE = 1e-5
 ANCHOR_TOLERANCE = 1e-2  # a bf16-rounded checkpoint is a few 1e-3 off its anchor; another model is near 1
-
-
-@dataclass
-class _Layer:
-    """One constrained weight, all tensors as this rank holds them and oriented (out, d)."""
-
-    name: str
-    module: nn.Linear
-    parameter: Tensor
-    transposed: bool
-    anchor: Tensor
-    basis: Tensor
-    kind: Kind
-
-    def rows(self, tensor: Tensor) -> Tensor:
-        """The local part of a weight-shaped tensor as (out, d), sharing memory."""
-        return local(tensor).T if self.transposed else local(tensor)
-
-    def leakage(self) -> float:
-        """||(W - W0) Q||_F / ||W0 Q||_F over all shards; 0 when nothing is protected."""
-        anchor = self.anchor.float()
-        moved = squared_norm(protected_part(self.rows(self.parameter) - anchor, self.basis, self.kind))
-        base = squared_norm(protected_part(anchor, self.basis, self.kind))
-        both = sum_over_shards(torch.stack([moved, base]), self.parameter).double()
-        return float((both[0] / both[1]).sqrt()) if both[0] > 0 else 0.0
 
 
 class Constraint:
@@ -71,13 +46,12 @@ class Constraint:
     Nothing here belongs in a checkpoint: a resumed run calls `constrain` again with the base folder as anchor.
     """
 
-    def __init__(
-        self, layers: list[_Layer], frozen: list[str], rest: int, optimizer: torch.optim.Optimizer, mode: Mode
-    ):
+    def __init__(self, layers: list[Layer], frozen: list[str], rest: int, optimizer: torch.optim.Optimizer, mode: Mode):
         self._layers, self.mode, self.frozen_names = layers, mode, frozen
         self.unprotected_share = rest / (rest + self._weights())
-        self._stats: list[tuple[_Layer, Tensor]] = []
-        self._verified = mode == "gradient"  # which leaks by design, so there is nothing to verify
+        self._stats: dict[str, Tensor] = {}  # of the last gradient of each layer
+        # Nothing to verify where leaking is by design, nor yet where ZeRO copies to the model after the hooks.
+        self._verified = mode == "gradient" or any(isinstance(layer, ZeroLayer) for layer in layers)
         self._handles = []
         if mode != "anchor":
             self._handles.append(optimizer.register_step_pre_hook(self._before_step))
@@ -85,7 +59,7 @@ class Constraint:
             self._handles.append(optimizer.register_step_post_hook(self._after_step))
 
     def _weights(self) -> int:
-        return sum(layer.parameter.numel() for layer in self._layers)
+        return sum(whole_shape(layer.parameter).numel() for layer in self._layers)
 
     def _before_step(self, optimizer: Any, args: Any, kwargs: Any) -> Any:
         """Project the gradients there are, or have the optimizer's closure project those it makes inside the step."""
@@ -102,19 +76,23 @@ class Constraint:
         return (optimizer, projected, *args[2:]), {name: kwargs[name] for name in kwargs.keys() - {"closure"}}
 
     def _project_gradients(self) -> None:
-        self._stats = []
         for layer in self._layers:
-            if layer.parameter.grad is None:
+            if not layer.steps:
                 continue
-            gradient = layer.rows(layer.parameter.grad)
-            raw = gradient.clone()
-            project_(gradient, layer.basis, layer.kind)
-            products = [squared_norm(raw), squared_norm(gradient), inner_product(raw, gradient)]
-            self._stats.append((layer, torch.stack(products)))
+            with layer.gradient() as gradient:
+                if gradient is None:
+                    self._stats.pop(layer.name, None)
+                    continue
+                raw = gradient.clone()
+                project_(gradient, layer.basis, layer.kind)
+                products = [squared_norm(raw), squared_norm(gradient), inner_product(raw, gradient)]
+                self._stats[layer.name] = torch.stack(products)
 
     def _after_step(self, *_: Any) -> None:
         for layer in self._layers:
-            reanchor_(layer.rows(layer.parameter), layer.anchor, layer.basis, layer.kind)
+            if layer.steps:
+                with layer.stepped() as rows:
+                    reanchor_(rows, layer.anchor, layer.basis, layer.kind)
         if not self._verified:  # backstop: a write that did not land shows here, not after a day of training
             self.verify()
             self._verified = True
@@ -154,7 +132,8 @@ class Constraint:
         """
         if not self._stats:
             return {}
-        total = sum(sum_over_shards(products, layer.parameter).double().cpu() for layer, products in self._stats)
+        found = [layer.total(self._stats[layer.name]) for layer in self._layers if layer.name in self._stats]
+        total = sum(products.double().cpu() for products in found)
         before, after, descent = (float(value) for value in total)  # type: ignore[union-attr]
         kept = (after / before) ** 0.5 if before > 0 else 0.0
         return {"gradient_norm": before**0.5, "projected_norm": after**0.5, "kept": kept, "descent": descent}
@@ -225,32 +204,18 @@ def constrain(
     """
     if mode not in ("both", "anchor", "gradient"):
         raise UserError(f"mode {mode!r}, expected 'both', 'anchor' or 'gradient': change `mode`")
+    zero = zero_optimizer(optimizer)
     optimizer = innermost(optimizer)
-    refuse_engines(model, optimizer)
+    refuse_engines(model, optimizer, zero)
     bases.check_free()
     modules = bases.check_layers(model)
     if freeze_rest:
-        refuse_late_freeze(model, modules)
-    refuse_weights(model, modules, optimizer, freeze_rest)
-
-    if anchor is None:
-        bases.check_norms(layer_norms(model, bases.layers))
-        base = {name: _narrow(local(module.weight).clone()) for name, module in modules.items()}
-    else:
-        base = _read_anchor(Path(anchor), modules)
-        bases.check_norms({name: frobenius(value) for name, value in base.items()})
-        base = {name: _narrow(local(value)) for name, value in base.items()}
-
-    on_device: dict[tuple[str, torch.device], Tensor] = {}  # layers of one site share one copy of its basis
-    layers = []
-    for name, module in modules.items():
-        site = bases.for_layer(name)
-        key = (site.site, local(module.weight).device)
-        if key not in on_device:
-            on_device[key] = site.basis.to(key[1], torch.float32)
-        transposed = is_transposed(module)
-        rows = base.pop(name).T if transposed else base.pop(name)
-        layers.append(_Layer(name, module, module.weight, transposed, rows, on_device[key], site.kind))
+        refuse_late_freeze(model, modules, zero)
+    parts = partitions(zero) if zero else None
+    held = parts or {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    refuse_weights(model, modules, held, freeze_rest)
+    base = own_weights(modules) if anchor is None else saved_weights(Path(anchor), modules)
+    layers = _layers(modules, bases, base, parts)
 
     if anchor is not None and mode != "gradient":
         worst = max((layer.leakage(), layer.name) for layer in layers)
@@ -262,51 +227,41 @@ def constrain(
 
     frozen = freeze_uncovered(model, bases) if freeze_rest else []
     covered = {id(layer.parameter) for layer in layers}
-    rest = sum(p.numel() for p in model.parameters() if p.requires_grad and id(p) not in covered)
+    rest = sum(whole_shape(p).numel() for p in model.parameters() if p.requires_grad and id(p) not in covered)
     return Constraint(layers, frozen, rest, optimizer, mode)
 
 
-def _narrow(weight: Tensor) -> Tensor:
-    """The same values in bf16 where that loses nothing (half the memory), else in float32."""
-    small = weight.bfloat16()
-    return small if torch.equal(small.to(weight.dtype), weight) else weight.float()
-
-
-def _read_anchor(folder: Path, modules: Mapping[str, nn.Linear]) -> dict[str, Tensor]:
-    """Base weights by layer, one read at a time, placed and sharded as the model's own weights are.
+def _layers(
+    modules: Mapping[str, nn.Linear],
+    bases: NullSpaceBases,
+    weights: Iterable[tuple[str, Tensor]],
+    parts: Mapping[int, Partition] | None,
+) -> list[Layer]:
+    """The constrained layers with the `weights` as anchor, of which each rank keeps its rows; `parts` under ZeRO.
 
     Raises:
-        UserError: when the folder has no safetensors, lacks a weight, or has another shape for it.
+        UserError: when the weights are not those that the bases were computed for.
     """
-    from safetensors import safe_open
-
-    where = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            where.update(dict.fromkeys(file.keys(), path))
-    if not where:
-        raise UserError(f"anchor {folder} holds no *.safetensors weights: expected the folder of the base model")
-    base = {}
-    for name, module in modules.items():
-        key, weight = f"{name}.weight", module.weight
-        if key not in where:
-            raise UserError(f"anchor {folder} has no weight {key}, expected the base of this model: change `anchor`")
-        with safe_open(where[key], framework="pt") as file:
-            value = file.get_tensor(key)
-        if value.shape != weight.shape:
-            raise UserError(
-                f"anchor {folder} has {key} of shape {tuple(value.shape)}, the model has {tuple(weight.shape)}: "
-                "change `anchor`"
-            )
-        value = value.to(local(weight).device)
-        if isinstance(weight, DTensor):  # every rank reads the file and keeps its own rows: no communication
-            value = distribute_tensor(value, weight.device_mesh, weight.placements, src_data_rank=None)
-        base[name] = value
-    return base
+    norms, layers = {}, []
+    on_device: dict[tuple[str, torch.device], Tensor] = {}  # layers of one site share one copy of its basis
+    for name, value in weights:
+        norms[name] = frobenius(value)
+        module, site = modules[name], bases.for_layer(name)
+        transposed = is_transposed(module)
+        rows = local(value).T if transposed else local(value)
+        key = (site.site, rows.device)
+        if key not in on_device:
+            on_device[key] = site.basis.to(key[1], torch.float32)
+        kept = narrow((own_rows(rows) if parts else rows).clone())
+        given = (name, module, module.weight, transposed, kept, on_device[key], site.kind)
+        layers.append(ZeroLayer(*given, parts[id(module.weight)]) if parts else Layer(*given))
+    bases.check_norms(norms)
+    return layers
 
 
 def innermost(optimizer: Any) -> torch.optim.Optimizer:
-    """The torch optimizer inside accelerate's wrapper: the wrapper itself has no hooks."""
+    """The torch optimizer inside accelerate's wrapper, or DeepSpeed's: the wrapper itself has no hooks."""
+    optimizer = zero_optimizer(optimizer) or optimizer
     while isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
         optimizer = optimizer.optimizer
     return optimizer

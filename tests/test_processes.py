@@ -10,16 +10,20 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from accelerate import PartialState
-from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.utils import DistributedType
-from accelerate.utils.launch import prepare_multi_gpu_env
+from accelerate.commands import launch
+from accelerate.utils import DistributedType, is_deepspeed_available
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+from test_deepspeed import deepspeed_on_cpu
 from test_policy import METHODS, inputs, leakage, run, table, weights, without_time
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.integrations.fsdp import is_fsdp_managed_module
 
 from nspo.config import RuntimeSettings
+from nspo.deepspeed import partitions, zero_optimizer
 from nspo.errors import UserError
+from nspo.linears import whole_shape
 from nspo.policy import grpo
 from nspo.policy.callbacks import ConstraintCallback, LogCallback
 from nspo.policy.sharding import check_processes, prepare_engine
@@ -89,6 +93,7 @@ def train_in_two_goes(inputs: dict[str, Path], folder: Path, sharding: str) -> N
     with pytest.raises(KeyboardInterrupt):
         run(inputs, folder, "nspo", processes=2, sharding=sharding, **CHANGES)
     LogCallback.on_log = log  # type: ignore[method-assign]
+    unset_hf_deepspeed_config()  # else models are loaded in partitions: a new process has none yet
     run(inputs, folder, "nspo", processes=2, sharding=sharding, **CHANGES)
 
 
@@ -100,12 +105,20 @@ def replicated(rank: int, port: int, inputs: dict[str, Path], folder: Path) -> N
 
 def on_cpu_as_if_on_gpus(config: Path) -> None:
     """Have accelerate shard over CPU processes as its configuration says, which it would ignore in silence."""
-    parser = launch_command_parser()
-    arguments = parser.parse_args(["--config_file", str(config), "--num_processes", "2", "nspo"])
-    arguments = _validate_launch_command(arguments)[0]
-    for key, value in prepare_multi_gpu_env(arguments).items():
-        os.environ.setdefault(key, value)
+
+    def start(arguments: Any) -> None:
+        deepspeed = arguments.use_deepspeed
+        given = prepare_deepspeed_cmd_env(arguments)[1] if deepspeed else prepare_multi_gpu_env(arguments)
+        for key, value in given.items():
+            os.environ.setdefault(key, value)
+
+    launch.multi_gpu_launcher = launch.deepspeed_launcher = start
+    launch.launch_command(
+        launch.launch_command_parser().parse_args(["--config_file", str(config), "--num_processes", "2", "nspo"])
+    )
     PartialState._prepare_backend = lambda self, *_: ("gloo", DistributedType.MULTI_GPU)
+    init = PartialState.__init__
+    PartialState.__init__ = lambda self, cpu=False, **kwargs: init(self, cpu=False, **kwargs)
     PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
     torch.distributed.init_process_group("gloo")
 
@@ -126,6 +139,29 @@ def sharded(rank: int, port: int, inputs: dict[str, Path], folder: Path) -> None
     for model in seen:
         assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
         assert is_fsdp_managed_module(model)  # so that generate() waits for the process with the longest answers
+
+
+def zero(rank: int, port: int, inputs: dict[str, Path], folder: Path, stage: int) -> None:
+    """Train nspo under DeepSpeed ZeRO, its smallest weights split too."""
+    launched(rank, port)
+    deepspeed_on_cpu()
+    on_cpu_as_if_on_gpus(CONFIG / f"zero{stage}.yaml")
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3 as Zero3
+
+    init = Zero3.__init__
+    Zero3.__init__ = lambda self, *args, **more: init(self, *args, **more | {"param_persistence_threshold": 0})
+    seen, begin = [], ConstraintCallback.on_train_begin  # of the share of the weights that this process steps
+
+    def on_train_begin(self: ConstraintCallback, *args: Any, **kwargs: Any) -> None:
+        begin(self, *args, **kwargs)
+        trained = [parameter for parameter in kwargs["model"].parameters() if parameter.requires_grad]
+        assert all(parameter.numel() == (0 if stage == 3 else whole_shape(parameter).numel()) for parameter in trained)
+        held = sum(part.count for part in partitions(zero_optimizer(kwargs["optimizer"])).values())
+        seen.append(held / sum(whole_shape(parameter).numel() for parameter in trained))
+
+    ConstraintCallback.on_train_begin = on_train_begin  # type: ignore[method-assign]
+    train_in_two_goes(inputs, folder, f"zero{stage}")
+    assert seen == [0.5, 0.5]
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +203,32 @@ def test_fsdp2_trains_the_policy_of_one_process(inputs, alone, tmp_path):
     """Sharded by rows as the shipped file says, resumed from a sharded checkpoint, and saved whole in float32."""
     spawn(sharded, inputs, tmp_path)
     assert_same(tmp_path / "out", alone, inputs)
+
+
+@pytest.mark.skipif(not is_deepspeed_available(), reason="deepspeed is not installed (nspo[deepspeed])")
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_trains_the_policy_of_one_process(stage, inputs, alone, tmp_path):
+    """Flat partitions that cut weights, as the shipped files say, resumed from DeepSpeed's checkpoint, saved whole."""
+    spawn(zero, inputs, tmp_path, stage)
+    assert_same(tmp_path / "out", alone, inputs)
+
+
+@pytest.mark.parametrize("autocast", ["bf16", "no"])
+def test_deepspeed_autocasts_as_one_process_does(autocast):
+    """The model itself rounds, since DeepSpeed would train weights in bf16; what it returns is float32."""
+    model, batch = torch.nn.Linear(8, 8), torch.randn(4, 8)
+    model.device = torch.device("cpu")
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast == "bf16"):
+        expected = model(batch).float()
+    plugin = SimpleNamespace(zero_stage=3)
+    accelerator = {
+        "distributed_type": DistributedType.DEEPSPEED,
+        "deepspeed_plugin": plugin,
+        "parallelism_config": None,
+    }
+    prepare_engine(SimpleNamespace(accelerator=SimpleNamespace(**accelerator), model=model), "zero3", autocast)  # type: ignore[arg-type]
+    assert torch.equal(model(batch), expected)
+    assert model.weight.dtype == torch.float32
 
 
 def test_sizes_must_divide_among_the_processes():
@@ -211,7 +273,16 @@ def test_another_number_of_processes_is_refused(inputs, tmp_path):
             {"distributed_type": DistributedType.FSDP, "is_fsdp2": True},
             "is 'none', but accelerate runs 'fsdp2'",
         ),
-        ("none", {"distributed_type": DistributedType.DEEPSPEED}, "accelerate runs 'DEEPSPEED': expected replicas"),
+        (
+            "none",
+            {"distributed_type": DistributedType.DEEPSPEED, "deepspeed_plugin": SimpleNamespace(zero_stage=3)},
+            "accelerate runs 'zero3': expected replicas",
+        ),
+        (
+            "zero2",
+            {"distributed_type": DistributedType.DEEPSPEED, "deepspeed_plugin": SimpleNamespace(zero_stage=1)},
+            r"accelerate runs 'zero1': expected .*config/accelerate/zero2\.yaml",
+        ),
         ("none", {"distributed_type": DistributedType.MEGATRON_LM}, "accelerate runs 'MEGATRON_LM'"),
         (
             "fsdp2",
@@ -228,4 +299,4 @@ def test_other_engines_are_refused_by_name(sharding, accelerator, message):
     """What accelerate really does must be what `policy.sharding` says; FSDP that it ignores on the CPU is told."""
     trainer = SimpleNamespace(accelerator=SimpleNamespace(**{"parallelism_config": None} | accelerator))
     with pytest.raises(UserError, match=message):
-        prepare_engine(trainer, sharding)  # type: ignore[arg-type]
+        prepare_engine(trainer, sharding, "no")  # type: ignore[arg-type]

@@ -579,8 +579,8 @@ def test_refuses_a_trainable_bias_unless_frozen():
         (lambda p: fake("LayerWiseDummyOptimizer", "x", torch.optim.SGD)(p), "LayerWiseDummyOptimizer does not do all"),
         (lambda p: torch.optim.SGD([{"params": p, "train_mode": True}]), "no schedule-free"),
         (
-            lambda p: fake("DeepSpeedZeroOptimizer", "deepspeed.runtime.zero", torch.optim.SGD)(p),
-            "belongs to DeepSpeed",
+            lambda p: fake("BF16_Optimizer", "deepspeed.runtime.bf16_optimizer", torch.optim.SGD)(p),
+            "DeepSpeed steps with BF16_Optimizer, expected ZeRO stage 2 or 3",
         ),
     ],
 )

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from nspo.config import RuntimeSettings
+from nspo.policy.sharding import ZERO
 from nspo.policy_settings import MethodSettings, TrainingSettings
 
 
@@ -33,7 +34,7 @@ def shared_arguments(
         "max_grad_norm": training.max_grad_norm,
         "use_cpu": device.type == "cpu",
         "gradient_checkpointing": runtime.recompute_activations,
-        "bf16": training.autocast == "bf16",
+        "bf16": training.autocast == "bf16" and training.sharding not in ZERO,  # to DeepSpeed: weights in bf16
         "fp16": False,
         "logging_steps": 1,
         "logging_strategy": "steps",

@@ -5,14 +5,18 @@ Nothing here is set for one process or plain replicas (DDP). The accelerate conf
 
 from typing import Any
 
+import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, convert_outputs_to_fp32
 from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import Trainer
 
+from nspo.deepspeed import whole
 from nspo.errors import UserError
 from nspo.policy_settings import MethodSettings, TrainingSettings
+
+ZERO = ("zero2", "zero3")  # of policy.sharding: DeepSpeed
 
 
 def check_processes(training: TrainingSettings, method: MethodSettings, processes: PartialState) -> None:
@@ -34,39 +38,57 @@ def check_processes(training: TrainingSettings, method: MethodSettings, processe
 
 
 def engine_of(accelerator: Accelerator) -> str:
-    """What accelerate really does: "none" (one process or replicas), "fsdp2", or the name of what nspo does not run."""
+    """What accelerate really does: a value of `policy.sharding`, or the name of what nspo does not run."""
     kind, parallel = accelerator.distributed_type, accelerator.parallelism_config
     if parallel is not None and parallel.non_data_parallel_size > 1:
         return "tensor or context parallelism"
     if kind == DistributedType.FSDP:
         return "fsdp2" if accelerator.is_fsdp2 else "FSDP1"
+    if kind == DistributedType.DEEPSPEED:
+        return f"zero{accelerator.deepspeed_plugin.zero_stage}"
     replicas = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
     return "none" if kind in replicas else kind.value
 
 
-def prepare_engine(trainer: Trainer, sharding: str) -> None:
+def prepare_engine(trainer: Trainer, sharding: str, autocast: str) -> None:
     """Check that the trainer shards as `policy.sharding` says, and have it compute what unsharded training computes.
 
     Raises:
-        UserError: another engine, or none: accelerate ignores FSDP on the CPU.
+        UserError: another engine, or none: accelerate ignores sharding on the CPU.
     """
     found = engine_of(trainer.accelerator)
     if found != sharding:
         raise UserError(
             f"policy.sharding is {sharding!r}, but accelerate runs {found!r}: expected "
-            + ("`--config_file config/accelerate/fsdp2.yaml`, on GPUs" if sharding == "fsdp2" else "replicas")
-            + ", or another policy.sharding (none or fsdp2)"
+            + ("replicas" if sharding == "none" else f"`--config_file config/accelerate/{sharding}.yaml`, on GPUs")
+            + ", or another policy.sharding (none, fsdp2, zero2 or zero3)"
         )
+    model: Any = trainer.model
     if sharding == "fsdp2":
         # fp32 weights are gathered and autocast rounds, as without sharding: FSDP's own bf16 would blur the probes.
         trainer.accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
         # Else transformers does not know accelerate's FSDP2, and a rank whose answers end early stops the others.
-        model: Any = trainer.model
         model._is_fsdp_managed_module = True
+    if sharding in ZERO and autocast == "bf16":
+        # Weights stay float32 and the model itself autocasts, as accelerate has it without DeepSpeed.
+        model.forward = convert_outputs_to_fp32(torch.autocast(model.device.type, torch.bfloat16)(model.forward))
 
 
 def whole_weights(trainer: Trainer) -> dict[str, Tensor]:
     """The trained float32 weights by name, whole on the main process, tied ones once. A collective if sharded."""
     model: Any = trainer.model
+    if engine_of(trainer.accelerator) in ZERO:
+        return _whole_of_zero(model, trainer.accelerator.is_main_process)
     state: dict[str, Tensor] = trainer.accelerator.get_state_dict(model)
     return {name: value for name, value in state.items() if name not in model.all_tied_weights_keys}
+
+
+def _whole_of_zero(model: Any, keep: bool) -> dict[str, Tensor]:
+    """As `whole_weights`, a weight at a time: accelerate would gather ZeRO-3's in 16 bits."""
+    state = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        if name not in model.all_tied_weights_keys:
+            with whole(value):
+                if keep:
+                    state[name] = value.detach().cpu().clone()
+    return state

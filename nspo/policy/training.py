@@ -134,7 +134,7 @@ def train_policy(
         callbacks = [*parts, log, probes, *watched]
         trainer = learner.trainer(training, policy, tokenizer, seed, work, runtime, callbacks)
         trainer.remove_callback(PrinterCallback)
-        prepare_engine(trainer, training.sharding)
+        prepare_engine(trainer, training.sharding, training.autocast)
         if checkpoint is not None:
             say(f"resuming {name} (seed {seed}) from {checkpoint.name}")
         learn(trainer, checkpoint, name)
