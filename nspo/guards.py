@@ -5,6 +5,7 @@ from collections.abc import Container, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -18,12 +19,14 @@ def refuse_engines(model: nn.Module, optimizer: Any, zero: Any = None) -> None:
     """Refuse wrappers and optimizers whose writes to the weights nobody could follow or correct.
 
     Args:
-        zero: DeepSpeed's ZeRO optimizer around `optimizer`, where there is one.
+        zero: DeepSpeed's own optimizer around `optimizer`, where there is one.
 
     Raises:
-        UserError: DeepSpeed without `zero`, FSDP1, no torch optimizer, or one that steps on sparse gradients or
-            outside `step()`.
+        UserError: DeepSpeed without `zero`, or with one that `refuse_zero` refuses, FSDP1, no torch optimizer, or one
+            that steps on sparse gradients or outside `step()`.
     """
+    if zero is not None:
+        refuse_zero(zero)
     origins = [f"{cls.__module__}.{cls.__name__}".lower() for it in (model, optimizer) for cls in type(it).__mro__]
     of_deepspeed = any("deepspeed" in origin for origin in origins)
     if zero is None and (of_deepspeed or any(hasattr(p, "ds_id") for p in model.parameters())):
@@ -51,6 +54,34 @@ def refuse_engines(model: nn.Module, optimizer: Any, zero: Any = None) -> None:
             f"optimizer {type(optimizer).__name__} does not do all its writing in step(): use AdamW, SGD or another "
             "optimizer that does (no schedule-free, LOMO or layer-wise optimizers)"
         )
+
+
+def refuse_zero(zero: Any) -> None:
+    """Refuse all that DeepSpeed does but ZeRO-2 and ZeRO-3 on float32 weights that stay on the GPUs.
+
+    Raises:
+        UserError: another stage, weights in 16 bits, quantised or kept twice, offloading, or processes left out.
+    """
+    name, settings = type(zero).__name__, vars(zero)
+    if name not in ("DeepSpeedZeroOptimizer", "DeepSpeedZeroOptimizer_Stage3"):
+        raise UserError(f"DeepSpeed steps with {name}, expected ZeRO stage 2 or 3 (zero_stage)")
+    if not settings.get("partition_gradients", True):
+        raise UserError("DeepSpeed runs ZeRO stage 1, expected stage 2 or 3 (zero_stage)")
+    if any(settings.get(key) for key in ("cpu_offload", "offload_optimizer", "offload_param")):
+        raise UserError("DeepSpeed offloads weights or optimizer, expected all on the GPUs: set their device to none")
+    if zero.dtype != torch.float32:
+        raise UserError(
+            f"DeepSpeed rounds its masters to {str(zero.dtype).removeprefix('torch.')} weights, which leaves the null "
+            'space, expected float32: turn its bf16 and fp16 off (mixed_precision: "no"), autocast gives speed'
+        )
+    quantised = getattr(settings.get("parameter_offload"), "zero_quantized_weights", False)
+    if quantised or settings.get("zero_hpz_partition_size", 1) > 1:
+        raise UserError(
+            "DeepSpeed computes with copies of its masters (ZeRO++), expected the masters: leave "
+            "zero_quantized_weights and zero_hpz_partition_size out"
+        )
+    if dist.get_world_size(zero.dp_process_group) != dist.get_world_size():
+        raise UserError("DeepSpeed shares out among a part of the processes, expected data parallelism over all")
 
 
 def refuse_late_freeze(model: nn.Module, modules: Mapping[str, nn.Linear], zero: Any = None) -> None:

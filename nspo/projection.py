@@ -3,7 +3,7 @@
 Exact for any torch optimizer because it acts on what the optimizer did, not on what it was given: after every step
 D = W - W0, W <- W0 + P(D), with P(D) = D - (D Q) Q^T = (D U) U^T. P is linear, idempotent and non-expansive and acts on
 rows, so momentum, decay, clipping and accumulation cannot leave the null space, no error accumulates, and
-row-sharded weights need no communication.
+row-sharded weights need no communication (DeepSpeed's flat partitions do: `nspo.deepspeed`).
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -102,7 +102,9 @@ class Constraint:
         return {layer.name: layer.leakage() for layer in self._layers}
 
     def verify(self, tolerance: float = VERIFY_TOLERANCE) -> None:
-        """Check that the model's own weights satisfy the constraint now.
+        """Check that the model's own weights satisfy the constraint now. A collective for sharded weights.
+
+        Done after the first step too, but not under DeepSpeed, where the model follows the optimizer only later.
 
         Raises:
             UserError: naming the worst layer, or a weight that the model no longer uses.
@@ -185,13 +187,13 @@ def constrain(
 ) -> Constraint:
     """Keep every step of `optimizer` inside the null space of the protected inputs.
 
-    Call it once the weights are final: after loading, `fully_shard`, `DistributedDataParallel` and accelerate's
-    `prepare`. Then train as ever: accumulation, clipping, loss scaling, torch.compile, autocast and steps with a
-    closure (LBFGS) need no change.
+    Call it once the weights are final: after loading, `fully_shard`, `DistributedDataParallel`, `deepspeed.initialize`
+    and accelerate's `prepare`. Then train as ever: accumulation, clipping, loss scaling, torch.compile, autocast and
+    steps with a closure (LBFGS) need no change.
 
     Args:
         model: the model, wrapped or not; its constrained weights in float32.
-        optimizer: any torch optimizer that holds them, or accelerate's wrapper of it.
+        optimizer: any torch optimizer that holds them, or the wrapper of it that accelerate or DeepSpeed returned.
         bases: their bases, checked against the model.
         anchor: folder of the base checkpoint (safetensors), the anchor W0; needed when a run resumes. Default: the
             weights as they are now.
