@@ -25,7 +25,13 @@ from nspo.workflow_lock import end_with_workflow
 
 TRANSFERS = ("prepare", "bases fetch", "bases push")
 NO_SPACE = ("No space left on device", "PytorchStreamWriter failed writing")
-NO_MEMORY = ("can't allocate memory", "Cannot allocate memory", "out of memory")  # torch's CPU, the system, CUDA
+NO_MEMORY = (  # torch's CPU, the system, CUDA, Python for the stack of a thread, oneDNN for the code of a product
+    "can't allocate memory",
+    "Cannot allocate memory",
+    "out of memory",
+    "can't start new thread",
+    "could not create a primitive",
+)
 RUNTIME_FLAGS = ("device", "log_every", "recompute_activations", "requests", "vllm", "trackers", "workdir")
 
 

@@ -132,6 +132,8 @@ def test_every_fault_has_its_line(capsys: pytest.CaptureFixture[str]) -> None:
         (OSError(errno.ENOMEM, "Cannot allocate memory"), 2, "nspo: error: not enough memory"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 2, "nspo: error: not enough memory"),
         (RuntimeError("CUDA out of memory. Tried to allocate"), 2, "nspo: error: not enough memory"),
+        (RuntimeError("can't start new thread"), 2, "nspo: error: not enough memory"),
+        (RuntimeError("could not create a primitive"), 2, "nspo: error: not enough memory"),
         (UserError("first\nsecond"), 2, "nspo: error: first\nnspo: error: second"),
     ],
 )
