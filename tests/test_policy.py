@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 from dataclasses import fields
@@ -22,11 +23,13 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainingArguments
 
 from nspo.bases import NullSpaceBases
+from nspo.cli import RUNTIME_FLAGS, to_flags
 from nspo.compute_bases import compute_basis
 from nspo.config import PreferenceSettings, RuntimeSettings
 from nspo.derived_bases import random_like
 from nspo.errors import UserError
 from nspo.json_lines import JsonLines
+from nspo.judge_settings import RequestSettings
 from nspo.linears import layer_norms
 from nspo.models import chat_ids, load_model, load_tokenizer, model_identity
 from nspo.policy import grpo
@@ -170,6 +173,19 @@ def run(
     runtime = RuntimeSettings(device="cpu", workdir=str(folder / "work"), recompute_activations=recompute)
     train_policy(settings, METHODS[name], name, 0, **given, out=folder / "out", runtime=runtime)
     return folder / "out"
+
+
+def command(
+    inputs: dict[str, Path], folder: Path, name: str, requests: RequestSettings | None = None, **changes: Any
+) -> list[str]:
+    """The words after `nspo` that do what `run` does, in a process of its own."""
+    settings = TrainingSettings(**TRAINING.dump() | changes)
+    runtime = RuntimeSettings(device="cpu", workdir=str(folder / "work"), requests=requests or RequestSettings())
+    flags = to_flags(settings), to_flags(METHODS[name]), to_flags(runtime, RUNTIME_FLAGS)
+    paths = inputs if METHODS[name].needs_bases else {key: path for key, path in inputs.items() if key != "bases"}
+    words = [word for key, path in paths.items() for word in (f"--{key}", str(path))]
+    words += ["--name", name, "--seed", "0", "--layers", ".*", "--out", str(folder / "out")]
+    return ["train-policy", *shlex.split(" ".join(flags)), *words]
 
 
 @pytest.fixture(scope="module")
