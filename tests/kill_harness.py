@@ -95,17 +95,25 @@ def commands(project: Path) -> list[list[str]]:
     return [text.split("\0")[:-1] for text in words]
 
 
-def fork(project: Path, arguments: list[str]) -> int:
-    """Run a stage in a fork of this process; its id."""
+def import_all(stages: list[list[str]]) -> None:
+    """Import what these stages need, so that a fork has it."""
+    from nspo.stages import STAGES
+
+    for name in {stage[0] for stage in stages} & STAGES.keys():
+        importlib.import_module(STAGES[name].function.partition(":")[0])
+
+
+def fork(project: Path, arguments: list[str], log: str = os.devnull) -> int:
+    """Run a stage in a fork of this process, with all that it says in `log`; its id."""
     pid = os.fork()
     if pid:
         return pid
     code = 1
     try:
         os.chdir(project)
-        log = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
+        said = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(said, 1)
+        os.dup2(said, 2)
         from nspo import cli
 
         code = cli.main(arguments)
@@ -153,14 +161,11 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     chance = random.Random(options.seed)
-    from nspo.stages import STAGES
-
     with tempfile.TemporaryDirectory() as folder:
         project = copy_project(Path(folder))
         set_config(project, benchmarks=BENCHMARK)
         stages = commands(project)
-        for name in {stage[0] for stage in stages} & STAGES.keys():
-            importlib.import_module(STAGES[name].function.partition(":")[0])
+        import_all(stages)
         seconds = [undisturbed(project, stage) for stage in stages]
         say(f"undisturbed: {len(stages)} stages, {sum(seconds):.1f} s")
         before = artifacts(project)
