@@ -97,7 +97,7 @@ def table(runs: Mapping[str, Mapping[float, Sequence[Probe]]], best: Mapping[str
     """A Markdown table, one row per objective, least KL per token at the target first."""
     ordered = sorted(runs, key=lambda name: _order(runs[name][best[name]], target))
     titles = ["objective", "learning rate", "KL per token", "KL, first tokens", "top-1 agreement", "over-refusal"]
-    titles += ["update", f"lowest unsafe rate (n = {n})", f"other learning rates: KL per token at {target:.0%}"]
+    titles += ["update", f"lowest unsafe rate (n = {n})", f"other learning rates: KL per token at {target:.1%}"]
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     lines += [_row(name, runs[name], best[name], target, n) for name in ordered]
     return "\n".join(lines) + "\n"
@@ -127,7 +127,7 @@ def draw(
     runs: Mapping[str, Mapping[float, Sequence[Probe]]], best: Mapping[str, float], target: float, out: Path
 ) -> None:
     """Unsafe rate against KL per token and against over-refusal, a column per family of objectives, nspo in each."""
-    colours = plots.colours(runs)
+    colours = plots.colours({name: name for name in runs})
     families = {title: [name for name in names if name in runs] for title, names in FAMILIES.items()}
     families = {title: names for title, names in families.items() if names}
     with matplotlib.rc_context(plots.STYLE):
@@ -139,14 +139,15 @@ def draw(
             for name in dict.fromkeys(("nspo", *names)):
                 if name in runs:
                     points = [(probe[x], probe["unsafe_rate"]) for probe in runs[name][best[name]]]
-                    label = f"{name}, {best[name]:g}" if x == "kl_per_token" else None
-                    axes.plot(*zip(*points, strict=True), color=colours[name], marker="o", markersize=3, label=label)
+                    line = {"color": colours[name], "marker": "o", "markersize": 3}
+                    axes.plot(*zip(*points, strict=True), **line, label=f"{name}, {best[name]:g}")
                     axes.plot(*points[-1], "o", color=colours[name], markersize=7, markeredgecolor="white")
             axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         grid[0, column].set_title(title, fontsize="medium", loc="left", weight="bold")
-        grid[0, column].set(xlabel="KL per token from the base model, nats", xscale="symlog")
-        grid[0, column].legend(frameon=False, fontsize="small")
+        grid[0, column].set_xlabel("KL per token from the base model, nats")
         grid[1, column].set_xlabel("harmless prompts refused")
+        grid[1, column].set_xlim(-0.005, max(0.1, grid[1, column].get_xlim()[1]))
+        grid[1, column].legend(frameon=False, fontsize="small", title="objective, learning rate", loc="upper right")
         grid[1, column].xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     for row in grid:
         row[0].set_ylabel("unsafe rate, validation")
