@@ -161,7 +161,10 @@ class _Plan:
         whole: float = FP32 * shape.weights + (FP32 + ADAM) * shape.trained
         if method.needs_bases:
             whole += FP32 * shape.trained + self._bases_bytes()
-        each = whole / self.training if self.sharded else whole
+        if settings.sharding.startswith("zero"):
+            whole += FP32 * shape.trained  # DeepSpeed's masters, apart from the weights
+        kept = FP32 * shape.weights if settings.sharding == "zero2" else 0  # by every device, whole
+        each = kept + (whole - kept) / self.training if self.sharded else whole
         seconds, disk = settings.steps * step + probing, FP32 * shape.weights
         return Cost(f"train_policy {label}", seconds, self.training, each, disk, divides=True)
 

@@ -54,6 +54,18 @@ def test_the_configuration_counts() -> None:
     assert len(stages(shared, shape, machine)) == len(one) - 2
 
 
+def test_deepspeed_keeps_masters_and_zero2_whole_weights() -> None:
+    """Per device of eight, in bytes, beside what FSDP2 takes."""
+    config, shape, machine = load_config(SCALING), SHAPES["qwen2.5-7b"], MACHINES["h100"]
+    memory = {}
+    for sharding in ("fsdp2", "zero2", "zero3"):
+        policy = config.policy.model_copy(update={"sharding": sharding, "processes": 8})
+        costs = {cost.stage: cost for cost in stages(config.model_copy(update={"policy": policy}), shape, machine)}
+        memory[sharding] = costs["train_policy nspo seed 0"].memory
+    assert memory["zero3"] - memory["fsdp2"] == pytest.approx(4 * shape.trained / 8)
+    assert memory["zero2"] - memory["zero3"] == pytest.approx(7 / 8 * 4 * shape.weights)
+
+
 def test_every_heavy_stage_is_planned() -> None:
     """Benchmarks for the base and every policy, pairs where an objective wants them, attribution unless it is off."""
     methods = {name: {"objective": name, "learning_rate": 1e-4} for name in ("nspo", "dpo")}
