@@ -26,7 +26,7 @@ class Measure:
     column: str
     lower_is_better: bool
     role: str
-    drift: bool = False  # one of the four drift figures of the headline
+    drift: bool = False  # counted in the verdict: over-refusal and drift
     first_tokens: int | None = None  # mean over answer tokens, weighted; None: mean over prompts
 
     @property
@@ -204,7 +204,7 @@ def verdict(found: Mapping[str, Any] | None, against_base: Sequence[Mapping[str,
     parts = [f"{said[key]} {_and(names)}" for key, names in groups.items() if names]
     if parts:
         total = sum(map(len, groups.values()))
-        sentences.append(f"Of the {total} drift figures, {ours} {'; it '.join(parts)}.")
+        sentences.append(f"Of the {total} figures of over-refusal and drift, {ours} {'; it '.join(parts)}.")
     for comparison in against_base:
         change = [row for row in comparison["rows"] if row["measure"].name == "unsafe_rate"]
         if change and not any(row["reading"] == "better" for row in change):
