@@ -32,8 +32,8 @@ class BenchmarkSettings(Section):
     max_new_tokens: Count = Field(512, description="Tokens per greedy answer.")
     engine: Engine = Field(
         "transformers",
-        description="What answers in words; vllm needs an NVIDIA GPU and requirements-vllm.lock (`runtime.vllm`), and "
-        "its answers differ here and there.",
+        description="What answers in words; vllm needs an NVIDIA GPU and requirements-vllm.lock, or its CPU build "
+        "(`runtime.vllm`); its answers may differ here and there.",
     )
     run_code: bool = Field(
         False, description="Run code answers in a sandbox and mark them by their tests; false: code is not marked."

@@ -135,8 +135,8 @@ class EvaluationSettings(JudgeSettings):
     max_new_tokens: Count = Field(48, description="Tokens per greedy answer.")
     engine: Engine = Field(
         "transformers",
-        description="What answers; vllm needs an NVIDIA GPU and requirements-vllm.lock (`runtime.vllm`), and its "
-        "answers differ here and there.",
+        description="What answers; vllm needs an NVIDIA GPU and requirements-vllm.lock, or its CPU build "
+        "(`runtime.vllm`); its answers may differ here and there.",
     )
     run_code: bool = Field(
         False,

@@ -1,4 +1,4 @@
-"""Greedy answers by vLLM (`evaluation.engine: vllm`, `benchmarks.engine: vllm`), on NVIDIA GPUs.
+"""Greedy answers by vLLM (`evaluation.engine: vllm`, `benchmarks.engine: vllm`), on NVIDIA GPUs or by its CPU build.
 
 vLLM computes with other kernels and another order of sums, so where two tokens are nearly as likely its answer may be
 another than that of transformers. Which of the two answered is therefore a setting that every file records, not a
@@ -33,7 +33,7 @@ def check_engine(key: str, engine: Engine, device: torch.device) -> None:
     """Refuse vLLM, where the setting `key` asks for it, on a machine where it cannot run.
 
     Raises:
-        UserError: the package or the GPU is missing.
+        UserError: the package is missing, or was built for another device than the stage runs on.
     """
     if engine != "vllm":
         return
@@ -42,10 +42,18 @@ def check_engine(key: str, engine: Engine, device: torch.device) -> None:
             f"{key} is 'vllm', but the package vllm is not installed: pip install -r requirements-vllm.lock on a "
             f"machine with an NVIDIA GPU, or set {key}: transformers"
         )
-    if device.type != "cuda":
+    if (found := vllm_device()) != device.type:
         raise UserError(
-            f"{key} is 'vllm', but the stage runs on {device.type}, expected an NVIDIA GPU: set {key}: transformers"
+            f"{key} is 'vllm', but the stage runs on {device.type} and the installed vllm on {found}: "
+            f"set {key}: transformers, or runtime.device"
         )
+
+
+def vllm_device() -> str:
+    """The type of device that the installed vLLM would compute on here: `cuda`, `cpu`, ... or `no device`."""
+    from vllm.platforms import current_platform
+
+    return current_platform.device_type or "no device"
 
 
 @contextmanager

@@ -366,7 +366,7 @@ def test_the_verdict_follows_the_numbers(written: tuple[dict[str, Any], Path, st
     assert "nspo's KL per token is 10.0 times higher than grpo_no_kl's" in verdict_of(TWIN, NSPO)[0]
     assert "not clearly different" in verdict_of(NSPO, NSPO)[0]
     assert first[1].startswith(
-        "Of the 4 figures of over-refusal and drift, nspo is better on over-refusal, KL per token, KL of the first tokens"
+        "Of the 4 figures of over-refusal and drift, nspo is better on over-refusal, KL per token, KL of the first"
     )
     assert str(escape(first[0])) in written[2]
 

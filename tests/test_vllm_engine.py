@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 from vllm_package import class_of, engine_parameters, field_names, parameters, vllm_folder
 
 from nspo import vllm_engine
@@ -15,24 +16,31 @@ from nspo.config import EvaluationSettings
 from nspo.errors import UserError
 from nspo.models import chat_ids, generate, load_model, load_tokenizer
 from nspo.policy_settings import VLLMSettings
-from nspo.vllm_engine import answering, check_engine, engine_arguments, sampling_arguments
+from nspo.tiny import tiny_tokenizer
+from nspo.vllm_engine import answering, check_engine, engine_arguments, sampling_arguments, vllm_device
 
 
 def test_refused_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The package comes first, then the GPU; the message names the key; transformers needs neither."""
-    check_engine("evaluation.engine", "transformers", torch.device("cpu"))
+    """The package comes first, then what it was built for; the message names the key; transformers needs neither."""
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    check_engine("evaluation.engine", "transformers", cpu)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"^evaluation\.engine is 'vllm', but the package vllm is not installed: pip"):
-        check_engine("evaluation.engine", "vllm", torch.device("cuda"))
+        check_engine("evaluation.engine", "vllm", gpu)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
-    with pytest.raises(UserError, match=r"on cpu, expected an NVIDIA GPU: set benchmarks\.engine: transformers"):
-        check_engine("benchmarks.engine", "vllm", torch.device("cpu"))
-    check_engine("benchmarks.engine", "vllm", torch.device("cuda"))
+    for built, device, other in (("cuda", gpu, cpu), ("cpu", cpu, gpu)):
+        monkeypatch.setattr(vllm_engine, "vllm_device", lambda built=built: built)
+        check_engine("benchmarks.engine", "vllm", device)
+        with pytest.raises(UserError, match=rf"runs on {other.type} and the installed vllm on {built}: set benchmarks"):
+            check_engine("benchmarks.engine", "vllm", other)
 
 
 @pytest.mark.parametrize("stage", ["evaluate", "evaluate-heldout"])
-def test_the_commands_refuse_it_before_any_work(stage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """On this CPU: one line that names the key, though model, data and everything else are missing too."""
+def test_the_commands_refuse_it_before_any_work(
+    stage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU without its build: one line that names the key, though everything else is missing too."""
+    monkeypatch.setattr(vllm_engine, "vllm_device", lambda: "cuda")
     given = {"evaluate": ["--tasks", "advbench", "--model"], "evaluate-heldout": ["--name", "base", "--seed", "0"]}[
         stage
     ]
@@ -134,3 +142,25 @@ def test_vllm_has_what_it_is_asked_for() -> None:
         for n in ast.walk(ast.parse(engine.read_text()))
     )
     assert parameters(class_of(folder / "v1/engine/core_client.py", "MPClient"), "shutdown")
+
+
+def test_vllm_answers_as_transformers_do(tmp_path: Path) -> None:
+    """The real engine, where the installed vllm runs on this machine: the same greedy answers, and it ends."""
+    pytest.importorskip("vllm", reason="vllm is not installed (requirements-vllm.lock)")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if vllm_device() != device.type:
+        pytest.skip(f"the installed vllm does not run on {device.type}")
+    tokenizer = tiny_tokenizer()
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 1}
+    torch.manual_seed(0)
+    stops = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    LlamaForCausalLM(LlamaConfig(**shape, vocab_size=len(tokenizer), **stops)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model = load_model(tmp_path, device)
+    prompts = [chat_ids(tokenizer, text) for text in ("Hello", "A longer question than that", "Why?")]
+    answers = {}
+    for engine in ("transformers", "vllm"):
+        with answering(engine, tmp_path, model, tokenizer, VLLMSettings()) as ask:
+            answers[engine] = dict(ask(prompts, 8, 2, engine))
+    assert answers["vllm"] == answers["transformers"]
+    assert {len(answer) for answer in answers["vllm"].values()} <= set(range(1, 9))

@@ -10,6 +10,7 @@ import pytest
 import torch
 from vllm_package import class_of, engine_parameters, field_names, vllm_folder
 
+from nspo import vllm_engine
 from nspo.errors import UserError
 from nspo.policy.vllm_rollouts import check_rollout, vllm_arguments
 from nspo.policy_settings import TrainingSettings, VLLMSettings
@@ -17,6 +18,11 @@ from nspo.validation import check_config
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 VLLM = TrainingSettings(rollout="vllm", max_prompt_tokens=100, max_new_tokens=28)
+
+
+def install(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(vllm_engine, "vllm_device", lambda: "cuda")
 
 
 def test_transformers_needs_nothing():
@@ -28,14 +34,14 @@ def test_refused_without_the_package_or_a_gpu(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"the package vllm is not installed: pip install -r requirements-vllm\.lock"):
         check_rollout(VLLM, VLLMSettings(), GPU, processes=1)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     with pytest.raises(UserError, match="the stage runs on cpu, expected an NVIDIA GPU"):
         check_rollout(VLLM, VLLMSettings(), CPU, processes=1)
+    install(monkeypatch)
     check_rollout(VLLM, VLLMSettings(), GPU, processes=1)
 
 
 def test_refused_where_processes_cannot_share_it(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    install(monkeypatch)
     with pytest.raises(UserError, match=r"vllm\.tensor_parallel is 3, expected a divisor of the 4 training processes"):
         check_rollout(VLLM, VLLMSettings(tensor_parallel=3), GPU, processes=4)
     check_rollout(VLLM, VLLMSettings(tensor_parallel=2), GPU, processes=4)

@@ -176,6 +176,7 @@ METRICS = {
     "clip_ratio/region_mean": "clip_fraction",
     "frac_reward_zero_std": "zero_variance_groups",
     "completions/mean_length": "completion_length",
+    "sampling/sampling_logp_difference/mean": "sampler_difference",
     "entropy": "entropy",
     "grad_norm": "grad_norm_clipped_from",
     "learning_rate": "learning_rate",
@@ -190,6 +191,7 @@ OF_ROLLOUT = (  # what is known of a rollout, and holds for each of its updates
     "failed_verdicts",
     "zero_variance_groups",
     "completion_length",
+    "sampler_difference",
     "tokens_per_second",
 )
 FROM_PROBE = {"kl_per_token": "kl_to_base", "leakage": "leakage"}

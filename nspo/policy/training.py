@@ -39,7 +39,7 @@ from nspo.policy.probes import Probe
 from nspo.policy.sharding import check_processes, prepare_engine, whole_weights
 from nspo.policy.theory import theory
 from nspo.policy.trackers import TENSORBOARD_FOLDER, check_trackers, tracker_callbacks
-from nspo.policy.vllm_rollouts import check_rollout
+from nspo.policy.vllm_rollouts import check_rollout, end_rollouts
 from nspo.policy_settings import MethodSettings, TrainingSettings
 from nspo.processes import own_device, processes_of
 from nspo.progress import say, silence
@@ -150,6 +150,7 @@ def train_policy(
                 write_json(scratch / "settings.json", settings)
                 write_json(scratch / MANIFEST_NAME, {**identity, "tuned": model_identity(scratch)})
             shutil.rmtree(work)
+        end_rollouts(trainer)
 
 
 def learn(trainer: Trainer, checkpoint: Path | None, name: str) -> None:

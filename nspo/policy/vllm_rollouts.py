@@ -13,6 +13,7 @@ uninterrupted one would have sampled: vLLM's random numbers are its own.
 from typing import Any
 
 import torch
+from transformers import Trainer
 
 from nspo.errors import UserError
 from nspo.policy_settings import TrainingSettings, VLLMSettings
@@ -27,9 +28,14 @@ def check_rollout(training: TrainingSettings, vllm: VLLMSettings, device: torch.
     Raises:
         UserError: the package or the GPU is missing, or the processes cannot share it out.
     """
-    check_engine("policy.rollout", training.rollout, device)
     if training.rollout != "vllm":
         return
+    if device.type != "cuda":
+        raise UserError(
+            f"policy.rollout is 'vllm', but the stage runs on {device.type}, expected an NVIDIA GPU (vLLM's CPU build "
+            "packs its weights and takes no new ones): set policy.rollout: transformers"
+        )
+    check_engine("policy.rollout", training.rollout, device)
     if vllm.server is None and processes % vllm.tensor_parallel:
         raise UserError(
             f"runtime.vllm.tensor_parallel is {vllm.tensor_parallel}, expected a divisor of the {processes} training "
@@ -53,3 +59,10 @@ def vllm_arguments(training: TrainingSettings, vllm: VLLMSettings) -> dict[str, 
         "vllm_importance_sampling_clip_max": RATIO_LIMIT,
         "vllm_importance_sampling_clip_min": None,
     }
+
+
+def end_rollouts(trainer: Trainer) -> None:
+    """Stop a vLLM inside this process while the process group that it shares still stands."""
+    generation = getattr(trainer, "vllm_generation", None)
+    if generation is not None and generation.mode == "colocate":
+        generation.llm.llm_engine.engine_core.shutdown()
