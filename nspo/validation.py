@@ -68,6 +68,20 @@ def read_yaml(path: Path | str) -> Any:
         raise UserError(_one_line(f"{path} is not valid YAML: {_yaml_fault(error)}")) from error
 
 
+def typed(values: Any) -> Any:
+    """Values that Snakemake's `--config` took as text, typed as a YAML file would: "4" as 4, "null" as nothing."""
+    if isinstance(values, Mapping):
+        return {key: typed(value) for key, value in values.items()}
+    if isinstance(values, list):
+        return [typed(value) for value in values]
+    if not isinstance(values, str):
+        return values
+    try:
+        return yaml.load(values, Loader=StrictLoader)
+    except Exception:  # no YAML: a text like any other
+        return values
+
+
 def check_config(raw: Any, where: str = "config") -> Config:
     """Check a configuration that is already parsed (see `load_config`)."""
     return validate(Config, raw, where)

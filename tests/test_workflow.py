@@ -253,6 +253,18 @@ def test_mistakes_end_before_any_work(finished: Path, sections: dict[str, dict[s
     assert "Traceback" not in run.stdout
 
 
+def test_keys_on_the_command_line_are_those_of_a_file(finished: Path) -> None:
+    """`--config` is typed as YAML, numbers too: the value in force reruns nothing, a new seed only what it adds."""
+    same = snakemake(finished, "--dry-run", "--config", "policy={seeds: [0], steps: 2, judge: null}")
+    assert "Nothing to be done" in same.stdout, same.stdout[-2000:]
+    more = snakemake(finished, "--dry-run", "--config", "policy={seeds: [0, 1]}")
+    assert set(re.findall(r"policy/\w+/seed(\d)/manifest\.json", more.stdout)) >= {"1"}
+    assert [rule for rule in ("collect_activations", "train_cost") if f"rule {rule}" in more.stdout] == []
+    wrong = snakemake(finished, "--dry-run", "--config", "policy={stepz: 2}")
+    assert "config/smoke.yaml + --config: policy.stepz: unknown key, did you mean 'steps'?" in wrong.stdout
+    assert wrong.returncode == 1
+
+
 def test_default_configuration_plans() -> None:
     """A bare run reads config/config.yaml and plans every stage; pairs of answers only for methods that need them."""
     command = [sys.executable, "-m", "snakemake", "--cores", "1", "--dry-run", "--forceall", "--nolock"]

@@ -14,6 +14,8 @@ os.environ.update(
     PYTHONPATH=os.pathsep.join([str(workflow.basedir), os.environ.get("PYTHONPATH", "")]),
 )
 
+from snakemake.utils import update_config
+
 from nspo.benchmarks.loading import locate
 from nspo.benchmarks.registry import TASKS
 from nspo.cli import RUNTIME_FLAGS, to_flags
@@ -23,7 +25,7 @@ from nspo.errors import UserError
 from nspo.judge_settings import JudgeSettings
 from nspo.sources import Source, wheel_folder
 from nspo.stage_code import stage_files
-from nspo.validation import check_config, read_yaml
+from nspo.validation import check_config, read_yaml, typed
 from nspo.workflow_lock import PARENT, hold, this_process
 
 os.environ[PARENT] = this_process()
@@ -33,10 +35,10 @@ if workflow.is_main_process:
 try:
     for file in workflow.overwrite_configfiles:
         read_yaml(file)  # Snakemake would silently keep the last of a key that stands twice
-    settings = check_config(
-        config,
-        " + ".join(map(str, workflow.overwrite_configfiles)) or "config/config.yaml",
-    )
+    given = workflow.config_settings.config or {}
+    update_config(config, typed(given))
+    where = [*workflow.overwrite_configfiles] or ["config/config.yaml"]
+    settings = check_config(config, " + ".join([*map(str, where), *(["--config"] if given else [])]))
     for task in settings.benchmarks.tasks:
         locate(task, settings.benchmarks)  # data that is missing is told before any work
 except UserError as error:
