@@ -13,7 +13,7 @@ from nspo.config import Config
 from nspo.config_files import CONFIG_FILE, HEADER, SCHEMA_FILE, commented_yaml, json_schema
 from nspo.errors import UserError
 from nspo.policy_settings import CONSTRAINTS, MethodSettings, Objective
-from nspo.validation import check_config, load_config
+from nspo.validation import check_config, load_config, typed
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = sorted(path for path in ROOT.glob("config/**/*.yaml") if path.parent.name != "accelerate")
@@ -143,3 +143,11 @@ def test_conda_environment_follows_the_lock() -> None:
     locked = set((ROOT / "requirements.lock").read_text().splitlines())
     environment = yaml.safe_load((ROOT / "workflow/envs/nspo.yaml").read_text())
     assert set(environment["dependencies"][-1]["pip"]) <= locked
+
+
+def test_text_from_the_command_line_is_typed_as_yaml():
+    given = {
+        "policy": {"steps": "4", "judge": "null", "rate": "1.0e-4", "seeds": ["0", "1"], "a": "hub:A/B@c", "b": "[1"}
+    }
+    expected = {"steps": 4, "judge": None, "rate": 1e-4, "seeds": [0, 1], "a": "hub:A/B@c", "b": "[1"}
+    assert typed(given) == {"policy": expected}
