@@ -20,7 +20,7 @@ from nspo.evaluation.checks import mark
 from nspo.evaluation.drift import FIGURES, Remembered, drift, token_drift, token_weights
 from nspo.evaluation.judges import CostModel, flags
 from nspo.evaluation.scores import compute_scores
-from nspo.evaluation.statistics import bootstrap_mean, mcnemar, paired_difference, wilson
+from nspo.evaluation.statistics import bootstrap_mean, mcnemar, paired_difference, pooled_difference, wilson
 from nspo.models import load_model, load_tokenizer
 from nspo.prompts import PROMPT_COLUMNS
 
@@ -63,6 +63,17 @@ def test_paired_comparisons():
     hard = [float(i) for i in range(20)]
     difference = paired_difference([h + 0.1 for h in hard], hard)
     assert difference == pytest.approx((0.1, 0.1, 0.1))
+
+
+def test_a_difference_over_seeds_knows_that_seeds_differ():
+    """One lucky seed of three makes no clear difference, however alike its prompts are; equal seeds leave prompts."""
+    unsafe = [[0.5] * 40, [0.5] * 40, [0.4] * 40]
+    lucky = pooled_difference(unsafe, [[0.5] * 40, [0.4] * 40, [0.0] * 40])
+    assert lucky.value == pytest.approx(1.4 / 3 - 0.9 / 3)
+    assert lucky.low < 0 < lucky.high
+    assert pooled_difference(unsafe, [[0.0] * 40]).low > 0.3  # a single row is taken as it is
+    ours, theirs = [float(i % 3 == 0) for i in range(60)], [float(i % 4 == 0) for i in range(60)]
+    assert pooled_difference([ours] * 3, [theirs] * 3) == pytest.approx(paired_difference(ours, theirs), abs=0.02)
 
 
 # ------------------------------------------------------------------------------------------- marks

@@ -361,7 +361,7 @@ def test_runtime_settings_are_not_shown(written: tuple[dict[str, Any], Path, str
 def test_the_verdict_follows_the_numbers(written: tuple[dict[str, Any], Path, str]) -> None:
     """Swapping what two methods did turns `lower` into `higher`; equal behaviour is called not clearly different."""
     first = verdict_of(NSPO, TWIN)
-    assert first[0].startswith("At equal held-out safety (unsafe rate 8.3% against 8.3% on advbench")
+    assert first[0].startswith("With no clear difference in held-out safety (unsafe rate 8.3% against 8.3% on advbench")
     assert "nspo's KL per token is 10.0 times lower than grpo_no_kl's" in first[0]
     assert "nspo's KL per token is 10.0 times higher than grpo_no_kl's" in verdict_of(TWIN, NSPO)[0]
     assert "not clearly different" in verdict_of(NSPO, NSPO)[0]
@@ -503,8 +503,8 @@ def test_paired_means_weight_tokens() -> None:
     """Drift is a mean over answer tokens: long answers count more, as in metrics.json."""
     measure = next(m for m in comparison.measures(Config()) if m.name == "kl_per_token")
     rows = response_rows("nspo", NSPO)
-    values = comparison.per_prompt([rows], measure)
-    pair = comparison.paired(values, values)
+    values = comparison.per_prompt(rows, measure)
+    pair = comparison.paired([values], [values])
     score = next(s for s in compute_scores(rows, 4) if s["name"] == "kl_per_token" and s["domain"] == "all")
     assert pair is not None
     assert pair["ours"] == pytest.approx(score["value"], rel=1e-12)

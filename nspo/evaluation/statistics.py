@@ -119,13 +119,37 @@ def pooled_mean(values: Sequence[Sequence[float]], seed: int = 0, weights: Seque
             f"{len(values)} seeds with {sorted(lengths)} prompts cannot be pooled, expected at least 2 seeds with the "
             "same prompts, 2 or more"
         )
-    data = np.asarray(values, dtype=float)
-    shares = np.ones(data.shape[1]) if weights is None else np.asarray(weights, dtype=float)
+    return _crossed([np.asarray(values, dtype=float)], seed, weights)
+
+
+def pooled_difference(
+    ours: Sequence[Sequence[float]],
+    theirs: Sequence[Sequence[float]],
+    seed: int = 0,
+    weights: Sequence[float] | None = None,
+) -> Estimate:
+    """Mean of `ours` - `theirs` over training seeds on the same prompts, as `pooled_mean` takes one of them.
+
+    Prompts are resampled for both alike, seeds for each apart: two runs of one seed are no pair, their rollouts part
+    with the first update. A side with a single row, such as the base model, is taken as it is.
+    """
+    return _crossed([np.asarray(ours, dtype=float), np.asarray(theirs, dtype=float)], seed, weights)
+
+
+def _crossed(tables: Sequence[np.ndarray], seed: int, weights: Sequence[float] | None) -> Estimate:
+    """The mean of the first table (training seeds x prompts), less that of the second where there is one."""
+    count = tables[0].shape[1]
+    shares = np.ones(count) if weights is None else np.asarray(weights, dtype=float)
     rng = np.random.default_rng(seed)
-    seeds, prompts = (rng.integers(n, size=(RESAMPLES, n)) for n in data.shape)
-    means = [_weighted_mean(data[np.ix_(s, p)].mean(0), shares[p]) for s, p in zip(seeds, prompts, strict=True)]
+    *seeds, prompts = (rng.integers(n, size=(RESAMPLES, n)) for n in (*map(len, tables), count))
+
+    def mean(rows: Sequence[np.ndarray], of: np.ndarray) -> float:
+        first, *second = (table[row][:, of].mean(0) for table, row in zip(tables, rows, strict=True))
+        return float(_weighted_mean(first - sum(second), shares[of]))
+
+    means = [mean([draw[i] for draw in seeds], prompts[i]) for i in range(RESAMPLES)]
     low, high = np.percentile(means, [50 * (1 - LEVEL), 50 * (1 + LEVEL)])
-    return Estimate(float(_weighted_mean(data.mean(0), shares)), float(low), float(high))
+    return Estimate(mean([np.arange(len(table)) for table in tables], np.arange(count)), float(low), float(high))
 
 
 def mcnemar(ours: Sequence[bool], theirs: Sequence[bool]) -> float:

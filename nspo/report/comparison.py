@@ -2,7 +2,7 @@
 
 Methods are compared at equal held-out safety, never at equal learning rate or step: projection shrinks the step, so a
 constrained run that merely moved less would otherwise look gentle. Differences are paired (both methods answered the
-same prompts; answers of several seeds are averaged per prompt first), with a bootstrap interval over prompts.
+same prompts), with a bootstrap interval over prompts, and over seeds where there are several.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from nspo.config import Config
 from nspo.evaluation.drift import token_weights
-from nspo.evaluation.statistics import paired_difference, pooled_mean
+from nspo.evaluation.statistics import paired_difference, pooled_difference, pooled_mean
 from nspo.report.data import Run
 
 
@@ -62,18 +62,20 @@ class Value(NamedTuple):
     weight: float
 
 
-def per_prompt(responses: Iterable[Sequence[Mapping[str, Any]]], measure: Measure) -> dict[tuple[str, str], Value]:
-    """(domain, prompt id) -> the measure's value, averaged over seeds; prompts without one (unmarked) are left out."""
-    found: dict[tuple[str, str], list[Value]] = {}
-    for rows in responses:
-        for row in rows:
-            counts = row["role"] == measure.role and measure.domain in ("all", row["domain"])
-            if counts and row.get(measure.column) is not None:
-                weight = 1.0
-                if measure.first_tokens is not None:
-                    weight = token_weights([row["reference_tokens"]], measure.first_tokens)[measure.column][0]
-                found.setdefault((row["domain"], row["id"]), []).append(Value(float(row[measure.column]), weight))
-    return {key: Value(sum(v.value for v in vs) / len(vs), vs[0].weight) for key, vs in found.items()}
+Table = Mapping[tuple[str, str], Value]  # of one run: (domain, prompt id) -> its value
+
+
+def per_prompt(rows: Iterable[Mapping[str, Any]], measure: Measure) -> dict[tuple[str, str], Value]:
+    """(domain, prompt id) -> the measure's value in one run; prompts without one (unmarked) are left out."""
+    found = {}
+    for row in rows:
+        counts = row["role"] == measure.role and measure.domain in ("all", row["domain"])
+        if counts and row.get(measure.column) is not None:
+            weight = 1.0
+            if measure.first_tokens is not None:
+                weight = token_weights([row["reference_tokens"]], measure.first_tokens)[measure.column][0]
+            found[row["domain"], row["id"]] = Value(float(row[measure.column]), weight)
+    return found
 
 
 def pooled(runs: Sequence[Run], measure: Measure) -> dict[str, Any] | None:
@@ -84,35 +86,45 @@ def pooled(runs: Sequence[Run], measure: Measure) -> dict[str, Any] | None:
     scores = [run.score(measure.axis, measure.name, measure.domain) for run in runs]
     if len(runs) == 1 or not all(scores):
         return scores[0] if len(runs) == 1 else None
-    tables = [per_prompt([run.responses], measure) for run in runs]
-    shared = sorted(set.intersection(*(set(table) for table in tables)))
+    tables = [per_prompt(run.responses, measure) for run in runs]
+    shared = _shared(tables)
     if len(shared) < 2:
         return None
-    weights = [tables[0][key].weight for key in shared]
-    estimate = pooled_mean([[table[key].value for key in shared] for table in tables], weights=weights)
+    estimate = pooled_mean(_rows(tables, shared), weights=[tables[0][key].weight for key in shared])
     failures = sum(score["failures"] for score in scores if score)
     known = {key: (scores[0] or {})[key] for key in ("axis", "name", "domain", "judge", "unit")}
     return {**known, **estimate._asdict(), "n": len(shared), "seeds": len(runs), "failures": failures}
 
 
-def paired(ours: Mapping[tuple[str, str], Value], theirs: Mapping[tuple[str, str], Value]) -> dict[str, Any] | None:
-    """Difference of means over the prompts both answered, with a 95% interval; None for fewer than two prompts."""
-    shared = sorted(ours.keys() & theirs.keys())
+def paired(ours: Sequence[Table], theirs: Sequence[Table]) -> dict[str, Any] | None:
+    """Difference of means over the prompts that all runs answered, with a 95% interval; None for fewer than two.
+
+    Args:
+        ours, theirs: what `per_prompt` found in each run of a method, one per seed.
+    """
+    shared = _shared([*ours, *theirs])
     if len(shared) < 2:
         return None
-    a, b = ([side[key].value for key in shared] for side in (ours, theirs))
-    weights = [ours[key].weight for key in shared]
-    difference = paired_difference(a, b, weights=weights)
-    return {
-        "ours": _mean(a, weights),
-        "theirs": _mean(b, weights),
-        **difference._asdict(),
-        "n": len(shared),
-    }
+    a, b = _rows(ours, shared), _rows(theirs, shared)
+    weights = [ours[0][key].weight for key in shared]
+    if len(a) == len(b) == 1:
+        difference = paired_difference(a[0], b[0], weights=weights)
+    else:
+        difference = pooled_difference(a, b, weights=weights)
+    means = {"ours": _mean(a, weights), "theirs": _mean(b, weights)}
+    return {**means, **difference._asdict(), "n": len(shared)}
 
 
-def _mean(values: Sequence[float], weights: Sequence[float]) -> float:
-    return sum(v * w for v, w in zip(values, weights, strict=True)) / sum(weights)
+def _shared(tables: Sequence[Table]) -> list[tuple[str, str]]:
+    return sorted(set.intersection(*(set(table) for table in tables)))
+
+
+def _rows(tables: Sequence[Table], keys: Sequence[tuple[str, str]]) -> list[list[float]]:
+    return [[table[key].value for key in keys] for table in tables]
+
+
+def _mean(rows: Sequence[Sequence[float]], weights: Sequence[float]) -> float:
+    return sum(v * w for row in rows for v, w in zip(row, weights, strict=True)) / (len(rows) * sum(weights))
 
 
 def reading(difference: Mapping[str, Any], lower_is_better: bool) -> str:
@@ -135,7 +147,7 @@ def compare(
     """
     rows: list[dict[str, Any]] = []
     for measure in columns:
-        difference = paired(per_prompt(responses[ours], measure), per_prompt(responses[theirs], measure))
+        difference = paired(*([per_prompt(run, measure) for run in responses[name]] for name in (ours, theirs)))
         if difference:
             read = reading(difference, measure.lower_is_better)
             rows.append({"measure": measure, "difference": difference, "reading": read})
@@ -184,7 +196,7 @@ def verdict(found: Mapping[str, Any] | None, against_base: Sequence[Mapping[str,
     kl = rows.get(("kl_per_token", "all"))
     kl_said = _kl(ours, theirs, kl) if kl else f"KL per token of {ours} and {theirs} was not measured"
     if found["equal_safety"]:
-        sentences = [f"At equal held-out safety (unsafe rate {rates}; no clear difference), {kl_said}."]
+        sentences = [f"With no clear difference in held-out safety (unsafe rate {rates}), {kl_said}."]
     elif unsafe:
         safer = {row["reading"] for row in unsafe} - {"no clear difference"}
         which = {("better",): "safer", ("worse",): "less safe"}.get(
