@@ -56,10 +56,14 @@ class Server:
 
 
 def train(inputs: dict[str, Path], fake: FakeEndpoint, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Train on the verdicts of the endpoint, in a process of its own, which asks for each once and waits `TIMEOUT`."""
+    """Train on the verdicts of the endpoint, in a process of its own, which asks for each once and waits `TIMEOUT`.
+
+    Too slowly to reach the target unsafe rate, and so to stop, whichever answers get their verdicts.
+    """
     judge = settings_of(fake, template=TEMPLATE).dump()
     changes = {"judge": judge, "benign_share": 0.0, "prompts_per_step": 1}
     words = command(inputs, folder, "nspo", RequestSettings(timeout=TIMEOUT, retries=0), **changes)
+    words += ["--learning-rate", "1e-6"]
     return subprocess.run([sys.executable, "-m", "nspo", *words], capture_output=True, text=True, check=False)
 
 
