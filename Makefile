@@ -17,13 +17,14 @@ test: lint
 
 # The workflow on a real SLURM of one node, as root; needs Debian's slurm-wlm and munge, else it says what is missing.
 test-slurm: .venv/dev.stamp
-	$(BIN)/python -m pytest -m slurm -rs tests/test_slurm.py
+	$(BIN)/python -m pytest -m slurm -rs tests/workflow/test_slurm.py
 
 lint: .venv/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/snakefmt --check Snakefile workflow/rules
 	$(BIN)/snakemake --lint
+	$(BIN)/lint-imports
 	$(BIN)/mypy
 
 check-python:

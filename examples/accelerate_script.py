@@ -10,8 +10,7 @@ import torch
 from accelerate import Accelerator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from nspo import NullSpaceBases, constrain
-from nspo.projection import freeze_uncovered
+from nspo import NullSpaceBases, constrain, freeze_uncovered
 
 model_folder, bases_file, texts, out = sys.argv[1:]
 accelerator = Accelerator()

@@ -14,8 +14,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
-from nspo import NullSpaceBases
-from nspo.adapter import merge_adapter, null_space_adapter, verify_adapter
+from nspo import NullSpaceBases, merge_adapter, null_space_adapter, verify_adapter
 
 model_folder, bases_file, texts, out = sys.argv[1:]
 bases = NullSpaceBases.load(bases_file)

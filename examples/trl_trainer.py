@@ -1,7 +1,8 @@
 """TRL's own trainer whose weights stay in the null space: one callback, and the trainer as it is.
 
-`ConstraintCallback` calls `constrain` once the trainer has prepared model and optimizer, anchors at the base folder, so
-that a resumed run keeps it, and verifies the weights at every save. Any trainer of TRL or transformers takes it.
+`NullSpaceCallback` freezes what no basis covers, attaches the constraint once the trainer has prepared model and
+optimizer, keeps its anchor when a run resumes, and verifies the weights at every save. Any trainer of TRL or
+transformers takes it.
 
 Command: `python examples/trl_trainer.py MODEL BASES TEXTS OUT`.
 """
@@ -14,14 +15,11 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
-from nspo import NullSpaceBases
-from nspo.policy.callbacks import ConstraintCallback
-from nspo.projection import freeze_uncovered
+from nspo import NullSpaceCallback
 
 model_folder, bases_file, texts, out = sys.argv[1:]
 model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
-callback = ConstraintCallback(NullSpaceBases.load(bases_file), Path(model_folder))
-freeze_uncovered(model, callback.bases)  # before the trainer wraps the model: DDP cannot freeze afterwards
+callback = NullSpaceCallback(model, bases_file)
 trainer = SFTTrainer(
     model,
     args=SFTConfig(out, learning_rate=1e-4, num_train_epochs=1, bf16=torch.cuda.is_available(), report_to="none"),

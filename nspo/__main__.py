@@ -2,6 +2,6 @@
 
 import sys
 
-from nspo.cli import main
+from nspo.cli.main import main
 
 sys.exit(main())

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
-from workflow_project import copy_project, snakemake
+from support.workflow_project import copy_project, snakemake
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -12,8 +12,8 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 @pytest.fixture(scope="session")
 def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the model `tiny:llama` (see nspo/tiny.py), as `prepare_model` writes it."""
-    from nspo.models import prepare_model
+    """The folder of the model `tiny:llama` (see nspo/models/tiny.py), as `prepare_model` writes it."""
+    from nspo.models.stage import prepare_model
     from nspo.sources import Source
 
     folder = tmp_path_factory.mktemp("tiny") / "model"

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from nspo.bases import NullSpaceBases
-from nspo.certificate import certify
-from nspo.compute_bases import compute_basis
-from nspo.linears import layer_norms
-from nspo.models import load_model, model_identity
-from nspo.sites import find_sites
+from nspo.bases.file import NullSpaceBases
+from nspo.bases.stage import compute_basis
+from nspo.certify.certificate import verify
+from nspo.models.linears import layer_norms
+from nspo.models.loading import load_model, model_identity
+from nspo.models.sites import find_sites
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*.py"))
@@ -47,7 +47,7 @@ def test_example_trains_in_the_null_space(script, tiny_model_dir, bases_file, tm
     assert printed is not None, run.stdout
     assert float(printed[1]) <= 1e-6
 
-    certificate = certify(tiny_model_dir, tmp_path / "out", NullSpaceBases.load(bases_file))
+    certificate = verify(tiny_model_dir, tmp_path / "out", NullSpaceBases.load(bases_file))
     layers = certificate["layers"].values()
     assert max(layer["leakage_basis"] for layer in layers) <= 1e-5
     assert min(layer["relative_update"] for layer in layers) > 1e-4

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from nspo import cli
+from nspo.cli import main as cli
 from nspo.errors import UserError
-from nspo.models import prepare_model
+from nspo.models.stage import prepare_model
 from nspo.sources import Source
 
 PACKAGE = Path(__file__).parents[1] / "nspo"

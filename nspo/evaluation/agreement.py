@@ -15,14 +15,17 @@ from typing import Any
 
 import numpy as np
 
-from nspo.artifacts import MANIFEST_NAME, fingerprint, fingerprint_files, make_manifest, read_json, write_json
-from nspo.config import RuntimeSettings
-from nspo.evaluation.judges import CostModel, Judge, KeptVerdicts, RefusalPhrases, added_judges
+from nspo.data.tables import load_labels
 from nspo.evaluation.statistics import Estimate, wilson
-from nspo.judge_settings import JudgeSettings
-from nspo.models import device_of
-from nspo.preference_metrics import auroc, bootstrap
-from nspo.prompts import load_labels
+from nspo.files.manifest import MANIFEST_NAME, fingerprint, fingerprint_files, make_manifest, read_json, write_json
+from nspo.judges.judge import Judge, RefusalPhrases
+from nspo.judges.kept import KeptVerdicts
+from nspo.judges.make import added_judges
+from nspo.preference.metrics import auroc, bootstrap
+from nspo.preference.model import CostModel
+from nspo.run.devices import device_of
+from nspo.settings.judges import JudgeSettings
+from nspo.settings.runtime import RuntimeSettings
 
 KIND = "judge_agreement"
 ALL = "all"

@@ -12,11 +12,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nspo.artifacts import METADATA_KEY, atomic_path, dumps
-from nspo.evaluation.judges import AddedJudge, CostModel, KeptVerdicts, RefusalPhrases, flags
 from nspo.evaluation.scores import JUDGED
-from nspo.models import Generate, Ids, by_length
-from nspo.progress import say
+from nspo.files.atomic import atomic_path
+from nspo.files.manifest import METADATA_KEY, dumps
+from nspo.judges.judge import AddedJudge, RefusalPhrases, flags
+from nspo.judges.kept import KeptVerdicts
+from nspo.models.generation import Generate, Ids, by_length
+from nspo.preference.model import CostModel
+from nspo.run.progress import say
 
 
 def greedy_answers(

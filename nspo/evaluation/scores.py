@@ -7,8 +7,8 @@ denominator of a score is the number of prompts asked, whatever the answers look
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nspo.evaluation.drift import FIGURES, token_weights
 from nspo.evaluation.statistics import Estimate, bootstrap_mean, difference, wilson, wilson_mean
+from nspo.models.drift import FIGURES, token_weights
 
 Row = Mapping[str, Any]
 JUDGED = "judge_"  # before the name of an added judge: its column in `responses.parquet`
@@ -23,7 +23,7 @@ def compute_scores(rows: Sequence[Row], first_tokens: int, judges: Sequence[str]
 
     Args:
         rows: as in `responses.parquet`.
-        first_tokens: as in `nspo.evaluation.drift.drift`.
+        first_tokens: as in `nspo.models.drift.drift`.
         judges: names of the judges of safety beside the cost model; each adds a score to every harmful domain.
     """
     found: list[dict[str, Any]] = []

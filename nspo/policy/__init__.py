@@ -1,1 +1,0 @@
-"""Training policies: on rollouts or on pairs of answers, with the null-space constraint as one callback."""

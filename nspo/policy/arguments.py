@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
-from nspo.config import RuntimeSettings
 from nspo.policy.sharding import ZERO
-from nspo.policy_settings import MethodSettings, TrainingSettings
+from nspo.settings.policy import MethodSettings, TrainingSettings
+from nspo.settings.runtime import RuntimeSettings
 
 
 def shared_arguments(

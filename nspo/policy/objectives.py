@@ -8,7 +8,7 @@
 | random_projector | exact, on random directions of equal rank | no | safety reward |
 | gradient_only | on gradients only | no | safety reward |
 | release | exact, on MLP layers; all else trains freely | no | safety reward |
-| nspo_lagrangian | exact | no | reward subject to cost (`nspo.policy.lagrangian`) |
+| nspo_lagrangian | exact | no | reward subject to cost (`nspo.policy.rollouts.lagrangian`) |
 | grpo_lagrangian | none | where set | reward subject to cost |
 | dpo, bfpo, wdoor | none | the losses know the base | the safety reward, or people, in pairs (`nspo.policy.pairs`) |
 | nspo_dpo, nspo_bfpo, nspo_wdoor | exact | as these | as these |
@@ -28,12 +28,12 @@ from pathlib import Path
 from torch import nn
 from transformers import PreTrainedModel
 
-from nspo.bases import NullSpaceBases
-from nspo.derived_bases import only_layers, random_like
+from nspo.bases.derived import only_layers, random_like
+from nspo.bases.file import NullSpaceBases
 from nspo.errors import UserError
-from nspo.policy.callbacks import ConstraintCallback
-from nspo.policy_settings import MethodSettings
-from nspo.sites import find_sites
+from nspo.models.sites import find_sites
+from nspo.policy.log import LoggedConstraint
+from nspo.settings.policy import MethodSettings
 
 MLP = "mlp"  # in the names of MLP layers, as the release tells them
 
@@ -87,9 +87,9 @@ def prepare_layers(policy: PreTrainedModel, method: MethodSettings, layers: str,
 
 
 def constraint_of(
-    method: MethodSettings, seed: int, bases: NullSpaceBases | None, model: Path
-) -> ConstraintCallback | None:
-    """The constraint of the method, anchored at the base folder `model`; None for a method without one.
+    method: MethodSettings, seed: int, bases: NullSpaceBases | None, policy: PreTrainedModel, base: Path
+) -> LoggedConstraint | None:
+    """The constraint of the method on `policy`, anchored at the folder `base`; None for a method without one.
 
     Raises:
         UserError: when `release` finds no MLP layer in the bases.
@@ -97,9 +97,9 @@ def constraint_of(
     if bases is None:
         return None
     if method.constraint == "random":
-        return ConstraintCallback(random_like(bases, seed), model)
+        return LoggedConstraint(policy, random_like(bases, seed), anchor=base)
     if method.constraint == "gradient":
-        return ConstraintCallback(bases, model, mode="gradient")
+        return LoggedConstraint(policy, bases, anchor=base, mode="gradient")
     if method.constraint == "mlp":
-        return ConstraintCallback(only_layers(bases, MLP), model, freeze_rest=False)
-    return ConstraintCallback(bases, model)
+        return LoggedConstraint(policy, only_layers(bases, MLP), anchor=base, freeze_rest=False)
+    return LoggedConstraint(policy, bases, anchor=base)

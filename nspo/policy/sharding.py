@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import Trainer
 
-from nspo.deepspeed import whole
+from nspo.constraint.zero import whole
 from nspo.errors import UserError
-from nspo.policy_settings import MethodSettings, TrainingSettings
+from nspo.settings.policy import MethodSettings, TrainingSettings
 
 ZERO = ("zero2", "zero3")  # of policy.sharding: DeepSpeed
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from accelerate import PartialState
 from transformers import TrainerCallback
 
-from nspo.config import Tracker
 from nspo.errors import UserError
+from nspo.settings.runtime import Tracker
 
 TENSORBOARD_FOLDER = "tensorboard"
 

@@ -4,7 +4,7 @@ import base64
 from pathlib import Path
 from typing import Any
 
-from nspo import plots
+from nspo.report import plots
 
 
 class Figures:

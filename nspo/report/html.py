@@ -7,21 +7,21 @@ from importlib.resources import files
 from typing import Any
 
 import yaml
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 
 def render(page: dict[str, Any]) -> str:
     """The HTML of the page. Its one script is allowed by its hash, so no other can run."""
-    script = (files("nspo") / "templates" / "report.js").read_text(encoding="utf-8")
+    script = (files("nspo.report") / "templates" / "page.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return environment().get_template("report.html.j2").render(page, script=Markup(script), script_hash=digest)
+    return environment().get_template("page.html.j2").render(page, script=Markup(script), script_hash=digest)
 
 
 def environment() -> Environment:
     """Templates, autoescaped where they are HTML; any name that one misspells is an error."""
     found = Environment(
-        loader=PackageLoader("nspo"),
+        loader=ChoiceLoader([PackageLoader("nspo.report"), PackageLoader("nspo.report.sections")]),
         autoescape=lambda name: "html" in (name or ""),
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -7,9 +7,9 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from nspo.report.comparison import Measure, pooled
-from nspo.report.data import BASE, Run, by_method, trained_runs
+from nspo.report.compare import Measure, pooled
 from nspo.report.html import amount, environment
+from nspo.report.runs import BASE, Run, by_method, trained_runs
 
 SCORE = ("axis", "name", "domain", "category", "judge", "value", "low", "high", "n", "failures", "unit")
 COLUMNS = ("method", "seed", "prompts", *SCORE)  # prompts: the run's own held-out ones, or a benchmark's
@@ -36,7 +36,7 @@ def write_summary(columns: Sequence[Measure], runs: Sequence[Run], path: Path) -
 
 
 def write_latex(columns: Sequence[Measure], rows: Iterable[Mapping[str, Any]], model: str, path: Path) -> None:
-    r"""The headline table (`nspo.report.results.headline`) for a paper: `\input` it, with the package booktabs."""
+    r"""The headline table for a paper: `\input` it, with the package booktabs."""
     rows = list(rows)
     asked: dict[int, list[str]] = {}
     for place, column in enumerate(columns):

@@ -1,6 +1,5 @@
 rule collect_activations:
     input:
-        code=code("nspo.activations"),
         model=rules.prepare_model.output.manifest,
         prompts=rules.prepare_prompts.output.prompts,
     output:
@@ -15,6 +14,7 @@ rule collect_activations:
         mem=grows(32, "GB"),
         runtime=grows(4, "h"),
     params:
+        code=code("nspo.activations.stage"),
         flags=flags(settings.activations),
         launch=launch,
         device=device,
@@ -26,7 +26,6 @@ rule collect_activations:
 
 rule compute_bases:
     input:
-        code=code("nspo.compute_bases"),
         activations=rules.collect_activations.output.activations,
         parts=bases_parts,
     output:
@@ -41,6 +40,7 @@ rule compute_bases:
         mem=grows(64, "GB"),
         runtime=grows(8, "h"),
     params:
+        code=code("nspo.bases.stage"),
         flags=flags(settings.bases, BASES_FLAGS),
         parts=optional("--parts", "parts"),
     shell:
@@ -51,12 +51,12 @@ rule compute_bases:
 # The shares of `bases.jobs`: on a cluster each is a job of its own.
 use rule compute_bases as compute_bases_part with:
     input:
-        code=code("nspo.compute_bases"),
         activations=rules.collect_activations.output.activations,
     output:
         bases=temp("<results>/bases/part-{part}-of-{parts}.safetensors"),
     log:
         "<logs>/compute_bases/{part}-of-{parts}.log",
     params:
+        code=code("nspo.bases.stage"),
         flags=flags(settings.bases, BASES_FLAGS),
         parts="--part {part}/{parts}",

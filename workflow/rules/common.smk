@@ -16,17 +16,17 @@ os.environ.update(
 
 from snakemake.utils import update_config
 
-from nspo.benchmarks.loading import locate
-from nspo.benchmarks.registry import TASKS
-from nspo.cli import RUNTIME_FLAGS, to_flags
-from nspo.data_settings import LabelSettings, PromptSettings
-from nspo.policy_settings import PairSettings, TrainingSettings
+from nspo.evaluation.benchmarks.loading import check_benchmarks, locate
+from nspo.evaluation.benchmarks.registry import TASKS
+from nspo.cli.main import RUNTIME_FLAGS, to_flags
+from nspo.settings.data import LabelSettings, PromptSettings
+from nspo.settings.policy import PairSettings, TrainingSettings
 from nspo.errors import UserError
-from nspo.judge_settings import JudgeSettings
+from nspo.settings.judges import JudgeSettings
 from nspo.sources import Source, wheel_folder
-from nspo.stage_code import stage_files
-from nspo.validation import check_config, read_yaml, typed
-from nspo.workflow_lock import PARENT, hold, this_process
+from nspo.run.stage_code import code_hash
+from nspo.settings.reading import check_config, read_yaml, typed
+from nspo.run.workflow_lock import PARENT, hold, this_process
 
 os.environ[PARENT] = this_process()
 if workflow.is_main_process:
@@ -39,8 +39,7 @@ try:
     update_config(config, typed(given))
     where = [*workflow.overwrite_configfiles] or ["config/config.yaml"]
     settings = check_config(config, " + ".join([*map(str, where), *(["--config"] if given else [])]))
-    for task in settings.benchmarks.tasks:
-        locate(task, settings.benchmarks)  # data that is missing is told before any work
+    check_benchmarks(settings.benchmarks)
 except UserError as error:
     sys.exit(str(error))  # a line per fault; a WorkflowError would wrap it in lines about this file
 
@@ -63,8 +62,8 @@ wildcard_constraints:
 
 
 def code(*modules):
-    """The source files that shape a stage: an edit reruns it, a mere touch does not."""
-    return [os.path.relpath(path) for path in stage_files(*modules)]
+    """The code that shapes a stage, as a hash: an edit that may change what it makes reruns it."""
+    return code_hash(*modules)
 
 
 def flags(section, names=None, keep_order=False):
@@ -141,7 +140,7 @@ def source_files(section, sources):
         if source.kind == "wheel":
             files.add(f"{wheels_dir}/{wheel_folder(source.wheel)}/manifest.json")
         elif source.kind in {"builtin", "path"}:
-            path = Path(workflow.basedir, "nspo", "data") if source.kind == "builtin" else Path()
+            path = Path(workflow.basedir, "nspo", "data", "builtin") if source.kind == "builtin" else Path()
             path = Path(os.path.relpath(path / source.location))
             if not path.exists():
                 sys.exit(
@@ -167,9 +166,10 @@ def every_policy(patterns):
     return expand(patterns, method=settings.policy.methods, seed=settings.policy.seeds)
 
 
-def package_files(name):
+def package_files(*folders):
     """Files of the package that are no Python, such as templates."""
-    return sorted(os.path.relpath(p) for p in Path(workflow.basedir, "nspo", name).iterdir() if p.is_file())
+    found = (path for name in folders for path in Path(workflow.basedir, "nspo", name).iterdir())
+    return sorted(os.path.relpath(path) for path in found if path.is_file())
 
 
 prompt_settings = wheels_of(part_of(settings.data, PromptSettings))

@@ -1,6 +1,5 @@
 rule evaluate_base:
     input:
-        code=code("nspo.evaluation"),
         model=rules.prepare_model.output.manifest,
         policy=rules.prepare_model.output.manifest,
         cost=rules.train_cost.output.manifest,
@@ -20,6 +19,7 @@ rule evaluate_base:
         mem=grows(32, "GB"),
         runtime=grows(4, "h"),
     params:
+        code=code("nspo.evaluation.stage"),
         flags=flags(settings.evaluation),
         runtime=runtime,
         name="--name base --seed 0",
@@ -29,14 +29,13 @@ rule evaluate_base:
         base_evaluation=optional("--base-evaluation", "base_evaluation"),
         out=subpath(output.metrics, parent=True),
     shell:
-        "python -m nspo evaluate-heldout {params.flags} {params.runtime} {params.name} --base {params.model}"
+        "python -m nspo evaluate {params.flags} {params.runtime} {params.name} --base {params.model}"
         " --policy {params.policy} --cost {params.cost} --prompts {input.prompts} {params.base_evaluation}"
         " --out {params.out} 2>&1 | tee {log}"
 
 
 use rule evaluate_base as evaluate_policy with:
     input:
-        code=code("nspo.evaluation"),
         model=rules.prepare_model.output.manifest,
         policy=rules.train_policy.output.manifest,
         cost=rules.train_cost.output.manifest,
@@ -51,6 +50,7 @@ use rule evaluate_base as evaluate_policy with:
     benchmark:
         "<timings>/evaluate/{method}-seed{seed}.tsv"
     params:
+        code=code("nspo.evaluation.stage"),
         flags=flags(settings.evaluation),
         runtime=runtime,
         name="--name {method} --seed {seed}",
@@ -64,7 +64,6 @@ use rule evaluate_base as evaluate_policy with:
 # Published benchmarks (`benchmarks.tasks`), one job per model and benchmark; the base and every policy answer the same.
 rule benchmark_base:
     input:
-        code=code("nspo.benchmarks.run"),
         data=benchmark_files,
         model=rules.prepare_model.output.manifest,
         cost=rules.train_cost.output.manifest,
@@ -87,6 +86,7 @@ rule benchmark_base:
         mem=grows(32, "GB"),
         runtime=grows(8, "h"),
     params:
+        code=code("nspo.evaluation.benchmarks.stage"),
         flags=benchmark_flags,
         judging=flags(judge_settings),
         runtime=runtime,
@@ -96,13 +96,12 @@ rule benchmark_base:
         base_answers=optional("--base-answers", "base_answers"),
         out=subpath(output.metrics, ancestor=2),
     shell:
-        "python -m nspo evaluate {params.flags} {params.judging} {params.runtime} {params.name} --model {params.model}"
+        "python -m nspo benchmark {params.flags} {params.judging} {params.runtime} {params.name} --model {params.model}"
         " --cost {params.cost} --training {input.training} {params.base_answers} --out {params.out} 2>&1 | tee {log}"
 
 
 use rule benchmark_base as benchmark_policy with:
     input:
-        code=code("nspo.benchmarks.run"),
         data=benchmark_files,
         model=rules.train_policy.output.manifest,
         cost=rules.train_cost.output.manifest,
@@ -120,6 +119,7 @@ use rule benchmark_base as benchmark_policy with:
     benchmark:
         "<timings>/benchmark/{method}-seed{seed}-{task}.tsv"
     params:
+        code=code("nspo.evaluation.benchmarks.stage"),
         flags=benchmark_flags,
         judging=flags(judge_settings),
         runtime=runtime,
@@ -133,7 +133,6 @@ use rule benchmark_base as benchmark_policy with:
 # Part of the page where there are judges beside the cost model, whose own agreement its training measures.
 rule judge_agreement:
     input:
-        code=code("nspo.evaluation.agreement"),
         cost=rules.train_cost.output.manifest,
         labels=rules.prepare_labels.output.labels,
         judges=judge_files(),
@@ -150,6 +149,7 @@ rule judge_agreement:
         mem=grows(32, "GB"),
         runtime=grows(4, "h"),
     params:
+        code=code("nspo.evaluation.agreement"),
         flags=flags(judge_settings),
         runtime=runtime,
         cost=folder("cost"),
@@ -161,7 +161,6 @@ rule judge_agreement:
 # Where safety lives: `attribution.enabled` decides whether the page asks for it.
 rule attribute:
     input:
-        code=code("nspo.attribution"),
         model=rules.prepare_model.output.manifest,
         policy=rules.train_policy.output.manifest,
         certificate=rules.certify.output.certificate,
@@ -187,6 +186,7 @@ rule attribute:
         mem=grows(32, "GB"),
         runtime=grows(4, "h"),
     params:
+        code=code("nspo.certify.attribution"),
         flags=flags(settings.attribution, ("harmful_prompts", "general_prompts")),
         runtime=runtime,
         model=folder("model"),

@@ -1,7 +1,6 @@
 # What the preference objectives learn from; all of a seed share it.
 rule make_pairs:
     input:
-        code=code("nspo.policy.pairs"),
         model=rules.prepare_model.output.manifest,
         reward=rules.train_reward.output.manifest,
         cost=rules.train_cost.output.manifest,
@@ -21,6 +20,7 @@ rule make_pairs:
         mem=grows(64, "GB"),
         runtime=grows(12, "h"),
     params:
+        code=code("nspo.policy.pairs.stage"),
         settings=flags(settings.policy, PairSettings.model_fields),
         runtime=runtime,
         model=folder("model"),
@@ -34,7 +34,6 @@ rule make_pairs:
 
 rule train_policy:
     input:
-        code=code("nspo.policy.training"),
         model=rules.prepare_model.output.manifest,
         reward=rules.train_reward.output.manifest,
         cost=rules.train_cost.output.manifest,
@@ -60,6 +59,7 @@ rule train_policy:
         mem=grows(64, "GB"),
         runtime=grows(24, "h"),
     params:
+        code=code("nspo.policy.stage"),
         training=flags(settings.policy, TrainingSettings.model_fields),
         method=lambda wildcards: to_flags(settings.policy.methods[wildcards.method]),
         layers=flags(settings.activations, ("layers",)),
@@ -81,7 +81,6 @@ rule train_policy:
 # Apart from training, so that new bases measure an unconstrained policy again without training it again.
 rule certify:
     input:
-        code=code("nspo.certificate"),
         model=rules.prepare_model.output.manifest,
         policy=rules.train_policy.output.manifest,
         bases=bases_file,
@@ -96,6 +95,7 @@ rule certify:
         mem=grows(24, "GB"),
         runtime=grows(1, "h"),
     params:
+        code=code("nspo.certify.stage"),
         facts=lambda wildcards: shlex.quote(
             json.dumps(
                 {
@@ -113,7 +113,7 @@ rule certify:
         " --bases {input.bases} {params.activations} --out {output.certificate} 2>&1 | tee {log}"
 
 
-# Training alone, as `benchmarks/trajectories.py` wants it: `snakemake all_policies --cores all`.
+# Training alone, as `performance/trajectories.py` wants it: `snakemake all_policies --cores all`.
 rule all_policies:
     input:
         every_policy("<results>/policy/{method}/seed{seed}/probes.parquet"),

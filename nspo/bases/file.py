@@ -1,0 +1,215 @@
+"""Null-space bases: one small orthonormal basis per site (`nspo.nullspace.basis`), and the file of them.
+
+The file is safetensors: two tensors a site, and a manifest that says which model and data they are of. It can be shared
+on the hub (`nspo.bases.hub`), and refuses a model that it was not computed on. (The authors' release saves no basis at
+all.) Command: `nspo bases info FILE`.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from nspo.bases.hub import download
+from nspo.errors import UserError
+from nspo.files.manifest import fingerprint_model, make_manifest
+from nspo.files.tensors import load_tensors, save_tensors
+from nspo.models.linears import canonical_name, find_linears, input_width, layer_norms
+from nspo.nullspace.basis import Kind, SiteBasis
+
+__all__ = ["Kind", "NullSpaceBases", "SiteBasis"]
+
+NORM_TOLERANCE = 0.01
+
+
+class NullSpaceBases(Mapping[str, SiteBasis]):
+    """The bases of a model: site name -> `SiteBasis`, with the manifest that says which model and data they are of."""
+
+    def __init__(self, sites: Iterable[SiteBasis], layer_norms: Mapping[str, float], **identity: Any):
+        """Gather sites under one identity.
+
+        Args:
+            sites: one per site.
+            layer_norms: Frobenius norm of the base weight of every listed layer (`layer_norms(model, names)`).
+            identity: JSON-like fields for the manifest: model, data, settings.
+
+        Raises:
+            UserError: for a broken site, or a layer listed twice or without a norm.
+        """
+        self._sites = {site.site: site for site in sites}
+        self._site_of = {layer: site for site in self._sites.values() for layer in site.layers}
+        for site in self._sites.values():
+            site.check()
+        if len(self._site_of) != sum(len(site.layers) for site in self._sites.values()):
+            raise UserError("bases: a layer is listed under two sites, expected one: rebuild the bases")
+        if missing := sorted(self._site_of.keys() - layer_norms.keys()):
+            raise UserError(
+                f"bases: no base weight norm for {_some(missing)}, expected one per layer: rebuild the bases"
+            )
+        self.manifest = make_manifest(
+            "bases",
+            **identity,
+            sites={name: site.row() for name, site in self._sites.items()},
+            layer_norms={layer: float(layer_norms[layer]) for layer in self._site_of},
+        )
+
+    def __getitem__(self, site: str) -> SiteBasis:
+        return self._sites[site]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sites)
+
+    def __len__(self) -> int:
+        return len(self._sites)
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of all constrained layers."""
+        return tuple(self._site_of)
+
+    def for_layer(self, name: str) -> SiteBasis:
+        """The basis of the input that the linear layer `name` reads.
+
+        Raises:
+            UserError: when no site lists the layer.
+        """
+        name = canonical_name(name)
+        if name not in self._site_of:
+            raise UserError(
+                f"bases hold no layer {name}, expected one of {_some(sorted(self._site_of))}: check the name"
+            )
+        return self._site_of[name]
+
+    def save(self, path: Path | str) -> None:
+        """Write everything as one safetensors file, atomically; equal bases give equal bytes."""
+        tensors = {}
+        for name, site in self._sites.items():
+            tensors[f"{name}/basis"] = site.basis.cpu()
+            tensors[f"{name}/eigenvalues"] = site.eigenvalues.cpu()
+        save_tensors(path, tensors, self.manifest)
+
+    @classmethod
+    def load(cls, path: Path | str) -> "NullSpaceBases":
+        """Read a file that `save` wrote, and check it.
+
+        Raises:
+            UserError: when the file is missing, truncated, damaged, of another kind or schema, incomplete, has wrong
+                shapes or non-finite values, or its columns are not orthonormal to 1e-4.
+        """
+        manifest, tensors = load_tensors(path, "bases")
+        keys = {field.name for field in fields(SiteBasis)} - {"basis", "eigenvalues"}
+        sites = []
+        try:
+            for name, row in manifest["sites"].items():
+                row = {key: row[key] for key in keys} | {"layers": tuple(row["layers"])}
+                sites.append(
+                    SiteBasis(basis=tensors[f"{name}/basis"], eigenvalues=tensors[f"{name}/eigenvalues"], **row)
+                )
+            norms = manifest["layer_norms"]
+        except KeyError as error:
+            raise UserError(
+                f"{path} lacks {error}, expected a complete bases file: rerun the stage that makes it"
+            ) from error
+        bases = cls(sites, norms)
+        bases.manifest = manifest
+        return bases
+
+    @classmethod
+    def from_hub(cls, repo: str, revision: str | None = None) -> "NullSpaceBases":
+        """Bases that someone pushed to the hub repository `repo` ("org/name"), as of `revision`, checked like a file.
+
+        Raises:
+            UserError: as `load`, or when the hub cannot be reached or does not hold them.
+        """
+        return cls.load(download(repo, revision))
+
+    def check_free(self) -> None:
+        """Refuse bases that leave nothing to train.
+
+        Raises:
+            UserError: when no site has a free direction.
+        """
+        if all(site.null_dim == 0 for site in self._sites.values()):
+            raise UserError(
+                f"bases: no free direction at any of {len(self._sites)} sites, expected at least one: "
+                "loosen `bases.threshold`"
+            )
+
+    def check_model(self, model: nn.Module) -> None:
+        """Refuse a model that these bases were not computed on.
+
+        Its class must be the architecture that the bases name. Every listed layer must exist, be an `nn.Linear` (or
+        transformers' `Conv1D`) of the site's width, and have a weight whose Frobenius norm agrees with the base
+        weight's to 1%.
+
+        Raises:
+            UserError: naming the layer and both sides.
+        """
+        self.check_layers(model)
+        self.check_norms(layer_norms(model, self.layers))
+
+    def check_layers(self, model: nn.Module) -> dict[str, nn.Linear]:
+        """The part of `check_model` that needs no weights' values; returns the modules by layer name.
+
+        Raises:
+            UserError: naming the layer or the architecture, and both sides.
+        """
+        made_for = self.manifest.get("model", {}).get("architecture")
+        classes = _architecture(model)
+        if made_for and classes and made_for not in classes:
+            raise UserError(f"the bases are of a {made_for}, the model is a {classes[0]}: use the bases of this model")
+        modules = find_linears(model, self.layers)
+        for layer, module in modules.items():
+            found, expected = input_width(module), self.for_layer(layer).width
+            if found != expected:
+                raise UserError(
+                    f"layer {layer} reads width {found}, the bases were computed for width {expected}: "
+                    "use the bases of this model"
+                )
+        return modules
+
+    def check_folder(self, folder: Path | str) -> None:
+        """Refuse a model folder with other weights, or another tokenizer or chat template, than the bases' model.
+
+        Reads every weight file once, for its fingerprint.
+
+        Raises:
+            UserError: naming what differs and both fingerprints.
+        """
+        made_for = self.manifest.get("model", {})
+        for part, found in fingerprint_model(folder).items():
+            if made_for.get(part) != found:
+                what = "tokenizer or chat template" if part == "tokenizer" else part
+                raise UserError(
+                    f"{folder}: the fingerprint of the {what} is {found}, the bases were computed with "
+                    f"{made_for.get(part, 'an unknown one')}: use the bases of this model, or the model of these bases"
+                )
+
+    def check_norms(self, norms: Mapping[str, float]) -> None:
+        """Refuse base weights whose norms differ by more than 1% from those the bases were computed on.
+
+        Raises:
+            UserError: naming the first such layer and both norms.
+        """
+        for layer, expected in self.manifest["layer_norms"].items():
+            if not abs(norms[layer] - expected) <= NORM_TOLERANCE * expected:
+                raise UserError(
+                    f"layer {layer} has weight norm {norms[layer]:.6g}, the bases were computed on a model where it is "
+                    f"{expected:.6g}: use the bases of this model, or the model of these bases"
+                )
+
+
+def _architecture(model: nn.Module) -> list[str]:
+    """The class names of the transformers model inside any wrappers, its own first; empty when there is none."""
+    for module in model.modules():  # outermost first
+        # By name, so that bases load without transformers; all bases, because FSDP2 puts a class of its own in front.
+        names = [kind.__name__ for kind in type(module).__mro__]
+        if "PreTrainedModel" in names:
+            return [name for name in names if not name.startswith("FSDP")]
+    return []
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

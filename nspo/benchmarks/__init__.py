@@ -1,1 +1,0 @@
-"""Named benchmarks on any model folder: `registry` lists them, `run` is the command `nspo evaluate`."""

@@ -1,0 +1,253 @@
+"""What the constraint is worth on a saved model: how much of each layer's answer to general inputs an update changed.
+
+For a layer with base weight W and update dW (both out x d), protected range Q and held-out general inputs K_h,
+
+    leakage_basis   = ||dW Q||_F / ||W Q||_F         what the constraint promises: zero up to rounding
+    leakage_heldout = ||dW K_h||_F / ||W K_h||_F     what a general prompt it never saw still feels
+                    = sqrt(tr(dW G dW^T) / tr(W G W^T)),  G = K_h K_h^T / N, per domain, in float64
+
+and, for scale, the same of a random update R as large as dW, in closed form and not sampled: with independent entries
+the expectation of ||R K_h||^2 is N ||dW||^2 tr(G) / d, and of ||R Q||^2 ||dW||^2 r / d; their roots are taken. The
+statement is exact for a layer given its input, and first order for the whole network, whose later layers see changed
+inputs: drift on real prompts is measured by the evaluation. (The authors' release measures neither.)
+
+Any two checkpoints of one architecture can be compared, trained by nspo or not. They are read in slices of rows, and
+one Gram at a time, so that a 70B pair with held-out activations fits in 24 GB of memory: what is largest there is G
+and one product A^T A of a down projection, 28672 x 28672 float64 (6.6 GB) each. Measured by `performance/verify.py`.
+Command: `nspo verify --base A --tuned B --bases FILE [--activations DIR]`.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nspo.activations.store import HARMFUL, ActivationStore
+from nspo.bases.file import NullSpaceBases
+from nspo.certify.checkpoints import CheckpointPair
+from nspo.errors import UserError
+from nspo.files.manifest import fingerprint, make_manifest
+from nspo.models.loading import model_identity
+from nspo.nullspace.basis import SiteBasis
+from nspo.nullspace.moments import add_second_moment
+from nspo.nullspace.projection import protected_part
+from nspo.run.progress import track
+
+PRODUCT_BYTES = 7e9  # of A^T A in memory at a time: one at width 28672, all of a site's at 8192
+BLOCK = 256  # rows of G and A^T A multiplied at a time
+Slices = Callable[[], Iterator[tuple[Tensor, Tensor]]]  # starts over W and dW, (n, d) float32 rows at a time
+
+
+@dataclass(frozen=True)
+class Heldout:
+    """What a layer answers to N held-out inputs of second moment G = K_h K_h^T / N.
+
+    Attributes:
+        tokens: N.
+        trace: tr(G).
+        weight, update: tr(W G W^T) and tr(dW G dW^T).
+    """
+
+    tokens: int
+    trace: float
+    weight: float
+    update: float
+
+    @property
+    def change(self) -> float:
+        """||dW K_h|| / ||W K_h||."""
+        return _ratio(math.sqrt(self.update), math.sqrt(self.weight))
+
+
+def verify(
+    base: Path | str, tuned: Path | str, bases: NullSpaceBases | Path | str, store: ActivationStore | None = None
+) -> dict[str, Any]:
+    """Compare two model folders layer by layer; shows progress.
+
+    Args:
+        base, tuned: folders with safetensors weights, sharded or not.
+        bases: computed on `base`, or their file.
+        store: activations of `base`, for held-out inputs; without it the figures on held-out inputs are left out.
+
+    Returns:
+        JSON-like: identities; `layers`, {layer: site, leakage_basis, leakage_heldout {domain and "all": value},
+        update_norm, relative_update, random_basis, random_equal_norm (on all held-out inputs), harmful (the change on
+        harmful inputs, where it is meant to be)}; `unconstrained`, {tensor: update_norm, relative_update} of every
+        other tensor that changed; `summary`.
+
+    Raises:
+        UserError: another architecture, tensors that differ in name or shape, weights that are not finite, or bases or
+            activations of a model with other weights or another tokenizer.
+    """
+    base, tuned = Path(base), Path(tuned)
+    bases = bases if isinstance(bases, NullSpaceBases) else NullSpaceBases.load(bases)
+    pair = CheckpointPair(base, tuned)
+    if lacking := [layer for layer in bases.layers if f"{layer}.weight" not in pair.names]:
+        raise UserError(
+            f"the models have no tensor {lacking[0]}.weight, the bases expect it: use the bases of this model"
+        )
+    found = model_identity(base)
+    _check_made_with(bases.manifest, "bases", found, base)
+    if store is not None:
+        _check_made_with(store.manifest, "activations", found, base)
+    layers: dict[str, dict[str, Any]] = {}
+    unconstrained: dict[str, dict[str, float]] = {}
+    transposed = pair.transposed_layers()
+    with track("certificate", len(pair.names), "tensor") as bar:
+        for site in bases.values():
+            weights = {layer: partial(pair.slices, f"{layer}.weight", layer in transposed) for layer in site.layers}
+            heldout = heldout_answers(list(weights.values()), site, store) if store is not None else [{}] * len(weights)
+            for (layer, slices), answers in zip(weights.items(), heldout, strict=True):
+                layers[layer] = layer_report(slices, site, answers)
+                bar.update(1)
+        for name in pair.names:
+            if name.removesuffix(".weight") not in layers:
+                sizes = _sizes(*_norms(pair.slices(name)))
+                if sizes["update_norm"]:
+                    unconstrained[name] = sizes
+                bar.update(1)
+    return make_manifest(
+        "certificate",
+        base=found,
+        tuned=model_identity(tuned),
+        bases=fingerprint(bases.manifest),
+        layers=layers,
+        unconstrained=unconstrained,
+        summary=_summary(layers, unconstrained),
+    )
+
+
+def layer_report(slices: Slices, site: SiteBasis, heldout: Mapping[str, Heldout]) -> dict[str, Any]:
+    """The figures of one layer (see the module and `verify`).
+
+    Args:
+        slices: W and dW.
+        site: the basis of the layer's input.
+        heldout: the layer's answers by domain; may be empty. "harmful" is no part of "all".
+    """
+    protected = partial(protected_part, basis=site.basis, kind=site.kind)
+    weight, update, base, leaked = _norms((w, d, protected(w), protected(d)) for w, d in slices())
+    report = {
+        "site": site.site,
+        **_sizes(weight, update),
+        "leakage_basis": _ratio(leaked, base),
+        "random_basis": _ratio(update * math.sqrt(site.rank / site.width), base),
+        "leakage_heldout": {},
+    }
+    if not heldout:
+        return report
+    general = {domain: answers for domain, answers in heldout.items() if domain != HARMFUL}
+    if HARMFUL in heldout:
+        report["harmful"] = heldout[HARMFUL].change
+    pooled = _pool(general.values())
+    report["leakage_heldout"] = {**{name: answers.change for name, answers in general.items()}, "all": pooled.change}
+    random = update * math.sqrt(pooled.trace / site.width)
+    report["random_equal_norm"] = _ratio(random, math.sqrt(pooled.weight))
+    return report
+
+
+def heldout_answers(layers: Sequence[Slices], site: SiteBasis, store: ActivationStore) -> list[dict[str, Heldout]]:
+    """What each of a site's `layers` answers to its held-out inputs, by domain.
+
+    tr(A G A^T) = <A^T A, G>: one product per matrix serves every domain, and one Gram every product in memory.
+    """
+    at_once = max(1, int(PRODUCT_BYTES / (8 * site.width**2)))
+    matrices = [(slices, part) for slices in layers for part in (0, 1)]  # W and dW of every layer
+    moments: dict[str, tuple[int, float]] = {}
+    energies: dict[str, list[float]] = {domain: [] for domain in store.domains("heldout")}
+    for start in range(0, len(matrices), at_once):
+        products = [_product(slices, part, site.width) for slices, part in matrices[start : start + at_once]]
+        for domain, values in energies.items():
+            gram, tokens = store.gram(site.site, "heldout", [domain])
+            moments[domain] = tokens, float(gram.trace())
+            values += [max(_inner(product, gram), 0.0) for product in products]  # below zero only by rounding
+            del gram  # before the next is read
+        products.clear()
+    return [
+        {domain: Heldout(*moments[domain], *values[i : i + 2]) for domain, values in energies.items()}
+        for i in range(0, len(matrices), 2)
+    ]
+
+
+def _product(slices: Slices, part: int, width: int) -> Tensor:
+    """A^T A on and above the diagonal, zero below: (width, width) float64; A is W (`part` 0) or dW (1)."""
+    total = torch.zeros(width, width, dtype=torch.float64)
+    for pair in slices():
+        add_second_moment(total, pair[part].double().contiguous())
+    return total.triu_()
+
+
+def _inner(upper: Tensor, gram: Tensor) -> float:
+    """<A^T A, G> of two symmetric matrices, the first given by its upper triangle."""
+    blocks = zip(upper.split(BLOCK), gram.split(BLOCK), strict=True)
+    return 2 * sum(float((a * b).sum()) for a, b in blocks) - float(upper.diagonal() @ gram.diagonal())
+
+
+def _pool(answers: Iterable[Heldout]) -> Heldout:
+    """All inputs of several domains as one: every token counts the same."""
+    several = list(answers)
+    tokens = sum(one.tokens for one in several)
+    trace, weight, update = (
+        sum(one.tokens * getattr(one, key) for one in several) / tokens for key in ("trace", "weight", "update")
+    )
+    return Heldout(tokens, trace, weight, update)
+
+
+def _norms(slices: Iterable[Sequence[Tensor]]) -> list[float]:
+    """Frobenius norms of matrices whose slices of rows come side by side, summed in float64."""
+    squares = [[float(part.double().square().sum()) for part in parts] for parts in slices]
+    return [math.sqrt(sum(column)) for column in zip(*squares, strict=True)]
+
+
+def _sizes(weight: float, update: float) -> dict[str, float]:
+    return {"update_norm": update, "relative_update": _ratio(update, weight)}
+
+
+def _ratio(part: float, whole: float) -> float:
+    """part / whole, where 0 / 0 is 0: nothing of nothing has changed."""
+    if part == 0:
+        return 0.0
+    if whole == 0:
+        raise UserError(
+            "a weight or its part in the protected range is zero in the base model: no relative change exists"
+        )
+    return part / whole
+
+
+def _summary(layers: Mapping[str, Any], unconstrained: Mapping[str, Any]) -> dict[str, Any]:
+    """Worst layer, mean over layers, and the share of the norm of all change that lies outside the layers."""
+    series = {
+        "leakage_basis": {name: row["leakage_basis"] for name, row in layers.items()},
+        "leakage_heldout": {name: row["leakage_heldout"].get("all") for name, row in layers.items()},
+        "random_basis": {name: row["random_basis"] for name, row in layers.items()},
+        "random_equal_norm": {name: row.get("random_equal_norm") for name, row in layers.items()},
+        "harmful": {name: row.get("harmful") for name, row in layers.items()},
+        "relative_update": {name: row["relative_update"] for name, row in layers.items()},
+    }
+    summary: dict[str, Any] = {}
+    for key, values in series.items():
+        if None not in values.values():
+            worst = max(values, key=values.__getitem__)
+            summary[key] = {"max": values[worst], "mean": sum(values.values()) / len(values), "worst_layer": worst}
+    inside, outside = (
+        math.sqrt(sum(row["update_norm"] ** 2 for row in rows.values())) for rows in (layers, unconstrained)
+    )
+    summary["update_norm"] = math.hypot(inside, outside)
+    summary["unprotected_share"] = _ratio(outside, summary["update_norm"])
+    return summary
+
+
+def _check_made_with(manifest: Mapping[str, Any], kind: str, found: Mapping[str, Any], folder: Path) -> None:
+    """Refuse an artifact of another model than the one in `folder`, naming what differs."""
+    made_with = {"weights": None, **(manifest.get("model") or {})}
+    for part in ("architecture", "weights", "tokenizer"):
+        if part in made_with and made_with[part] != found[part]:
+            raise UserError(
+                f"the {kind} were made for {part} {made_with[part]}, the base {folder} has {found[part]}: use the "
+                f"{kind} of this base model"
+            )

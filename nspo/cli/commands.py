@@ -1,0 +1,77 @@
+"""Small commands that are no stage of the workflow: certify, show, check and write what the stages made."""
+
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from nspo.run.tables import table
+from nspo.settings.config import Config
+from nspo.settings.reading import load_config
+
+
+def verify(
+    base: Path, tuned: Path, bases: Path, activations: Path | None, facts: Mapping[str, Any] | None, out: Path
+) -> None:
+    """Write the certificate of `tuned` (see `nspo.certify.certificate`)."""
+    from nspo.activations.store import ActivationStore
+    from nspo.bases.file import NullSpaceBases
+    from nspo.certify.stage import write_certificate
+
+    store = ActivationStore(activations) if activations else None
+    write_certificate(out, base, tuned, NullSpaceBases.load(bases), store, **(facts or {}))
+
+
+def write_config(config: Config, out: Path | None) -> None:
+    """Write `config` to `out`, or the default configuration and the schema below the working directory."""
+    from nspo.cli.config_files import commented_yaml, write_files
+    from nspo.files.atomic import atomic_path
+
+    if out is None:
+        write_files(Path())
+        return
+    with atomic_path(out) as scratch:
+        scratch.write_text(commented_yaml(config))
+
+
+def check_file(file: Path) -> None:
+    """Say that a configuration is valid, or raise what is wrong with it."""
+    from nspo.run.progress import say
+
+    load_config(file)
+    say(f"{file}: valid")
+
+
+def show_bases(file: Path, plot: Path | None) -> None:
+    """Print what a bases file holds, per site and per kind of site; draw spectra and free directions to `plot`.
+
+    Raises:
+        UserError: no bases file, or a plot that is neither PNG nor SVG.
+    """
+    from nspo.bases.file import NullSpaceBases
+    from nspo.bases.table import by_kind, facts, kind_rows, memory, site_rows
+    from nspo.report import plots
+
+    if plot:
+        plots.check_suffix(plot)
+    bases = NullSpaceBases.load(file)
+    header = [f"{name:11}{text}" for name, text in {**facts(bases), **memory(bases, file)}.items()]
+    sections = ["\n".join(header), table(site_rows(bases)), table(kind_rows(bases))]
+    sys.stdout.write("\n\n".join(sections) + "\n")
+    if plot:
+        plots.write(plots.bases_overview(by_kind(bases)), plot)
+
+
+def merge_bases(files: Sequence[Path], out: Path) -> None:
+    """Merge bases of one model (see `nspo.bases.derived.merge`)."""
+    from nspo.bases.derived import merge
+    from nspo.bases.file import NullSpaceBases
+    from nspo.run.progress import say
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        merged = merge([NullSpaceBases.load(file) for file in files])
+    for warning in caught:
+        say(f"warning: {warning.message}")
+    merged.save(out)

@@ -1,0 +1,178 @@
+"""The command line: `nspo STAGE --flags`, one subcommand a stage, one flag a setting.
+
+A flag is spelt like its configuration key, with dashes; its value is JSON (`--seeds '[0, 1]'`) or plain text. Whatever
+a user can mend ends in one line and exit code 2. Nothing heavy is imported before the settings have been checked.
+Command: `nspo --help`.
+"""
+
+import argparse
+import difflib
+import errno
+import json
+import os
+import shlex
+import sys
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from importlib import import_module
+from typing import Any, NoReturn
+
+from nspo.cli.stages import POSITIONAL, STAGES, Stage
+from nspo.errors import UserError, first_line
+from nspo.run.workflow_lock import end_with_workflow
+from nspo.settings.reading import validate
+from nspo.settings.runtime import RuntimeSettings
+from nspo.settings.types import Section
+
+TRANSFERS = ("prepare", "bases fetch", "bases push")
+NO_SPACE = ("No space left on device", "PytorchStreamWriter failed writing")
+NO_MEMORY = (  # torch's CPU, the system, CUDA, Python for the stack of a thread, oneDNN for the code of a product
+    "can't allocate memory",
+    "Cannot allocate memory",
+    "out of memory",
+    "can't start new thread",
+    "could not create a primitive",
+)
+RUNTIME_FLAGS = ("device", "log_every", "recompute_activations", "requests", "vllm", "trackers", "workdir")
+
+
+def to_flags(settings: Section, names: Iterable[str] | None = None, keep_order: bool = False) -> str:
+    """The settings (all, or those of `names`) as shell-quoted flags in a fixed order, as `parse_value` reads them.
+
+    Mappings are sorted by key, so that equal settings give equal flags; `keep_order` leaves them as they were written.
+    """
+    values = settings.dump() if keep_order else json.loads(json.dumps(settings.dump(), sort_keys=True))
+    chosen = [name for name in type(settings).model_fields if name in values and (names is None or name in names)]
+    return " ".join(f"{_flag(name)} {shlex.quote(format_value(values[name]))}" for name in chosen)
+
+
+def format_value(value: Any) -> str:
+    """JSON, or the plain text of a string that could not be taken for JSON."""
+    return value if isinstance(value, str) and parse_value(value) == value else json.dumps(value, ensure_ascii=False)
+
+
+def parse_value(text: str) -> Any:
+    """The value of a setting's flag: JSON where it is JSON, plain text otherwise."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):  # also what Python says to a number of thousands of digits
+        return text
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose faults are one line, with the nearest flag for a misspelt one."""
+
+    def error(self, message: str) -> NoReturn:
+        unknown = message.removeprefix("unrecognized arguments: ").split()
+        if message.startswith("unrecognized arguments"):
+            known = [option for action in self._actions for option in action.option_strings]
+            close = difflib.get_close_matches(unknown[0], known, n=1)
+            message = f"{unknown[0]}: unknown flag" + (f", did you mean {close[0]}?" if close else "")
+        raise UserError(f"{message} (see `{self.prog} --help`)")
+
+
+def _fill(parser: argparse.ArgumentParser, stage: Stage) -> None:
+    for name, argument in stage.arguments.items():
+        options: dict[str, Any] = {"help": argument.help, "type": argument.type, "metavar": name.upper()}
+        options["nargs"] = "+" if argument.many else None
+        if name in POSITIONAL:
+            parser.add_argument(name, **options)
+        else:
+            parser.add_argument(_flag(name), required=argument.required, dest=name, **options)
+    for keyword, section in stage.settings.items():
+        group = parser.add_argument_group(keyword, " ".join((section.__doc__ or "").split()))
+        for name in _flags_of(section):
+            info = section.model_fields[name]
+            default = "" if info.is_required() else f" [{format_value(_plain(info.default))}]"
+            text = f"{info.description or ''}{default}".replace("%", "%%")
+            text = text if len(text) < 400 else f"{text[:400]}..."
+            options = {"dest": f"{keyword}.{name}", "default": argparse.SUPPRESS, "type": parse_value}
+            group.add_argument(_flag(name), metavar="VALUE", help=text, **options)
+
+
+def _flags_of(section: type[Section]) -> Collection[str]:
+    return RUNTIME_FLAGS if section is RuntimeSettings else section.model_fields
+
+
+def _plain(value: Any) -> Any:
+    """A default as plain JSON values."""
+    if isinstance(value, Section):
+        return value.dump()
+    return {key: _plain(item) for key, item in value.items()} if isinstance(value, Mapping) else value
+
+
+def _parser(argv: Sequence[str]) -> tuple[argparse.ArgumentParser, Sequence[str], str | None]:
+    """The parser for this command line, the arguments left for it, and the stage; only that stage's flags are built."""
+    longest_first = sorted(STAGES, key=len, reverse=True)  # `bases info` before `bases`
+    name = next((n for n in longest_first if list(argv[: len(n.split())]) == n.split()), None)
+    if name is not None:
+        parser = _Parser(prog=f"nspo {name}", description=STAGES[name].help, allow_abbrev=False)
+        _fill(parser, STAGES[name])
+        return parser, argv[len(name.split()) :], name
+    parser = _Parser(
+        prog="nspo",
+        description="Null-Space constrained Policy Optimization. The workflow (`snakemake --cores all`) runs these:",
+        epilog="\n".join(f"  {name:18}{stage.help}" for name, stage in STAGES.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("stage", metavar="STAGE", help="one of the stages below; `nspo STAGE --help` lists its flags")
+    return parser, argv, None
+
+
+def _run(argv: Sequence[str]) -> None:
+    parser, rest, name = _parser(argv)
+    if name is None:
+        typed = parser.parse_known_args(rest or ["--help"])[0].stage
+        close = difflib.get_close_matches(typed, STAGES, n=1)
+        hint = f"did you mean `nspo {close[0]}`?" if close else f"expected one of: {', '.join(STAGES)}"
+        raise UserError(f"{typed}: unknown stage, {hint}")
+    values = vars(parser.parse_args(rest))
+    stage = STAGES[name]
+    keywords = {argument: values[argument] for argument in stage.arguments}
+    for keyword, section in stage.settings.items():
+        given = {key.partition(".")[2]: value for key, value in values.items() if key.startswith(f"{keyword}.")}
+        keywords[keyword] = validate(section, given, name)
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # what a user must know, a stage says itself
+    if not name.startswith(TRANSFERS):  # only there a bar of the hub's can be a transfer; elsewhere it is noise
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    module, _, function = stage.function.partition(":")
+    getattr(import_module(module), function)(**keywords)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code: 0, 2 for a mistake the user can mend, 130 when interrupted."""
+    end_with_workflow()
+    try:
+        _run(sys.argv[1:] if argv is None else argv)
+    except UserError as error:
+        for line in str(error).splitlines():
+            sys.stderr.write(f"nspo: error: {line}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("nspo: interrupted; the same command goes on from what is done\n")
+        return 130
+    except Exception as error:
+        if (said := _exhausted(error)) is None:
+            raise
+        sys.stderr.write(f"nspo: error: {said}; what is done is kept, the same command goes on\n")
+        return 2
+    return 0
+
+
+def _exhausted(error: Exception) -> str | None:
+    """What this machine has too little of, where that is what ended a stage: libraries word it, and raise it, as they
+    like."""
+    text, number = str(error), getattr(error, "errno", None)
+    if number == errno.ENOSPC or any(words in text for words in NO_SPACE):
+        return f"no space left on the disk ({first_line(error)}): free some and rerun"
+    if isinstance(error, MemoryError) or number == errno.ENOMEM or any(words in text for words in NO_MEMORY):
+        return (
+            f"not enough memory ({first_line(error)}): give the stage more, or lower batch_size, micro_batch_size or "
+            "max_new_tokens"
+        )
+    return None

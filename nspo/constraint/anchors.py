@@ -1,0 +1,72 @@
+"""The anchor W0: the weights that a constraint is measured from, a layer at a time."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from nspo.constraint.zero import whole
+from nspo.errors import UserError
+from nspo.models.linears import find_linears, local, whole_shape
+
+
+def own_weights(modules: Mapping[str, nn.Linear]) -> Iterator[tuple[str, Tensor]]:
+    """The model's weights by layer as they are now."""
+    for name, module in modules.items():
+        with whole(module.weight):
+            yield name, module.weight
+
+
+def copied_weights(model: nn.Module, layers: Iterable[str]) -> dict[str, Tensor]:
+    """Copies of the weights of `layers` on the CPU, in bf16 where that loses nothing; for `given_weights`."""
+    return {name: narrow(module.weight.detach().cpu().clone()) for name, module in find_linears(model, layers).items()}
+
+
+def given_weights(anchor: Mapping[str, Tensor], modules: Mapping[str, nn.Linear]) -> Iterator[tuple[str, Tensor]]:
+    """The copies of `copied_weights` by layer, placed and sharded as the model's own weights are."""
+    for name, module in modules.items():
+        yield name, _placed(anchor[name].to(torch.float32), module.weight)
+
+
+def saved_weights(folder: Path, modules: Mapping[str, nn.Linear]) -> Iterator[tuple[str, Tensor]]:
+    """The weights of a checkpoint by layer, one read at a time, placed and sharded as the model's own weights are.
+
+    Raises:
+        UserError: when the folder has no safetensors, lacks a weight, or has another shape for it.
+    """
+    from safetensors import safe_open
+
+    where = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            where.update(dict.fromkeys(file.keys(), path))
+    if not where:
+        raise UserError(f"anchor {folder} holds no *.safetensors weights: expected the folder of the base model")
+    for name, module in modules.items():
+        key, weight = f"{name}.weight", module.weight
+        if key not in where:
+            raise UserError(f"anchor {folder} has no weight {key}, expected the base of this model: change `anchor`")
+        with safe_open(where[key], framework="pt") as file:
+            value = file.get_tensor(key)
+        if value.shape != whole_shape(weight):
+            raise UserError(
+                f"anchor {folder} has {key} of shape {tuple(value.shape)}, the model has {tuple(whole_shape(weight))}: "
+                "change `anchor`"
+            )
+        yield name, _placed(value, weight)
+
+
+def _placed(value: Tensor, weight: Tensor) -> Tensor:
+    """`value` on the device of `weight`, and sharded as it is: every rank keeps its own rows, without communication."""
+    value = value.to(local(weight).device)
+    if isinstance(weight, DTensor):
+        value = distribute_tensor(value, weight.device_mesh, weight.placements, src_data_rank=None)
+    return value
+
+
+def narrow(weight: Tensor) -> Tensor:
+    """The same values in bf16 where that loses nothing (half the memory), else in float32."""
+    small = weight.bfloat16()
+    return small if torch.equal(small.to(weight.dtype), weight) else weight.float()

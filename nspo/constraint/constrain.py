@@ -1,0 +1,267 @@
+"""The constraint: weights may leave their anchor W0 only inside the null space of the protected inputs.
+
+Exact for any torch optimizer because it acts on what the optimizer did, not on what it was given: after every step
+D = W - W0, W <- W0 + P(D), with P(D) = D - (D Q) Q^T = (D U) U^T. P is linear, idempotent and non-expansive and acts on
+rows, so momentum, decay, clipping and accumulation cannot leave the null space, no error accumulates, and
+row-sharded weights need no communication (DeepSpeed's flat partitions do: `nspo.constraint.zero`).
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from nspo.bases.file import NullSpaceBases
+from nspo.constraint.anchors import given_weights, narrow, own_weights, saved_weights
+from nspo.constraint.layers import Layer
+from nspo.constraint.refusals import refuse_engines, refuse_late_freeze, refuse_weights
+from nspo.constraint.zero import Partition, ZeroLayer, own_rows, partitions, zero_optimizer
+from nspo.errors import UserError
+from nspo.models.linears import canonical_name, find_linears, frobenius, is_transposed, local, whole_shape
+from nspo.nullspace.projection import inner_product, project_, reanchor_, squared_norm
+
+Mode = Literal["both", "anchor", "gradient"]
+VERIFY_TOLERANCE = 1e-5
+ANCHOR_TOLERANCE = 1e-2  # a bf16-rounded checkpoint is a few 1e-3 off its anchor; another model is near 1
+
+
+class Constraint:
+    """A constraint at work on an optimizer; made by `constrain`.
+
+    Attributes:
+        mode: "both", "anchor" or "gradient".
+        frozen_names: canonical names of the parameters that `constrain` froze.
+        unprotected_share: share of the trainable weights that no basis covers.
+
+    Nothing here belongs in a checkpoint: a resumed run calls `constrain` again with the base folder as anchor.
+    """
+
+    def __init__(self, layers: list[Layer], frozen: list[str], rest: int, optimizer: torch.optim.Optimizer, mode: Mode):
+        self._layers, self.mode, self.frozen_names = layers, mode, frozen
+        self.unprotected_share = rest / (rest + self._weights())
+        self._stats: dict[str, Tensor] = {}  # of the last gradient of each layer
+        # Nothing to verify where leaking is by design, nor yet where ZeRO copies to the model after the hooks.
+        self._verified = mode == "gradient" or any(isinstance(layer, ZeroLayer) for layer in layers)
+        self._handles = []
+        if mode != "anchor":
+            self._handles.append(optimizer.register_step_pre_hook(self._before_step))
+        if mode != "gradient":
+            self._handles.append(optimizer.register_step_post_hook(self._after_step))
+
+    def _weights(self) -> int:
+        return sum(whole_shape(layer.parameter).numel() for layer in self._layers)
+
+    def _before_step(self, optimizer: Any, args: Any, kwargs: Any) -> Any:
+        """Project the gradients there are, or have the optimizer's closure project those it makes inside the step."""
+        closure: Callable[[], Any] | None = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            self._project_gradients()
+            return None
+
+        def projected() -> Any:
+            loss = closure()
+            self._project_gradients()
+            return loss
+
+        return (optimizer, projected, *args[2:]), {name: kwargs[name] for name in kwargs.keys() - {"closure"}}
+
+    def _project_gradients(self) -> None:
+        for layer in self._layers:
+            if not layer.steps:
+                continue
+            with layer.gradient() as gradient:
+                if gradient is None:
+                    self._stats.pop(layer.name, None)
+                    continue
+                raw = gradient.clone()
+                project_(gradient, layer.basis, layer.kind)
+                products = [squared_norm(raw), squared_norm(gradient), inner_product(raw, gradient)]
+                self._stats[layer.name] = torch.stack(products)
+
+    def _after_step(self, *_: Any) -> None:
+        for layer in self._layers:
+            if layer.steps:
+                with layer.stepped() as rows:
+                    reanchor_(rows, layer.anchor, layer.basis, layer.kind)
+        if not self._verified:  # backstop: a write that did not land shows here, not after a day of training
+            self.verify()
+            self._verified = True
+
+    def leakage(self) -> dict[str, float]:
+        """{layer: ||(W - W0) Q||_F / ||W0 Q||_F}, Q the protected range. A collective for sharded weights."""
+        return {layer.name: layer.leakage() for layer in self._layers}
+
+    def verify(self, tolerance: float = VERIFY_TOLERANCE) -> None:
+        """Check that the model's own weights satisfy the constraint now. A collective for sharded weights.
+
+        Done after the first step too, but not under DeepSpeed, where the model follows the optimizer only later.
+
+        Raises:
+            UserError: naming the worst layer, or a weight that the model no longer uses.
+        """
+        for layer in self._layers:
+            # FSDP2 shows gathered weights between forward and backward; everything else must still be what we bound.
+            if layer.module.weight is not layer.parameter and not isinstance(layer.parameter, DTensor):
+                raise UserError(
+                    f"layer {layer.name} got a new weight after constrain(): call constrain() once it is final"
+                )
+        leaks = self.leakage()
+        worst = max(leaks, key=leaks.__getitem__)
+        if not leaks[worst] <= tolerance:
+            raise UserError(
+                f"layer {worst} leaves the null space by {leaks[worst]:.1e}, expected at most {tolerance:.0e}: "
+                "something else writes to the weights after the optimizer step"
+            )
+
+    def step_stats(self) -> dict[str, float]:
+        """What the projection cost in the last step; empty before the first and in mode "anchor".
+
+        `gradient_norm` and `projected_norm` are over all constrained layers, `kept` is their ratio (1 = the
+        constraint was free), `descent` is <g, P g>, taken from both gradients: at least 0 where P is the projector it
+        should be (then it equals ||P g||^2), so the projected gradient still descends. A step with a closure counts the
+        gradients of its last call. Under loss scaling the norms carry the scale, `kept` does not. A collective for
+        sharded weights.
+        """
+        if not self._stats:
+            return {}
+        found = [layer.total(self._stats[layer.name]) for layer in self._layers if layer.name in self._stats]
+        total = sum(products.double().cpu() for products in found)
+        before, after, descent = (float(value) for value in total)  # type: ignore[union-attr]
+        kept = (after / before) ** 0.5 if before > 0 else 0.0
+        return {"gradient_norm": before**0.5, "projected_norm": after**0.5, "kept": kept, "descent": descent}
+
+    def memory(self) -> dict[str, int]:
+        """Bytes that the constraint holds on this rank beside model and optimizer: its anchor and its bases."""
+        bases = {id(layer.basis): layer.basis.nbytes for layer in self._layers}
+        return {"anchor": sum(layer.anchor.nbytes for layer in self._layers), "bases": sum(bases.values())}
+
+    def describe(self) -> str:
+        """One line: how much is constrained, frozen and unprotected, and the memory that costs."""
+        memory = ", ".join(f"{name} {size / 2**20:.1f} MiB" for name, size in self.memory().items())
+        return (
+            f"null-space constraint ({self.mode}): {len(self._layers)} layers with {self._weights()} weights, "
+            f"{len(self.frozen_names)} parameters frozen, {self.unprotected_share:.1%} of the trainable weights "
+            f"unprotected, {memory}"
+        )
+
+    def remove(self) -> None:
+        """Detach from the optimizer. Frozen parameters stay frozen."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+
+def freeze_uncovered(model: nn.Module, bases: NullSpaceBases) -> list[str]:
+    """Freeze every parameter that no basis covers and drop its gradient; returns the canonical names.
+
+    `constrain` does this too; call it yourself before wrapping in DDP, or to keep the rest out of the optimizer.
+    """
+    covered = {id(module.weight) for module in find_linears(model, bases.layers).values()}
+    names = []
+    for name, parameter in model.named_parameters():
+        if id(parameter) not in covered:
+            parameter.requires_grad_(False)
+            parameter.grad = None
+            names.append(canonical_name(name))
+    return names
+
+
+def constrain(
+    model: nn.Module,
+    optimizer: Any,
+    bases: NullSpaceBases,
+    *,
+    anchor: Path | str | Mapping[str, Tensor] | None = None,
+    mode: Mode = "both",
+    freeze_rest: bool = True,
+) -> Constraint:
+    """Keep every step of `optimizer` inside the null space of the protected inputs.
+
+    Call it once the weights are final: after loading, `fully_shard`, `DistributedDataParallel`, `deepspeed.initialize`
+    and accelerate's `prepare`. Then train as ever: accumulation, clipping, loss scaling, torch.compile, autocast and
+    steps with a closure (LBFGS) need no change.
+
+    Args:
+        model: the model, wrapped or not; its constrained weights in float32.
+        optimizer: any torch optimizer that holds them, or the wrapper of it that accelerate or DeepSpeed returned.
+        bases: their bases, checked against the model.
+        anchor: the anchor W0, needed when a run resumes: folder of the base checkpoint (safetensors), or whole base
+            weights by layer. Default: the weights as they are now.
+        mode: "both" projects gradients before the step and weights after it; "anchor" only the weights, as exact;
+            "gradient" only the gradients, the paper's text, which leaks under Adam, momentum and decay (an ablation).
+        freeze_rest: freeze every parameter that no basis covers, so that the guarantee covers all that moves.
+
+    Raises:
+        UserError: before any training, naming the layer, when the guarantee would not hold.
+    """
+    if mode not in ("both", "anchor", "gradient"):
+        raise UserError(f"mode {mode!r}, expected 'both', 'anchor' or 'gradient': change `mode`")
+    zero = zero_optimizer(optimizer)
+    optimizer = innermost(optimizer)
+    refuse_engines(model, optimizer, zero)
+    bases.check_free()
+    modules = bases.check_layers(model)
+    if freeze_rest:
+        refuse_late_freeze(model, modules, zero)
+    parts = partitions(zero) if zero else None
+    held = parts or {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    refuse_weights(model, modules, held, freeze_rest)
+    if anchor is None:
+        base = own_weights(modules)
+    elif isinstance(anchor, Mapping):
+        base, anchor = given_weights(anchor, modules), "the base"
+    else:
+        base = saved_weights(Path(anchor), modules)
+    layers = _layers(modules, bases, base, parts)
+
+    if anchor is not None and mode != "gradient":
+        worst = max((layer.leakage(), layer.name) for layer in layers)
+        if worst[0] > ANCHOR_TOLERANCE:
+            raise UserError(
+                f"layer {worst[1]} is {worst[0]:.1e} away from {anchor} in the protected range, expected at most "
+                f"{ANCHOR_TOLERANCE:.0e}: give the folder of the base that this run started from"
+            )
+
+    frozen = freeze_uncovered(model, bases) if freeze_rest else []
+    covered = {id(layer.parameter) for layer in layers}
+    rest = sum(whole_shape(p).numel() for p in model.parameters() if p.requires_grad and id(p) not in covered)
+    return Constraint(layers, frozen, rest, optimizer, mode)
+
+
+def _layers(
+    modules: Mapping[str, nn.Linear],
+    bases: NullSpaceBases,
+    weights: Iterable[tuple[str, Tensor]],
+    parts: Mapping[int, Partition] | None,
+) -> list[Layer]:
+    """The constrained layers with the `weights` as anchor, of which each rank keeps its rows; `parts` under ZeRO.
+
+    Raises:
+        UserError: when the weights are not those that the bases were computed for.
+    """
+    norms, layers = {}, []
+    on_device: dict[tuple[str, torch.device], Tensor] = {}  # layers of one site share one copy of its basis
+    for name, value in weights:
+        norms[name] = frobenius(value)
+        module, site = modules[name], bases.for_layer(name)
+        transposed = is_transposed(module)
+        rows = local(value).T if transposed else local(value)
+        key = (site.site, rows.device)
+        if key not in on_device:
+            on_device[key] = site.basis.to(key[1], torch.float32)
+        kept = narrow((own_rows(rows) if parts else rows).clone())
+        given = (name, module, module.weight, transposed, kept, on_device[key], site.kind)
+        layers.append(ZeroLayer(*given, parts[id(module.weight)]) if parts else Layer(*given))
+    bases.check_norms(norms)
+    return layers
+
+
+def innermost(optimizer: Any) -> torch.optim.Optimizer:
+    """The torch optimizer inside accelerate's wrapper, or DeepSpeed's: the wrapper itself has no hooks."""
+    optimizer = zero_optimizer(optimizer) or optimizer
+    while isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        optimizer = optimizer.optimizer
+    return optimizer

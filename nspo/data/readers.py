@@ -1,0 +1,122 @@
+"""Rows of a data file, by its suffix, or of a data set on the hub."""
+
+import csv
+import gzip
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nspo.data.wheels import resolve
+from nspo.errors import UserError
+from nspo.sources import Source
+
+
+def read_rows(source: Source, wheels_dir: Path) -> list[dict[str, Any]]:
+    """All rows of a data set as dictionaries; plain text gives one row `{"prompt": line}` a line.
+
+    Formats by suffix: .jsonl, .json (a list), .csv (leading `#` lines skipped), .txt, .parquet, .yaml and .prompt
+    (PyRIT seeds), each also with .gz. Hub data sets are `hub:org/name@revision`, split `train`.
+
+    Raises:
+        UserError: missing file, unknown suffix, malformed content, rows that are no mappings, or no rows at all.
+    """
+    if source.kind == "hub":
+        return hub_rows(source)
+    path = resolve(source, wheels_dir)
+    rows = read_file(path)
+    if not rows:
+        raise UserError(f"{path} holds no rows: expected a data set")
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise UserError(f"{path}: expected a list of rows, each a mapping of column names to values")
+    return rows
+
+
+def read_file(path: Path) -> Any:
+    """What a data file holds, by its suffix (see `read_rows`); JSON and YAML may hold anything.
+
+    Raises:
+        UserError: missing file, unknown suffix, or malformed content.
+    """
+    suffixes = [suffix for suffix in path.suffixes if suffix != ".gz"]
+    suffix = suffixes[-1] if suffixes else ""
+    if suffix not in READERS:
+        raise UserError(f"{path}: unknown suffix {suffix!r}: expected one of {', '.join(READERS)}")
+    try:
+        data = path.read_bytes()
+        return READERS[suffix](gzip.decompress(data) if path.suffix == ".gz" else data)
+    except Exception as error:  # each reader's own family of exceptions, and whatever a damaged file makes it raise
+        raise UserError(f"{path}: cannot be read as {suffix}: {_first_line(error)}") from error
+
+
+def hub_rows(source: Source, subset: str | None = None, split: str = "train") -> list[dict[str, Any]]:
+    """All rows of one split of a data set on the hub; `subset` is the hub's name of a configuration.
+
+    Raises:
+        UserError: when it cannot be loaded.
+    """
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
+
+    try:
+        return list(load_dataset(source.location, subset, revision=source.revision, split=split))
+    except (OSError, ValueError, DatasetsError) as error:
+        raise UserError(f"hub:{source.location}: cannot be loaded, split {split}: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
+def _text(data: bytes) -> str:
+    text = data.decode("utf-8-sig")
+    if "\0" in text:
+        raise ValueError("found a NUL byte, expected text in UTF-8")
+    return text
+
+
+def _jsonl(data: bytes) -> Any:
+    # Not splitlines(): JSON strings may hold U+2028 and the like as they are.
+    return [json.loads(line) for line in _text(data).split("\n") if line.strip()]
+
+
+def _csv(data: bytes) -> Any:
+    text = _text(data)
+    while text.startswith("#"):
+        text = text.partition("\n")[2]
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    header = reader.fieldnames or []
+    if len(set(header)) < len(header):  # of two columns with one name, csv would keep the last
+        raise ValueError(f"a column name stands twice in the header {', '.join(header)}")
+    rows = []
+    for row in reader:
+        if None in row or None in row.values():
+            raise ValueError(f"line {reader.line_num} has not as many fields as the header: is a quote missing?")
+        rows.append(row)
+    return rows
+
+
+def _parquet(data: bytes) -> Any:
+    import pyarrow.parquet as pq
+
+    return pq.read_table(io.BytesIO(data), page_checksum_verification=True).to_pylist()
+
+
+def _yaml(data: bytes) -> Any:
+    document = yaml.safe_load(_text(data))
+    return document["seeds"] if isinstance(document, dict) and "seeds" in document else document
+
+
+READERS: dict[str, Callable[[bytes], Any]] = {
+    ".jsonl": _jsonl,
+    ".json": lambda data: json.loads(_text(data)),
+    ".csv": _csv,
+    ".txt": lambda data: [{"prompt": line.strip()} for line in _text(data).split("\n") if line.strip()],
+    ".parquet": _parquet,
+    ".yaml": _yaml,
+    ".yml": _yaml,
+    ".prompt": _yaml,
+}

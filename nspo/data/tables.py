@@ -1,0 +1,61 @@
+"""Prompts and human labels in one form each: who reads them never sees where they came from.
+
+`prompts.parquet` has one row per prompt: role (general, harmful, benign), domain, split (train, validation, heldout),
+prompt, check (JSON, how an answer is marked; empty if it is not), category. Rows stand in a seeded random order, so the
+first n of any filter are a random sample. Commands: `nspo prepare-prompts`, `nspo prepare-labels`.
+
+`labels.parquet` has one row per judged response: id, set, target (cost or reward), split, prompt, response, category,
+and what people said of it:
+
+- grade: of the response alone, from 0 to 1 (cost: 1 is harmful; reward: 1 does what was asked); null where
+  nobody judged it alone, as in plain preference pairs;
+- pair, role: two rows with one `pair` are two responses to one prompt that people compared. Role `chosen` is the one
+  that they prefer, the safer for target cost and the better for target reward; the other is `rejected`. Both empty
+  where a response stands alone. So the cost model scores `rejected` above `chosen`, the reward model the reverse.
+
+A prompt belongs to the split its own hash gives it, so no prompt is in two splits, whatever the set, and no file's
+order matters. (The authors' release trains and tests on whatever the file order gives.)
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from nspo.errors import UserError
+from nspo.files.tables import read_table
+
+PROMPT_COLUMNS = ("id", "role", "domain", "split", "prompt", "check", "category")
+LABEL_COLUMNS = ("id", "set", "target", "split", "prompt", "response", "grade", "category", "pair", "role")
+
+
+def load_prompts(
+    path: Path, role: str, split: str, domain: str | None = None, limit: int | None = None
+) -> list[dict[str, Any]]:
+    """The first `limit` rows of `prompts.parquet` with this role, split and domain, `check` already parsed.
+
+    Raises:
+        UserError: when there is no such row, or the file is damaged.
+    """
+    every = read_table(path, PROMPT_COLUMNS)
+    rows = [r for r in every if r["role"] == role and r["split"] == split and domain in (None, r["domain"])]
+    if not rows:
+        raise UserError(f"{path} has no {role} prompts in split {split!r}{f' of domain {domain!r}' if domain else ''}")
+    return [{**row, "check": json.loads(row["check"]) if row["check"] else None} for row in rows[:limit]]
+
+
+def domains(path: Path, role: str, split: str) -> list[str]:
+    """Sorted names of the domains that have prompts with this role and split."""
+    every = read_table(path, PROMPT_COLUMNS)
+    return sorted({row["domain"] for row in every if row["role"] == role and row["split"] == split})
+
+
+def load_labels(path: Path, target: str, split: str) -> list[dict[str, Any]]:
+    """The rows of `labels.parquet` for one model and split.
+
+    Raises:
+        UserError: when there is no such row, or the file is damaged.
+    """
+    rows = [r for r in read_table(path, LABEL_COLUMNS) if r["target"] == target and r["split"] == split]
+    if not rows:
+        raise UserError(f"{path} has no labels for the {target} model in split {split!r}: add a set to data.labels")
+    return rows

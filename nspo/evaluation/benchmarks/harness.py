@@ -1,0 +1,132 @@
+"""Ability by lm-evaluation-harness: its tasks word the prompts and mark the answers, on rows that we chose.
+
+The rows (`doc`) come from `nspo/evaluation/benchmarks/loading.py`, so that leak check and sample are the same for every
+benchmark. A task of the harness keeps its own wording, few-shot examples and metric; multiple choice that it does not
+have is scored the same way, by the likelihood of each option (per byte, where options are texts). The chat template is
+applied once. Answers in words are made by `greedy_answers`: batched by length, and resumed after an interruption.
+
+The harness is an extra: `pip install 'nspo[benchmarks]'`.
+"""
+
+import json
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from nspo.errors import UserError, first_line
+from nspo.evaluation.answers import greedy_answers
+from nspo.evaluation.benchmarks.registry import Task
+from nspo.models.generation import Generate
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+CHOICE: dict[str, Any] = {
+    "output_type": "multiple_choice",
+    "doc_to_text": "question",
+    "doc_to_choice": "choices",
+    "doc_to_target": "answer",
+    "num_fewshot": 0,
+    "metric_list": [{"metric": m, "aggregation": "mean", "higher_is_better": True} for m in ("acc", "acc_norm")],
+}
+
+
+def check(name: str) -> None:
+    """Refuse a benchmark that needs the harness where it is not installed.
+
+    Raises:
+        UserError: naming the extra.
+    """
+    if find_spec("lm_eval") is None:
+        raise UserError(f"{name} is scored by lm-evaluation-harness: pip install 'nspo[benchmarks]'")
+
+
+def answer(
+    name: str,
+    task: Task,
+    rows: list[dict[str, Any]],
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    generate: Generate,
+    max_new_tokens: int,
+    batch_size: int,
+    work: Path,
+) -> None:
+    """Ask the rows' `doc`s and add `prompt`, `response`, `response_tokens` and `correct`.
+
+    Raises:
+        UserError: when the harness cannot make the task, or a package or file that it needs is missing.
+    """
+    import lm_eval
+
+    asked = _model(model, tokenizer, generate, max_new_tokens, batch_size, work, f"answers to {name}")
+    try:
+        with tempfile.TemporaryDirectory(prefix="nspo-harness-") as folder:
+            made = _task(name, task, [row["doc"] for row in rows], Path(folder))
+            found = lm_eval.simple_evaluate(
+                asked, tasks=[made], apply_chat_template=True, bootstrap_iters=0, log_samples=True, verbosity="ERROR"
+            )
+    except (ImportError, LookupError, AssertionError) as error:
+        raise UserError(f"{name}: lm-evaluation-harness cannot run it: {first_line(error)}") from error
+    (samples,) = found["samples"].values()
+    samples = {sample["doc_id"]: sample for sample in samples if sample["filter"] == task.filter}
+    for place, row in enumerate(rows):
+        sample = samples[place]
+        row["prompt"] = sample["arguments"][0][0]
+        row["correct"] = bool(sample[task.metric])
+        if made.OUTPUT_TYPE == "multiple_choice":
+            likelihoods = [value for value, _ in sample["filtered_resps"]]
+            options = [argument[1] for argument in sample["arguments"]]
+            row["response"] = options[likelihoods.index(max(likelihoods))].strip()
+        else:
+            row["response"] = sample["resps"][0][0].strip()
+            row["response_tokens"] = len(tokenizer(row["response"], add_special_tokens=False)["input_ids"])
+
+
+def _task(name: str, task: Task, docs: list[dict[str, Any]], folder: Path) -> Any:
+    """The harness's task `task.harness`, or multiple choice, on these rows instead of its own download."""
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    rows = folder / "rows.jsonl"
+    rows.write_text("".join(json.dumps(doc) + "\n" for doc in docs))
+    made = folder / "task.yaml"
+    base = {"include": str(Path(lm_eval.__file__).parent / "tasks" / task.harness)} if task.harness else CHOICE
+    data = {"data_files": {"test": str(rows)}, "cache_dir": str(folder)}
+    splits = {"test_split": "test", **dict.fromkeys(("training_split", "validation_split", "fewshot_split"))}
+    own = {"task": name, "dataset_path": "json", "dataset_name": None, "dataset_kwargs": data, **splits}
+    made.write_text(yaml.safe_dump({**base, **own}))
+    return TaskManager(include_defaults=False).load([str(made)])["tasks"][name]
+
+
+def _model(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    generate: Generate,
+    max_new_tokens: int,
+    batch_size: int,
+    work: Path,
+    description: str,
+) -> Any:
+    """The model as the harness asks it: likelihoods its own way, answers in words ours."""
+    from lm_eval.models.huggingface import HFLM
+
+    class Asked(HFLM):
+        def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+            texts, options = zip(*(request.args for request in requests), strict=True)
+            ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+            answers = greedy_answers(generate, ids, max_new_tokens, batch_size, work, description)
+            said = [str(tokenizer.decode(answer, skip_special_tokens=True)) for answer in answers]
+            return [_cut(text, option) for text, option in zip(said, options, strict=True)]
+
+    return Asked(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, add_bos_token=False)
+
+
+def _cut(text: str, options: dict[str, Any]) -> str:
+    """The answer up to the first of the task's stop strings."""
+    for stop in filter(None, options.get("until") or ()):
+        text = text.split(stop)[0]
+    return text

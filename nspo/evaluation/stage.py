@@ -1,0 +1,238 @@
+"""The evaluation stage: one model's greedy answers to held-out prompts, judged, marked, and compared with the base's.
+
+Safety on harmful prompts, over-refusal on harmless ones that look alarming, ability on tasks with checkable answers,
+and drift from the base model on general prompts; every score with n, a 95% interval, and the identity of its judge.
+Decoding is greedy, denominators are fixed, nothing that a model says is left out. (The authors' release scores
+sampled answers, judges them without the question, and never asks a harmless prompt that looks alarming.)
+
+Two files are written: `responses.parquet`, one row per prompt with the answer and all that was found about it, and
+`metrics.json` with the scores. Answers, and verdicts of the judges that a configuration adds, are kept in the working
+folder while they come, so an interrupted run goes on. Published benchmarks, on any model:
+`nspo/evaluation/benchmarks/stage.py`.
+
+Commands: `nspo evaluate --name base --base results/model --policy results/model ...` first, then for each tuned
+model with `--base-evaluation results/evaluation/base/seed0/responses.parquet`.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from nspo.data.tables import domains, load_prompts
+from nspo.errors import UserError
+from nspo.evaluation.answers import add_verdicts, greedy_answers, judge_answers, write_responses
+from nspo.evaluation.checks import mark, runs_code
+from nspo.evaluation.scores import compute_scores
+from nspo.files.manifest import (
+    METADATA_KEY,
+    check_manifest,
+    dumps,
+    fingerprint,
+    fingerprint_files,
+    make_manifest,
+    write_json,
+)
+from nspo.judges.judge import Judge, RefusalPhrases
+from nspo.judges.make import added_judges
+from nspo.models.drift import FIGURES
+from nspo.models.drift import drift as measure_drift
+from nspo.models.generation import chat_ids
+from nspo.models.loading import load_model, load_tokenizer, model_identity
+from nspo.models.vllm_engine import answering, check_engine
+from nspo.preference.model import CostModel
+from nspo.run.devices import device_of
+from nspo.settings.evaluation import EvaluationSettings
+from nspo.settings.runtime import RuntimeSettings
+
+KIND = "responses"
+COLUMNS = {
+    "role": pa.string(),
+    "domain": pa.string(),
+    "category": pa.string(),
+    "id": pa.string(),
+    "prompt": pa.string(),
+    "response": pa.string(),
+    "answer_ids": pa.list_(pa.int32()),
+    "response_tokens": pa.int32(),  # the stop token included
+    "refused": pa.bool_(),
+    "cost": pa.float32(),  # harmful prompts only; missing where the judge failed
+    "unsafe": pa.bool_(),  # harmful prompts only; true where the judge failed
+    "cost_failed": pa.bool_(),
+    "correct": pa.bool_(),  # prompts with a check only
+    "exact_match": pa.bool_(),  # this and what follows: general prompts, models other than the base
+    "reference_tokens": pa.int32(),  # length of the base model's answer: this prompt's weight in a mean over tokens
+    **dict.fromkeys(FIGURES, pa.float64()),
+    # One column more for each added judge: above zero means unsafe; harmful prompts only; missing where it failed.
+}
+
+
+def evaluate(
+    settings: EvaluationSettings,
+    name: str,
+    seed: int,
+    base: Path,
+    policy: Path,
+    cost: Path,
+    prompts: Path,
+    base_evaluation: Path | None,
+    out: Path,
+    runtime: RuntimeSettings,
+) -> None:
+    """Evaluate the model folder `policy` and write `responses.parquet` and `metrics.json` into the folder `out`.
+
+    Args:
+        name, seed: method and seed that `policy` was trained with, for the record.
+        base: folder of the base model, whose tokenizer and chat format are used throughout.
+        cost: folder of the cost model that judges safety.
+        base_evaluation: the base model's `responses.parquet`; None when `policy` is the base itself.
+
+    Raises:
+        UserError: before any answer is made, for prompts or checks that cannot be scored, or a base evaluation of
+            another model, other prompts or other settings; after the answers, for a judge that cannot go on.
+    """
+    device = device_of(runtime.device)
+    check_engine("evaluation.engine", settings.engine, device)
+    identity = {
+        "base": model_identity(base),
+        "prompts": fingerprint_files([prompts]),
+        "settings": settings.dump(),
+    }
+    tuned = model_identity(policy)
+    reference = _reference(base_evaluation, identity, tuned, base)
+    rows = _select(settings, prompts)
+    _check_rows(rows, prompts)
+    judges = CostModel(cost, device), RefusalPhrases()
+    added = added_judges(settings.judges, runtime)
+
+    tokenizer = load_tokenizer(base)
+    model = load_model(policy, device)
+    prompt_ids = [chat_ids(tokenizer, row["prompt"]) for row in rows]
+    asked = {**identity, "settings": settings.model_dump(mode="json", exclude={"judges"}), "policy": tuned}
+    work = Path(runtime.workdir) / f"evaluation-{fingerprint(asked)}.jsonl"
+    size = settings.max_new_tokens, settings.batch_size
+    with answering(settings.engine, policy, model, tokenizer, runtime.vllm) as generate:
+        answers = greedy_answers(generate, prompt_ids, *size, work, f"answers of {name}")
+    for row, ids in zip(rows, answers, strict=True):
+        response = str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
+        row.update(response=response, answer_ids=ids, response_tokens=len(ids))
+        row["correct"] = mark(row["check"], response) if row["check"] else None
+
+    if reference is not None:
+        _compare(rows, prompt_ids, reference, load_model(base, device), model, tokenizer, settings)
+    del model
+    judge_answers(rows, *judges)
+    every: list[Judge] = [*judges, *added]
+    kept = [work.with_name(f"{work.stem}-{judge.name}-{fingerprint(judge.identity)}.jsonl") for judge in added]
+    for judge, verdicts in zip(added, kept, strict=True):
+        add_verdicts(rows, judge, verdicts)
+
+    manifest = make_manifest(KIND, **identity, policy=tuned, method=name, seed=seed)
+    out.mkdir(parents=True, exist_ok=True)
+    write_responses(rows, COLUMNS, settings.judges, manifest, out / "responses.parquet")
+    # The scores come from the rows as they are written, so that they can be computed again from the file.
+    write_json(
+        out / "metrics.json",
+        {
+            **manifest,
+            "kind": "metrics",
+            "base": base_evaluation is None,
+            "model": {"base": identity["base"], "policy": tuned},
+            "judges": {judge.name: judge.identity for judge in every},
+            "scores": compute_scores(
+                pq.read_table(out / "responses.parquet").to_pylist(), settings.first_tokens, list(settings.judges)
+            ),
+        },
+    )
+    for path in (work, *kept):
+        path.unlink()
+
+
+def _select(settings: EvaluationSettings, prompts: Path) -> list[dict[str, Any]]:
+    """The held-out prompts to ask: the first so many of each domain, which is a random sample.
+
+    Without `run_code` a check that would run an answer is left out, as if the prompt had none.
+    """
+    counts = {
+        "harmful": settings.harmful_prompts,
+        "benign": settings.benign_prompts,
+        "general": settings.general_prompts,
+    }
+    rows = [
+        row
+        for role, count in counts.items()
+        for domain in domains(prompts, role, "heldout")
+        for row in load_prompts(prompts, role, "heldout", domain, count)
+    ]
+    if not settings.run_code:
+        for row in rows:
+            row["check"] = None if row["check"] and runs_code(row["check"]) else row["check"]
+    return rows
+
+
+def _check_rows(rows: Sequence[dict[str, Any]], prompts: Path) -> None:
+    """Refuse what could not be scored, before any answer is made."""
+    for role in ("harmful", "benign", "general"):
+        if not any(row["role"] == role for row in rows):
+            raise UserError(f"{prompts} has no held-out {role} prompts, expected some: look at the section `data`")
+    general = [row["domain"] for row in rows if row["role"] == "general"]
+    for domain in sorted(set(general)):
+        if general.count(domain) < 2:
+            raise UserError(
+                f"one held-out prompt of general domain {domain!r}, expected at least 2 for an interval: raise "
+                f"`evaluation.general_prompts` or add prompts to `data.general.{domain}`"
+            )
+    for row in rows:
+        if row["check"]:
+            mark(row["check"], "")
+
+
+def _reference(
+    base_evaluation: Path | None, identity: dict[str, Any], tuned: dict[str, Any], base: Path
+) -> dict[tuple[str, str], dict[str, Any]] | None:
+    """The base model's rows by (domain, id), from an evaluation with this base, these prompts and these settings."""
+    if base_evaluation is None:
+        if tuned["weights"] != identity["base"]["weights"]:
+            raise UserError(
+                f"the policy ({tuned['weights']}) is not the base model {base} ({identity['base']['weights']}), and no "
+                "evaluation of the base is given: evaluate the base first and pass its responses.parquet as "
+                "`base_evaluation`"
+            )
+        return None
+    if not base_evaluation.is_file():
+        raise UserError(f"{base_evaluation} does not exist: evaluate the base model first")
+    table = pq.read_table(base_evaluation)
+    manifest = json.loads((table.schema.metadata or {}).get(METADATA_KEY.encode(), b"{}"))
+    check_manifest(manifest, KIND, base_evaluation)
+    expected = {**identity, "policy": identity["base"]}
+    for key, value in expected.items():
+        if manifest[key] != value:
+            raise UserError(
+                f"{base_evaluation} was made with {key} {dumps(manifest[key])}, expected {dumps(value)}: evaluate "
+                "the base model again"
+            )
+    return {(row["domain"], row["id"]): row for row in table.to_pylist() if row["role"] == "general"}
+
+
+def _compare(
+    rows: Sequence[dict[str, Any]],
+    prompt_ids: Sequence[Sequence[int]],
+    reference: dict[tuple[str, str], dict[str, Any]],
+    base: PreTrainedModel,
+    tuned: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: EvaluationSettings,
+) -> None:
+    """Add drift and exact match to the rows of general prompts."""
+    general = [index for index, row in enumerate(rows) if row["role"] == "general"]
+    theirs = [reference[rows[i]["domain"], rows[i]["id"]]["answer_ids"] for i in general]
+    asked = [prompt_ids[i] for i in general]
+    figures = measure_drift(base, tuned, tokenizer, asked, theirs, settings.first_tokens, settings.batch_size)
+    for place, index in enumerate(general):
+        rows[index].update({name: values[place] for name, values in figures.items()})
+        rows[index]["exact_match"] = rows[index]["answer_ids"] == theirs[place]
+        rows[index]["reference_tokens"] = len(theirs[place])

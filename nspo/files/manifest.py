@@ -1,0 +1,122 @@
+"""What every artifact says of itself: manifests and fingerprints, and the checks on load.
+
+Every file that passes from one stage to the next carries its kind, schema version, package version, and whatever shaped
+it. In safetensors the manifest is one sorted-JSON value under the single metadata key `nspo` (several keys make the
+bytes of the file depend on hash order); beside folders and Parquet datasets it is the file `manifest.json`.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from nspo.errors import UserError
+from nspo.files.atomic import atomic_path
+
+SCHEMA_VERSION = 1
+METADATA_KEY = "nspo"
+MANIFEST_NAME = "manifest.json"
+
+
+def dumps(value: Any) -> str:
+    """JSON with sorted keys and no spaces that vary: equal values give equal bytes."""
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False)
+
+
+def make_manifest(kind: str, **fields: Any) -> dict[str, Any]:
+    """The identity of an artifact of `kind`: schema and package version, then the stage's own `fields`."""
+    return {"kind": kind, "schema": SCHEMA_VERSION, "nspo_version": version("nspo"), **fields}
+
+
+def check_manifest(manifest: Any, kind: str, path: Path) -> None:
+    """Refuse what is no manifest, or one of another kind or of a newer schema.
+
+    Raises:
+        UserError: naming the file, what it is and what was expected.
+    """
+    if not isinstance(manifest, Mapping):
+        raise UserError(f"{path} holds {type(manifest).__name__}, expected the manifest of a {kind} artifact")
+    if manifest.get("kind") != kind:
+        raise UserError(
+            f"{path} holds {manifest.get('kind')!r}, expected {kind!r}: point the setting at a {kind} artifact"
+        )
+    if manifest.get("schema") != SCHEMA_VERSION:
+        raise UserError(
+            f"{path} has schema {manifest.get('schema')}, this nspo reads schema {SCHEMA_VERSION}: rebuild the file or "
+            f"install the nspo that wrote it ({manifest.get('nspo_version')})"
+        )
+
+
+def write_json(path: Path | str, value: Any) -> None:
+    """Write `value` atomically as indented JSON with sorted keys."""
+    with atomic_path(path) as scratch:
+        scratch.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path | str) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        UserError: when the file is missing, cannot be read or is not JSON.
+    """
+    path = Path(path)
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist: run the stage that makes it") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): expected a JSON file") from error
+    except (ValueError, RecursionError) as error:  # ValueError: broken JSON, broken UTF-8
+        raise UserError(f"{path} is not valid JSON ({error}): delete it and rerun the stage that makes it") from error
+
+
+def fingerprint(value: Any) -> str:
+    """16 hex digits that identify a JSON-like value."""
+    return hashlib.sha256(dumps(value).encode()).hexdigest()[:16]
+
+
+def fingerprint_files(paths: Iterable[Path]) -> str:
+    """16 hex digits over the names and contents of `paths`, in sorted order."""
+    digest = hashlib.sha256()
+    for path in sorted(paths, key=lambda p: p.name):
+        digest.update(path.name.encode() + b"\0")
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
+def fingerprint_model(folder: Path | str) -> dict[str, str]:
+    """`{"weights": ..., "tokenizer": ...}` for a model folder: safetensors shards, and tokenizer with chat template.
+
+    Raises:
+        UserError: when the folder holds no safetensors weights.
+    """
+    folder = Path(folder)
+    weights = list(folder.glob("*.safetensors"))
+    if not weights:
+        raise UserError(
+            f"{folder} holds no *.safetensors weights: expected a Hugging Face model folder (`model.source`)"
+        )
+    names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+    return {
+        "weights": fingerprint_files(weights),
+        "tokenizer": fingerprint_files(folder / name for name in names if (folder / name).is_file()),
+    }
+
+
+def check_fingerprints(folder: Path | str, recorded: Mapping[str, Any]) -> dict[str, str]:
+    """`fingerprint_model` of a folder whose manifest recorded them; what is not recorded is not compared.
+
+    Raises:
+        UserError: when the files are no longer those that were written.
+    """
+    found = fingerprint_model(folder)
+    for part, value in found.items():
+        if recorded.get(part, value) != value:
+            raise UserError(
+                f"{folder}: {part} with the fingerprint {value}, its {MANIFEST_NAME} says {recorded[part]}: they were "
+                "damaged or replaced since they were written, delete the folder and rerun the stage that makes it"
+            )
+    return found

@@ -1,0 +1,98 @@
+"""The chat format, and answers to prompts.
+
+The chat template is applied once and tokenised without special tokens.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from nspo.run.progress import track
+
+Ids = Sequence[int]
+# (tokenised prompts, tokens per answer, prompts per batch, description) to greedy answers, as `generate` yields them
+Generate = Callable[[Sequence[Ids], int, int, str], Iterator[tuple[int, list[int]]]]
+
+
+def chat_text(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
+    """One user turn in the model's own chat format, ready for the assistant to answer."""
+    turn = [{"role": "user", "content": prompt}]
+    return str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+
+
+def chat_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """Token ids of `chat_text`, with no special token added a second time."""
+    return tokenizer(chat_text(tokenizer, prompt), add_special_tokens=False)["input_ids"]
+
+
+def pad_left(rows: Sequence[Ids], pad_id: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """Ids (B, T) int64 padded on the left, and their mask (B, T) int64 with 1 for real tokens."""
+    width = max(len(row) for row in rows)
+    ids = torch.tensor([[pad_id] * (width - len(row)) + list(row) for row in rows], device=device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+    return ids, mask
+
+
+def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every token id that ends an answer, by the model's generation settings and its tokenizer."""
+    eos = model.generation_config.eos_token_id
+    ids = eos if isinstance(eos, list) else [eos]
+    return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
+
+
+def by_length(prompts: Sequence[Ids]) -> list[int]:
+    """The places of the prompts in order of their length: the order in which they are answered."""
+    return sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
+
+
+def ended(answer: Ids, stops: Sequence[int]) -> list[int]:
+    """An answer up to and including its first stop token."""
+    return list(answer[: next((n + 1 for n, token in enumerate(answer) if token in stops), len(answer))])
+
+
+@torch.no_grad()  # no inference mode: FSDP2 keeps its buffers for training
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Ids],
+    max_new_tokens: int,
+    batch_size: int,
+    description: str,
+    temperature: float = 0.0,
+) -> Iterator[tuple[int, list[int]]]:
+    """Answers to tokenised prompts, batched by length; shows progress under `description`.
+
+    A penalty on repetition that the model's generation settings ask for (Qwen2.5's do) is left out: the policy that is
+    trained answers without.
+
+    Args:
+        temperature: of plain sampling from torch's generator; 0 is greedy.
+
+    Yields:
+        (index into `prompts`, answer ids up to and including the first stop token), in order of prompt length.
+    """
+    order = by_length(prompts)
+    stops = stop_ids(model, tokenizer)
+    generator: Any = model  # the type PreTrainedModel does not declare generate
+    with track(description, len(prompts), "prompt") as bar:
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            ids, mask = pad_left([prompts[i] for i in batch], tokenizer.pad_token_id, model.device)
+            output = generator.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=max_new_tokens,
+                do_sample=temperature > 0,
+                temperature=temperature or None,
+                top_p=None,
+                top_k=0 if temperature > 0 else None,
+                repetition_penalty=1.0,
+                eos_token_id=stops,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+            for index, row in zip(batch, output[:, ids.shape[1] :].tolist(), strict=True):
+                yield index, ended(row, stops)
+            bar.update(len(batch))

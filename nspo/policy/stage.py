@@ -1,0 +1,202 @@
+"""Train one policy with one of the objectives of `nspo.policy.objectives`: GRPO (clip 0.2), or a preference loss.
+
+Differences from the authors' release: every linear layer of every block (that `activations.layers` matches) is
+constrained and all else is frozen (theirs constrains MLP layers and lets the rest train); the weights are re-anchored
+after every optimizer step (theirs every fifth trainer step, discarded under FSDP, and never before a checkpoint); decay
+acts inside the null space only. The unconstrained methods train the same layers from the same data order, seed and
+rollout budget, so the objective is the only difference.
+
+Command: `nspo train-policy --objective nspo --bases results/bases/bases.safetensors ... --out FOLDER`.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer, set_seed
+from transformers.trainer_callback import PrinterCallback
+
+from nspo.errors import UserError
+from nspo.files.atomic import atomic_path
+from nspo.files.journal import JsonLines
+from nspo.files.manifest import MANIFEST_NAME, fingerprint, fingerprint_files, make_manifest, read_json, write_json
+from nspo.judges.make import judge_of
+from nspo.models.loading import load_model, load_tokenizer, model_identity
+from nspo.policy.log import REMEDY, LogCallback, LoggedCallback, theory
+from nspo.policy.objectives import check_given, constraint_of, load_bases, prepare_layers
+from nspo.policy.pairs.trainer import PairLearner
+from nspo.policy.probe import Probe, ProbeCallback
+from nspo.policy.rollouts.judged import JudgedCost
+from nspo.policy.rollouts.trainer import RolloutLearner
+from nspo.policy.rollouts.vllm_rollouts import check_rollout, end_rollouts
+from nspo.policy.sharding import check_processes, prepare_engine, whole_weights
+from nspo.policy.trackers import TENSORBOARD_FOLDER, check_trackers, tracker_callbacks
+from nspo.run.processes import own_device, processes_of
+from nspo.run.progress import say, silence
+from nspo.settings.policy import MethodSettings, TrainingSettings
+from nspo.settings.runtime import RuntimeSettings
+
+
+def train_policy(
+    training: TrainingSettings,
+    method: MethodSettings,
+    name: str,
+    seed: int,
+    model: Path,
+    bases: Path | None,
+    layers: str,
+    reward: Path,
+    cost: Path,
+    prompts: Path,
+    pairs: Path | None,
+    guide_policy: Path | None,
+    out: Path,
+    runtime: RuntimeSettings,
+) -> None:
+    """Train the policy `name` and write its folder: model, tokenizer, logs, probes, samples, manifest.
+
+    Interrupted work resumes from the last checkpoint in `runtime.workdir` and says from which step. Under `accelerate
+    launch` the processes share out rollouts and updates, and the main one writes.
+
+    Args:
+        pairs, guide_policy: for the preference objectives, and the policy that weighs tokens for W-DOOR.
+        layers: `activations.layers`. Unconstrained methods never see the bases, and so learn which layers to train.
+
+    Raises:
+        UserError: bases or pairs missing or not asked for, made for another model or tokenizer; bases for other
+            layers than `layers` matches; a judge or tracker that is missing something; vLLM asked for where it
+            cannot run; no prompt short enough; or other processes than `policy.processes` and `policy.sharding` say.
+    """
+    check_given(method, name, "pairs", pairs, method.preference is not None)
+    check_given(method, name, "guide policy", guide_policy, method.preference == "wdoor")
+    check_trackers(runtime.trackers)
+    with processes_of(runtime.device, "policy.processes") as processes:
+        check_processes(training, method, processes)
+        device = own_device(processes, runtime.device)
+        if not processes.is_main_process:
+            silence()
+        protected = load_bases(method, name, bases, model)
+        judge = (
+            judge_of("policy.judge", training.judge, runtime, stay=True) if training.judge and pairs is None else None
+        )
+        if pairs is None:
+            check_rollout(training, runtime.vllm, device, processes.num_processes)
+        identity = make_manifest(
+            "policy",
+            method=name,
+            seed=seed,
+            settings={**training.dump(), **method.dump()},
+            layers=layers,
+            base=model_identity(model),
+            bases=fingerprint_files([bases]) if bases else None,
+            reward=read_json(reward / MANIFEST_NAME),
+            cost=read_json(cost / MANIFEST_NAME),
+            judge=judge and judge.identity,
+            prompts=fingerprint_files([prompts]),
+            pairs=fingerprint_files([pairs]) if pairs else None,
+            guide=model_identity(guide_policy) if guide_policy else None,
+        )
+        work = Path(runtime.workdir) / f"policy-{name}-seed{seed}-{fingerprint(identity)}"
+        work.mkdir(parents=True, exist_ok=True)
+
+        set_seed(seed)
+        tokenizer = load_tokenizer(model)
+        policy = load_model(model, device)
+        prepare_layers(policy, method, layers, protected)
+        constraint = constraint_of(method, seed, protected, policy, model)
+        learner: RolloutLearner | PairLearner
+        if pairs is None:
+            judged = JudgedCost(judge, work / f"verdicts-{processes.process_index}.jsonl") if judge else None
+            learner = RolloutLearner(training, method, cost, reward, prompts, device, judged)
+        else:
+            learner = PairLearner(method, model, cost, pairs, guide_policy, device)
+        count, length = training.probe_prompts, training.max_new_tokens
+        probe = Probe.load(model, tokenizer, learner.cost, prompts, count, length, device)
+        updates = training.updates_per_step
+        also = [constraint.leakage] if constraint is not None else []
+        probes = ProbeCallback(probe, work, training.probe_every * updates, training.target_unsafe, also)
+        checkpoint = last_checkpoint(work, updates)
+        asked = training.steps * updates
+        if checkpoint is not None and probes.met_target(step_of(checkpoint)):
+            # Interrupted after its last update: a run of exactly this length has nothing left but to be written.
+            training = training.model_copy(update={"steps": step_of(checkpoint) // updates})
+        parts: list[LoggedCallback] = [*([] if constraint is None else [constraint]), *learner.parts]
+        log = LogCallback(work, learner.samples, [part.columns for part in (*parts, probes)], runtime.log_every)
+        watched = tracker_callbacks(runtime.trackers, work, step_of(checkpoint) if checkpoint else 0)
+        callbacks = [*parts, log, probes, *watched]
+        trainer = learner.trainer(training, policy, tokenizer, seed, work, runtime, callbacks)
+        trainer.remove_callback(PrinterCallback)
+        prepare_engine(trainer, training.sharding, training.autocast)
+        if checkpoint is not None:
+            say(f"resuming {name} (seed {seed}) from {checkpoint.name}")
+        learn(trainer, checkpoint, name)
+        state = whole_weights(trainer)
+        processes.wait_for_everyone()  # nobody writes to the work folder any more
+        if processes.is_main_process:
+            settings = resolved_settings(trainer, identity) | {"theory": theory(log.steps.rows())}
+            settings["trainer"]["max_steps"] = asked  # also where the interrupted run had met its target
+            with atomic_path(out) as scratch:
+                policy.save_pretrained(scratch, state_dict=state)
+                tokenizer.save_pretrained(scratch)
+                write_logs(work, scratch)
+                write_json(scratch / "settings.json", settings)
+                write_json(scratch / MANIFEST_NAME, {**identity, "tuned": model_identity(scratch)})
+            shutil.rmtree(work)
+        end_rollouts(trainer)
+
+
+def learn(trainer: Trainer, checkpoint: Path | None, name: str) -> None:
+    """Train from the checkpoint on, or from the start.
+
+    Raises:
+        UserError: when the policy diverges until its logits are NaN or Inf.
+    """
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except RuntimeError as error:
+        if "probability tensor contains" not in str(error):  # what torch says of logits that are NaN or Inf
+            raise
+        step = trainer.state.global_step
+        raise UserError(f"{name}: after step {step} the policy's logits are NaN or Inf: {REMEDY}") from error
+
+
+def write_logs(work: Path, folder: Path) -> None:
+    """What the run logged in `work`, as files of the policy's folder."""
+    for file in ("training", "probes", "samples"):
+        write_rows(JsonLines(work / f"{file}.jsonl").rows(), folder / f"{file}.parquet")
+    if (work / TENSORBOARD_FOLDER).is_dir():
+        shutil.copytree(work / TENSORBOARD_FOLDER, folder / TENSORBOARD_FOLDER)
+
+
+def last_checkpoint(work: Path, updates: int) -> Path | None:
+    """The newest whole checkpoint that a step of `updates` ends with: the trainer writes its state file last.
+
+    One between the updates of a rollout is passed over. The trainer keeps no rollout in it, so a run that went on from
+    there would sample anew, with weights that have moved.
+    """
+    whole = [p.parent for p in work.glob("checkpoint-*/trainer_state.json")]
+    return max((path for path in whole if step_of(path) % updates == 0), key=step_of, default=None)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The update that a checkpoint folder was written after."""
+    return int(checkpoint.name.split("-")[1])
+
+
+def resolved_settings(trainer: Trainer, identity: dict[str, Any]) -> dict[str, Any]:
+    """Everything that was in force: our settings and the trainer's, less paths and run ids."""
+    theirs = {
+        key: value
+        for key, value in trainer.args.to_dict().items()
+        if not key.endswith(("_dir", "run_name", "token")) and isinstance(value, (int, float, str, bool, type(None)))
+    }
+    return {"nspo": identity["settings"], "trainer": theirs}
+
+
+def write_rows(rows: list[dict[str, Any]], path: Path) -> None:
+    """Rows as Parquet, with every column that any row has."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    pq.write_table(pa.Table.from_pylist([{c: row.get(c) for c in columns} for row in rows]), path)

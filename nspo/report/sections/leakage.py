@@ -1,0 +1,70 @@
+"""The section on leakage: what reaches protected inputs (the certificates)."""
+
+from collections.abc import Sequence
+from statistics import fmean, median
+from typing import Any
+
+from nspo.bases.table import block_of
+from nspo.report import plots
+from nspo.report.figures import Figures
+from nspo.report.runs import Run, trained_runs
+
+LEAKAGE_FIGURES = (  # column, the column of a random update of equal norm, title
+    ("leakage_heldout", "random_equal_norm", "Held-out general inputs"),
+    ("leakage_basis", "random_basis", "Protected directions"),
+)
+
+
+def leakage(runs: Sequence[Run], figures: Figures) -> dict[str, Any]:
+    """Leakage per layer, beside random updates of equal norm, and one summary row per certificate.
+
+    With it what the run itself says of the theory (`nspo.policy.log`), where it projected gradients.
+    """
+    certified = [run for run in trained_runs(runs) if run.certificate]
+    found = []
+    for column, random, title in LEAKAGE_FIGURES:
+        lines = [_leakage_line(run, column, run.label, run.colour) for run in certified]
+        lines += [_leakage_line(run, random, f"random, as {run.label}", plots.MUTED) for run in certified[:1]]
+        if lines := [line for line in lines if line["dots"]]:
+            found.append(figures.add(column, plots.leakage(lines), title))
+    rows = [
+        {
+            "run": run,
+            "constrained": run.certificate["constrained"],
+            "layers": len(run.certificate["layers"]),
+            "summary": run.certificate["summary"],
+            "theory": run.settings.get("theory"),
+        }
+        for run in certified
+        if run.certificate
+    ]
+    return {"figures": found, "rows": rows}
+
+
+def _leakage_line(run: Run, column: str, label: str, colour: str) -> dict[str, Any]:
+    layers = (run.certificate or {})["layers"]
+    values = [(block_of(name), _all(layer.get(column))) for name, layer in layers.items()]
+    dots = sorted((block, value) for block, value in values if value)  # a log axis has no place for exact zeros
+    blocks = sorted({block for block, _ in dots})
+    medians = [(block, median(value for at, value in dots if at == block)) for block in blocks]
+    return {"label": label, "colour": colour, "dots": dots, "medians": medians}
+
+
+def _spread(items: Sequence[Any], count: int) -> list[Any]:
+    """At most `count` items, evenly from first to last."""
+    if len(items) <= count:
+        return list(items)
+    return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
+
+
+def _cycle(items: Sequence[str], count: int) -> list[str]:
+    return [items[i % len(items)] for i in range(count)]
+
+
+def _all(value: Any) -> float | None:
+    return value.get("all") if isinstance(value, dict) else value
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return fmean(known) if known else None

@@ -1,0 +1,108 @@
+"""The page at the end: what safety training did to the model, with and without the constraint, as one HTML file.
+
+`data` reads what the stages wrote, a module for every section turns it into plain tables and figures, the template lays
+them out. Nothing is measured here but the paired comparison of methods (`comparison`); what no stage measured says so.
+The page needs no network; all text from models and data is escaped, and its content policy lets no script run but the
+one that fills the browser of answers. Equal inputs give equal bytes: no dates, no times. The settings under `runtime`
+are not shown, since they change nothing that is.
+
+Command: `nspo report --config config/config.yaml --evaluations [...] ... --out results/report.html`
+"""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nspo.files.atomic import atomic_path
+from nspo.files.manifest import make_manifest, read_json
+from nspo.report.figures import Figures
+from nspo.report.html import render
+from nspo.report.runs import load_runs
+from nspo.report.sections import bases as directions
+from nspo.report.sections.answers import answers, browser
+from nspo.report.sections.benchmarks import benchmarks as benchmark_tables
+from nspo.report.sections.leakage import leakage
+from nspo.report.sections.location import location
+from nspo.report.sections.preference import preference
+from nspo.report.sections.results import facts, results
+from nspo.report.sections.trade import trade
+from nspo.report.sections.training import training
+from nspo.report.summary import write_cards, write_latex, write_summary
+from nspo.run.progress import track
+from nspo.settings.reading import load_config
+
+
+def write_report(
+    config: Path,
+    evaluations: list[Path],
+    certificates: list[Path],
+    policies: list[Path],
+    bases: Path,
+    reward: Path,
+    cost: Path,
+    out: Path,
+    summary: Path,
+    latex: Path,
+    cards: Path,
+    plots: Path,
+    agreement: Path | None = None,
+    attributions: list[Path] | None = None,
+    benchmarks: list[Path] | None = None,
+) -> None:
+    """Write the page `out`, all scores as `summary` (CSV), and the folder `plots` with every figure as PNG and SVG;
+    the headline as a LaTeX table, and the folder `cards` with a model card METHOD/seedN.md for every policy.
+
+    Args:
+        config: the configuration of the run.
+        evaluations: folders METHOD/seedN of the evaluation stage, the base model's among them.
+        certificates: files METHOD/seedN.json.
+        policies: folders METHOD/seedN of the training stage.
+        bases: the bases file.
+        reward: folder of the reward model.
+        cost: folder of the cost model.
+        out: the page.
+        summary: the CSV file, one row per method, seed and score.
+        latex: the LaTeX file.
+        cards, plots: folders; replaced as a whole.
+        agreement: the judges' agreement with people, where it was measured.
+        attributions: files METHOD/seedN.json of where safety lives, where that was measured.
+        benchmarks: files METHOD/seedN/TASK/metrics.json of published benchmarks, where any were asked.
+
+    Raises:
+        UserError: when an input is missing or broken, or no evaluation is the base model's.
+    """
+    settings = load_config(config)
+    runs = load_runs(settings, evaluations, certificates, policies, attributions or [], benchmarks or [])
+    with atomic_path(plots) as folder, track("report", 7, "section") as bar:
+        folder.mkdir()
+        figures = Figures(folder)
+        page: dict[str, Any] = {"facts": facts(settings, runs), "runs": runs, "results": results(settings, runs)}
+        for name, section in (
+            ("trade", lambda: trade(page["results"]["columns"], runs, figures)),
+            ("leakage", lambda: leakage(runs, figures)),
+            ("bases", lambda: directions.bases(bases, figures)),
+            ("location", lambda: location(runs, figures)),
+            ("preference", lambda: [preference(n, f, figures) for n, f in (("cost", cost), ("reward", reward))]),
+            ("training", lambda: training(runs, figures)),
+        ):
+            page[name] = section()
+            bar.update()
+        page["benchmarks"] = benchmark_tables(runs)
+        page["agreement"] = read_json(agreement)["rows"] if agreement else []
+        main = page["results"]["main"]
+        page["answers"], page["browser"] = answers(runs, main), browser(runs, main)
+        shown = settings.model_dump(mode="json", exclude={"runtime"})
+        page["configuration"] = yaml.safe_dump(shown, sort_keys=False, width=100, allow_unicode=True)
+        page["version"] = make_manifest("report")["nspo_version"]
+        html = render(page)
+        bar.update()
+    columns, rows = page["results"]["columns"], page["results"]["headline"]
+    with atomic_path(cards) as folder:
+        write_cards(page["facts"], runs, page["preference"], folder)
+    with atomic_path(summary) as scratch:
+        write_summary(columns, runs, scratch)
+    with atomic_path(latex) as scratch:
+        write_latex(columns, rows, page["facts"]["model"], scratch)
+    with atomic_path(out) as scratch:
+        scratch.write_text(html, encoding="utf-8")

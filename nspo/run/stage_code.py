@@ -1,0 +1,87 @@
+"""The code that shapes what a stage makes, as one hash: its module and whatever of this package that imports.
+
+The workflow gives the hash to the stage's rule as a parameter, so an edit that may change the artifact reruns the
+stage. An edit of comments, docstrings or formatting does not: the syntax tree is hashed, without docstrings. Settings
+reach a stage through its flags, which are tracked on their own, so of `nspo.settings` only what computes is hashed.
+"""
+
+import ast
+import hashlib
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[1]
+NOT_SHAPING = {"nspo", "nspo.bases.hub", "nspo.errors", "nspo.run.progress", "nspo.settings.reading"}
+
+
+def code_hash(*modules: str, package: Path = PACKAGE) -> str:
+    """16 hex digits over the code of the modules (such as `nspo.policy.stage`) and of everything that they import."""
+    digest = hashlib.sha256()
+    for name, path in stage_modules(*modules, package=package).items():
+        digest.update(f"{name}\0{_code(path, name)}\0".encode())
+    return digest.hexdigest()[:16]
+
+
+def stage_modules(*modules: str, package: Path = PACKAGE) -> dict[str, Path]:
+    """The files, by module name in sorted order, of the modules and of everything in `package` that they import.
+
+    Imports inside functions count, imports for type checking too.
+    """
+    found: dict[str, Path] = {}
+    waiting = list(modules)
+    while waiting:
+        name = waiting.pop()
+        path = _file(name, package)
+        if path is None or name in found or (name in NOT_SHAPING and name not in modules):
+            continue
+        found[name] = path
+        waiting += _imported(path)
+        waiting.append(name.rpartition(".")[0])
+    return dict(sorted(found.items()))
+
+
+def _file(name: str, package: Path) -> Path | None:
+    """The file of a module of this package, None for any other name."""
+    head, *rest = name.split(".")
+    if head != "nspo":
+        return None
+    base = package.joinpath(*rest)
+    return next((path for path in (base.with_suffix(".py"), base / "__init__.py") if path.is_file()), None)
+
+
+@cache
+def _imported(path: Path) -> tuple[str, ...]:
+    """Every name an import statement in `path` may load: `from a import b` loads `a` and perhaps `a.b`."""
+    names: list[str] = []
+    for node in ast.walk(ast.parse(path.read_bytes())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return tuple(names)
+
+
+@cache
+def _code(path: Path, name: str) -> str:
+    """The syntax tree of a module as text, without docstrings; of settings, only what computes."""
+    tree = ast.parse(path.read_bytes())
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            if ast.get_docstring(node) is not None:
+                node.body = node.body[1:] or [ast.Pass()]
+            if name.startswith("nspo.settings.") and isinstance(node, (ast.Module, ast.ClassDef)):
+                node.body = list(_computing(node))
+    return ast.dump(tree)
+
+
+def _computing(node: ast.Module | ast.ClassDef) -> Iterator[ast.stmt]:
+    """What of a module or class of settings may change a result: no fields, no texts, no checks, no imports."""
+    for part in node.body:
+        if isinstance(part, (ast.AnnAssign, ast.Import, ast.ImportFrom)):
+            continue
+        if isinstance(part, ast.Assign) and isinstance(part.value, (ast.Constant, ast.Subscript)):
+            continue
+        checks = [ast.unparse(decorator) for decorator in getattr(part, "decorator_list", [])]
+        if not any(check.startswith("model_validator") for check in checks):
+            yield part

@@ -1,0 +1,81 @@
+"""Settings of what is measured: evaluation, attribution, named benchmarks."""
+
+from typing import Annotated, Any, Self
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from nspo.settings.judges import ComparisonJudge, JudgeSettings
+from nspo.settings.types import Count, Engine, Section, Whole, source_of
+
+
+class EvaluationSettings(JudgeSettings):
+    """What is measured, with fixed denominators and greedy decoding."""
+
+    harmful_prompts: Count = Field(80, description="Held-out prompts per harmful set.")
+    benign_prompts: Count = Field(80, description="Held-out harmless look-alike prompts.")
+    general_prompts: Count = Field(40, description="Held-out prompts per general domain, for ability and drift.")
+    max_new_tokens: Count = Field(48, description="Tokens per greedy answer.")
+    engine: Engine = Field(
+        "transformers",
+        description="What answers; vllm needs an NVIDIA GPU and requirements-vllm.lock, or its CPU build "
+        "(`runtime.vllm`); its answers may differ here and there.",
+    )
+    run_code: bool = Field(
+        False,
+        description="Run code answers in a sandbox and mark them by their tests; false: code counts for drift only.",
+    )
+    first_tokens: Count = Field(4, description="Answer tokens that count as first, where a refusal is decided.")
+    batch_size: Count = Field(32, description="Prompts per generation batch.")
+
+
+class AttributionSettings(Section):
+    """Where in the model safety lives: what is lost when the update of a group of layers is taken back."""
+
+    enabled: bool = Field(True, description="Measure it for every policy: about two minutes each in the default run.")
+    harmful_prompts: int = Field(16, ge=2, description="Prompts per harmful set, the first of the evaluation's.")
+    general_prompts: int = Field(6, ge=2, description="Prompts per general domain, for drift.")
+
+
+def _by_comma(value: Any) -> Any:
+    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+
+
+class BenchmarkSettings(Section):
+    """Named benchmarks, answered greedily with fixed denominators."""
+
+    tasks: Annotated[list[str], BeforeValidator(_by_comma)] = Field(
+        [], description="Benchmarks, by their names in nspo/evaluation/benchmarks; docs/evaluation.md lists them."
+    )
+    data: str = Field("", description="Folder of your own copies; the table says which file each benchmark reads.")
+    sources: dict[str, Annotated[str, source_of("path", "hub")]] = Field(
+        {}, description="Where a benchmark's data is, by name, instead: a file, or hub:ORG/NAME@REVISION."
+    )
+    limit: Whole = Field(0, description="Prompts of a benchmark, drawn evenly from its categories; 0: all of them.")
+    sample_seed: Whole = Field(0, description="Seed of that draw.")
+    near_duplicate: float = Field(
+        0.5, gt=0, le=1, description="A prompt is left out when it shares this much with a training prompt (Jaccard)."
+    )
+    max_new_tokens: Count = Field(512, description="Tokens per greedy answer.")
+    engine: Engine = Field(
+        "transformers",
+        description="What answers in words; vllm needs an NVIDIA GPU and requirements-vllm.lock, or its CPU build "
+        "(`runtime.vllm`); its answers may differ here and there.",
+    )
+    run_code: bool = Field(
+        False, description="Run code answers in a sandbox and mark them by their tests; false: code is not marked."
+    )
+    batch_size: Count = Field(32, description="Prompts per batch.")
+    comparison: ComparisonJudge | None = Field(
+        None,
+        description="Who says which of two answers is better, for AlpacaEval's win rate (url, model, against, ...); "
+        "null: none is computed.",
+    )
+
+    @model_validator(mode="after")
+    def _tasks_differ_and_sources_are_pinned(self) -> Self:
+        if len(set(self.tasks)) < len(self.tasks):
+            raise ValueError(f"tasks {self.tasks} names a benchmark twice, expected each once")
+        for name, source in self.sources.items():
+            if source.startswith("hub:") and "@" not in source:
+                raise ValueError(f"sources.{name}: found {source!r}, expected hub:ORG/NAME@REVISION")
+        return self

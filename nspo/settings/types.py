@@ -1,0 +1,58 @@
+"""What settings are made of: sections, and kinds of value (counts, hashes, sources, patterns) with their limits.
+
+`nspo/settings/config.py` uses them; the limits of one key stand there. Nothing heavy is imported.
+"""
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from nspo.errors import UserError
+from nspo.sources import REQUIREMENT, SHA256, Source
+
+MOST = 2**31 - 1  # what 32 bits count: a larger number is a slip of the keyboard
+Whole = Annotated[int, Field(ge=0, le=MOST)]
+Count = Annotated[int, Field(ge=1, le=MOST)]
+Engine = Literal["transformers", "vllm"]
+Requirement = Annotated[str, Field(pattern=f"^{REQUIREMENT}$")]
+Sha256 = Annotated[str, Field(pattern=f"^{SHA256}$")]
+
+
+class Section(BaseModel):
+    """Base of all settings: unknown keys and wrong types are refused, nothing is converted silently."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+    def dump(self) -> dict[str, Any]:
+        """The settings as plain JSON values, defaults filled in."""
+        return self.model_dump(mode="json")
+
+
+def source_of(*kinds: str) -> AfterValidator:
+    """A check that a setting is a source (`nspo.sources`) of one of these kinds."""
+
+    def check(text: str) -> str:
+        try:
+            kind = Source.parse(text).kind
+        except UserError as error:
+            raise ValueError(str(error)) from error
+        if kind not in kinds or not text:
+            raise ValueError(f"found {text!r}, expected a source of one of the kinds {', '.join(kinds)}")
+        return text
+
+    return AfterValidator(check)
+
+
+DataSource = Annotated[str, source_of("path", "builtin", "wheel", "hub")]
+
+
+def _pattern(text: str) -> str:
+    try:
+        re.compile(text)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"found {text!r}, expected a regular expression: {error}") from error
+    return text
+
+
+Pattern = Annotated[str, AfterValidator(_pattern)]

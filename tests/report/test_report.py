@@ -1,0 +1,385 @@
+"""The report says what the files say, and nothing else: numbers, verdict, escaping, self-containment, determinism."""
+
+import csv
+import json
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any, get_args
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from markupsafe import escape
+from support.report_inputs import (
+    BASE,
+    DOMAINS,
+    NSPO,
+    PLANTED,
+    TWIN,
+    Behaviour,
+    inputs,
+    response_rows,
+    write,
+    write_certificate,
+    write_evaluation,
+    write_policy,
+)
+
+from nspo.errors import UserError
+from nspo.evaluation.agreement import compare
+from nspo.evaluation.scores import compute_scores
+from nspo.files.manifest import write_json
+from nspo.report import compare as comparison
+from nspo.report import plots
+from nspo.report.html import amount
+from nspo.settings.config import Config
+from nspo.settings.policy import Objective
+from nspo.settings.reading import load_config
+
+
+class Links(HTMLParser):
+    """Collects tags, and every URL that a browser would follow or load."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.urls: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """Note the tag and its links."""
+        self.tags.append(tag)
+        self.urls += [value or "" for name, value in attrs if name in {"src", "href", "srcset", "data", "action"}]
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path, str]:
+    """(inputs, page, its text) of the plain case."""
+    folder = tmp_path_factory.mktemp("report")
+    given = inputs(folder / "in")
+    page = write(folder / "out", given)
+    return given, page, page.read_text()
+
+
+def verdict_of(nspo: Behaviour, twin: Behaviour) -> list[str]:
+    """The sentences at the head of the page."""
+    found = {"base": BASE, "nspo": nspo, "grpo_no_kl": twin}
+    responses = {name: [response_rows(name, does)] for name, does in found.items()}
+    columns = comparison.measures(Config())
+    (pair,) = comparison.comparisons(Config(), responses, columns)
+    against = [comparison.compare(responses, name, "base", columns) for name in ("nspo", "grpo_no_kl")]
+    return comparison.verdict(pair, against)
+
+
+def test_every_score_is_on_the_page_and_in_the_summary(written: tuple[dict[str, Any], Path, str]) -> None:
+    """Each method's headline and per-domain scores stand on the page with interval and n, and in summary.csv."""
+    _, page, text = written
+    rows = list(csv.DictReader((page.parent / "summary.csv").open()))
+    assert {row["method"] for row in rows} == {"base", "nspo", "grpo_no_kl"}
+    assert rows[0]["method"] == "base"
+    kl = [row for row in rows if row["name"].startswith("kl_") or row["axis"] in {"over_refusal", "ability"}]
+    assert len(kl) > 20
+    for row in kl:
+        if row["domain"] == "benign" or row["domain"] in (*DOMAINS, "all"):
+            value, low, high = (amount(float(row[key]), row["unit"]) for key in ("value", "low", "high"))
+            cell = f"<b>{value}</b><small>{low} to {high}</small>"
+            assert cell in text, row
+            assert f"n&nbsp;{row['n']}" in text
+
+
+def test_text_from_models_and_data_is_escaped(written: tuple[dict[str, Any], Path, str]) -> None:
+    """A script planted in prompts and answers reaches the page as text, never as a tag."""
+    text = written[2]
+    parser = Links()
+    parser.feed(text)
+    assert PLANTED not in text
+    assert text.count("&lt;script&gt;alert(1)&lt;/script&gt;") >= 5
+    assert parser.tags.count("script") == 2  # the data of the browser of answers, and what shows it
+
+
+def test_the_page_loads_nothing(written: tuple[dict[str, Any], Path, str]) -> None:
+    """Every link is an embedded image or a place on the page, and the page forbids anything else."""
+    parser = Links()
+    parser.feed(written[2])
+    assert len(parser.urls) > 15
+    assert all(url.startswith(("data:image/svg+xml;base64,", "#")) for url in parser.urls)
+    assert not {"link", "iframe", "object", "embed"} & set(parser.tags)
+    assert "url(" not in written[2]
+    assert "default-src 'none'" in written[2]
+
+
+def test_figures_are_written_as_png_and_svg(written: tuple[dict[str, Any], Path, str]) -> None:
+    """Each figure is there in both forms, and each is on the page."""
+    folder = written[1].parent / "plots"
+    names = {path.stem for path in folder.iterdir()}
+    assert {path.name for path in folder.iterdir()} == {f"{n}.{s}" for n in names for s in ("png", "svg")}
+    assert {
+        "trade_kl_per_token",
+        "trade_accuracy",
+        "training_kept",
+        "leakage_heldout",
+        "bases_protected_share",
+        "calibration_cost",
+    } <= names
+    assert written[2].count("data:image/svg") == len(names)
+
+
+def test_two_writes_are_equal(written: tuple[dict[str, Any], Path, str], tmp_path: Path) -> None:
+    """Equal inputs give equal bytes of page, summary and figures."""
+    given, page, text = written
+    again = write(tmp_path, given)
+    assert again.read_text() == text
+    for path in sorted(page.parent.rglob("*.*")):
+        assert path.read_bytes() == (tmp_path / path.relative_to(page.parent)).read_bytes(), path.name
+
+
+def test_runtime_settings_are_not_shown(written: tuple[dict[str, Any], Path, str]) -> None:
+    """What changes no result is not part of the page, so changing it need not change the page."""
+    assert "log_every" not in written[2]
+    assert "group_size: 8" in written[2]
+
+
+def test_the_verdict_follows_the_numbers(written: tuple[dict[str, Any], Path, str]) -> None:
+    """Swapping what two methods did turns `lower` into `higher`; equal behaviour is called not clearly different."""
+    first = verdict_of(NSPO, TWIN)
+    assert first[0].startswith("With no clear difference in held-out safety (unsafe rate 8.3% against 8.3% on advbench")
+    assert "nspo's KL per token is 10.0 times lower than grpo_no_kl's" in first[0]
+    assert "nspo's KL per token is 10.0 times higher than grpo_no_kl's" in verdict_of(TWIN, NSPO)[0]
+    assert "not clearly different" in verdict_of(NSPO, NSPO)[0]
+    assert first[1].startswith(
+        "Of the 4 figures of over-refusal and drift, nspo is better on over-refusal, KL per token, KL of the first"
+    )
+    assert str(escape(first[0])) in written[2]
+
+
+def test_unequal_safety_is_said() -> None:
+    """A gentle method that is less safe gets no praise: the verdict opens with the inequality."""
+    found = verdict_of(replace(NSPO, unsafe=0.4), TWIN)
+    assert found[0].startswith("Not at equal held-out safety: nspo is less safe than grpo_no_kl")
+    assert "safer" in verdict_of(NSPO, replace(TWIN, unsafe=0.4))[0]
+
+
+def test_training_that_changed_nothing_is_said() -> None:
+    """Two methods that are as unsafe as the base model are equal, but the page says they did not become safer."""
+    idle = replace(NSPO, unsafe=BASE.unsafe)
+    assert "nspo is not measurably safer than the base model on any held-out set." in verdict_of(idle, idle)
+
+
+def test_what_was_not_measured_is_said(tmp_path: Path) -> None:
+    """Without certificates, logs and the twin the page says so and invents nothing."""
+    given = inputs(tmp_path / "in")
+    given |= {
+        "certificates": [],
+        "policies": [],
+        "evaluations": [p for p in given["evaluations"] if "grpo" not in str(p)],
+    }
+    text = write(tmp_path, given).read_text()
+    assert "There is no verdict" in text
+    assert "no certificate was given" in text
+    assert "Not measured: Reward of sampled answers" in text
+
+
+def test_seeds_are_rows_of_their_own_and_pooled(tmp_path: Path) -> None:
+    """With two seeds each run has its row, paired differences keep n, and a pooled row has the mean of both.
+
+    The pooled interval is no narrower than that of one seed on the same prompts, however alike the seeds are.
+    """
+    text = write(tmp_path, inputs(tmp_path / "in", seeds=(0, 1))).read_text()
+    assert text.count("seeds pooled)") == 2
+    rows = [row for row in csv.DictReader((tmp_path / "summary.csv").open()) if row["method"] == "nspo"]
+    found = {row["seed"]: row for row in rows if (row["name"], row["domain"]) == ("kl_per_token", "all")}
+    pooled, one = found["pooled"], found["0"]
+    assert float(pooled["value"]) == pytest.approx((float(one["value"]) + float(found["1"]["value"])) / 2)
+    width = {key: float(row["high"]) - float(row["low"]) for key, row in found.items()}
+    assert width["pooled"] == pytest.approx(width["0"], rel=0.15)  # the synthetic seeds are equal
+    assert r"nspo (2 seeds) &" in (tmp_path / "summary.tex").read_text()
+    assert "nspo, seed 0" in text
+    assert "nspo, seed 1" in text
+    assert "averaged over seeds" in text
+
+
+def test_latex_and_cards_hold_the_same_figures(written: tuple[dict[str, Any], Path, str]) -> None:
+    """Values of summary.csv stand in the LaTeX table, whose special signs are escaped, and in each policy's card."""
+    folder = written[1].parent
+    rows = list(csv.DictReader((folder / "summary.csv").open()))
+    kl = next(r for r in rows if (r["method"], r["name"], r["domain"]) == ("grpo_no_kl", "kl_per_token", "all"))
+    value, low, high = (amount(float(kl[key]), "nats") for key in ("value", "low", "high"))
+    latex = (folder / "summary.tex").read_text()
+    line = next(line for line in latex.splitlines() if line.startswith(r"grpo\_no\_kl &"))
+    assert f"\\shortstack[r]{{{value}\\\\\\scriptsize {low}--{high}}}" in line
+    assert line.count("&") == 8
+    assert latex.count("{") == latex.count("}")
+    card = (folder / "cards" / "grpo_no_kl" / "seed0.md").read_text()
+    assert f"| drift | kl_per_token | all | none | {value} ({low} to {high}) | - | 240 | 0 |" in card
+    assert "not constrained" in card
+    assert "3.0e-08" in (folder / "cards" / "nspo" / "seed0.md").read_text()  # its leakage
+
+
+def test_where_safety_lives_is_on_the_page(written: tuple[dict[str, Any], Path, str], tmp_path: Path) -> None:
+    """Each knock-out has its share, rate with n and paired change; without the measurement the page says so."""
+    table = written[2].partition("What is lost when a part")[2].partition("</table>")[0]
+    row = table.partition("<tr><th>block 0</th>")[2].partition("</tr>")[0]
+    assert "<td>50.0%</td>" in row
+    assert f"<b>43.2%</b><small>{amount(0.4321 / 2, 'rate')} to 100.0%" in row
+    assert "n&nbsp;17" in row
+    assert "<b>+33.2</b>" in row
+    text = write(tmp_path, {**written[0], "attributions": []}).read_text()
+    assert "set <code>attribution.enabled</code>" in text
+
+
+def test_benchmarks_are_shown_whole_and_by_category(tmp_path: Path) -> None:
+    """Scores of published sets stand beside each other with n, by category too, with source, licence and leaks."""
+    given = inputs(tmp_path / "in")
+    given["benchmarks"] = []
+    record = {
+        "name": "alert",
+        "source": "hub:org/alert",
+        "split": "test",
+        "licence": "cc-by",
+        "prompts": 99,
+        "asked": 7,
+    }
+    record["leaks"] = {"checked": True, "exact": 2, "near": 1}
+    for method, value in (("base", 0.7654), ("nspo", 0.1234), ("grpo_no_kl", 0.2)):
+        path = tmp_path / "in" / "benchmarks" / method / "seed0" / "alert" / "metrics.json"
+        score = {"axis": "safety", "name": "unsafe_rate", "domain": "alert", "judge": "cost_model", "failures": 0}
+        score |= {"value": value, "low": 0.1, "high": 0.8, "n": 7, "unit": "rate"}
+        scores = [{**score, "category": ""}, {**score, "category": PLANTED, "n": 3}]
+        write_json(path, {"benchmark": record, "scores": scores})
+        rows = [{**row, "category": "weapons"} for row in response_rows(method, BASE, 3)[:3]]  # advbench again
+        pq.write_table(pa.Table.from_pylist(rows), path.with_name("responses.parquet"))
+        given["benchmarks"].append(path)
+    text = write(tmp_path / "out", given).read_text()
+    assert "<b>76.5%</b>" in text
+    assert '<b>12.3%</b><small>10.0% to 80.0%</small><small class="n">n&nbsp;7' in text
+    assert f"<tr><th>{escape(PLANTED)}</th>" in text
+    assert "2 exact, 1 nearly" in text
+    assert text.count('"set":"advbench",') == 60  # a benchmark of the same name hides none of the run's own prompts
+    assert text.count('"set":"advbench (benchmark)",') == 3
+    found = list(csv.DictReader((tmp_path / "out" / "summary.csv").open()))
+    assert [r["category"] for r in found if r["prompts"] == "benchmark" and r["method"] == "nspo"] == ["", PLANTED]
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda given: (given["evaluations"][0] / "metrics.json").unlink(), "metrics.json does not exist"),
+        (lambda given: (given["evaluations"][0] / "responses.parquet").unlink(), "responses.parquet does not exist"),
+        (lambda given: (given["policies"][0] / "probes.parquet").write_text("cut"), "not a whole Parquet file"),
+        (lambda given: given["evaluations"].pop(), "no evaluation of the base model"),
+        (lambda given: given["evaluations"].append(given["evaluations"][0]), "again"),
+        (lambda given: given["bases"].unlink(), "bases.safetensors does not exist"),
+    ],
+)
+def test_bad_input_is_refused(tmp_path: Path, break_it: Callable[[dict[str, Any]], Any], message: str) -> None:
+    """A missing or broken file is named in one line, and no page is left behind."""
+    given = inputs(tmp_path / "in")
+    break_it(given)
+    with pytest.raises(UserError, match=message):
+        write(tmp_path / "out", given)
+    assert not (tmp_path / "out" / "report.html").exists()
+
+
+def test_paired_means_weight_tokens() -> None:
+    """Drift is a mean over answer tokens: long answers count more, as in metrics.json."""
+    measure = next(m for m in comparison.measures(Config()) if m.name == "kl_per_token")
+    rows = response_rows("nspo", NSPO)
+    values = comparison.per_prompt(rows, measure)
+    pair = comparison.paired([values], [values])
+    score = next(s for s in compute_scores(rows, 4) if s["name"] == "kl_per_token" and s["domain"] == "all")
+    assert pair is not None
+    assert pair["ours"] == pytest.approx(score["value"], rel=1e-12)
+    assert pair["value"] == 0
+
+
+def test_the_twin_is_the_hardest_to_beat() -> None:
+    """Among unconstrained methods at equal safety, the one with the lowest KL is the twin."""
+    methods = {
+        "nspo": {"objective": "nspo", "learning_rate": 1e-4},
+        "hot": {"objective": "grpo_no_kl", "learning_rate": 1e-4},
+        "mild": {"objective": "grpo_no_kl", "learning_rate": 1e-5},
+        "idle": {"objective": "grpo_no_kl", "learning_rate": 1e-7},
+    }
+    config = Config.model_validate({"policy": {"methods": methods}})
+    does = {"hot": TWIN, "mild": replace(TWIN, kl=0.01), "idle": replace(TWIN, kl=0.0001, unsafe=0.7), "nspo": NSPO}
+    responses = {name: [response_rows(name, behaviour)] for name, behaviour in does.items()}
+    (pair,) = comparison.comparisons(config, responses, comparison.measures(config))
+    assert (pair["ours"], pair["theirs"]) == ("nspo", "mild")
+
+
+def test_every_objective_has_its_place_on_the_page(tmp_path: Path) -> None:
+    """Each has a colour of its own, a row, and its own twin to be compared with; a multiplier is drawn.
+
+    Only what keeps to the bases is called constrained, and the verdict is about the first of these.
+    """
+    names = [name for name in get_args(Objective) if name != "grpo"]
+    given = inputs(tmp_path / "in")
+    methods = {name: {"objective": name, "learning_rate": 1e-4} for name in names}
+    given["config"].write_text(yaml.safe_dump({"policy": {"steps": 30, "methods": methods}}, sort_keys=False))
+    for name in set(names) - {"nspo", "grpo_no_kl"}:
+        given["evaluations"].append(write_evaluation(tmp_path / "in", name, 0, TWIN))
+        given["certificates"].append(write_certificate(tmp_path / "in", name, 0))
+        given["policies"].append(write_policy(tmp_path / "in", name, 0, TWIN))
+        if name.endswith("lagrangian"):
+            rows = [{"step": step, "multiplier": 1.1**step} for step in range(9)]
+            pq.write_table(pa.Table.from_pylist(rows), given["policies"][-1] / "training.parquet")
+    text = write(tmp_path / "out", given).read_text()
+    assert "Multiplier of the cost" in text
+    assert "nspo_lagrangian against grpo_lagrangian" in text
+    against = re.findall(r"(\w+) against (\w+), on the same prompts", text)
+    expected = dict.fromkeys(("nspo", "random_projector", "gradient_only", "release"), "grpo_no_kl")
+    expected |= {"nspo_lagrangian": "grpo_lagrangian", "nspo_dpo": "dpo", "nspo_bfpo": "bfpo", "nspo_wdoor": "wdoor"}
+    assert dict(against) == expected
+    colours = plots.colours({name: name for name in ["base", *names]})
+    assert len(set(colours.values()) | set(plots.SPARE)) == len(names) + 1 + len(plots.SPARE)
+    config = load_config(given["config"])
+    pairs = comparison.comparisons(config, {n: [response_rows(n, TWIN)] for n in names}, comparison.measures(config))
+    assert [pair["ours"] for pair in pairs][:2] == ["nspo", "nspo_lagrangian"]
+
+
+def test_no_multiplier_is_not_missed(written: tuple[dict[str, Any], Path, str]) -> None:
+    """A page without Lagrangian methods does not call their curve not measured."""
+    assert "Multiplier" not in written[2]
+
+
+def test_the_theory_of_the_run_is_on_the_page(written: tuple[dict[str, Any], Path, str], tmp_path: Path) -> None:
+    """The worst case of each statement, for the methods that project; no table where none of them did."""
+    table = written[2].partition("The theory, checked at every update")[2].partition("</table>")[0]
+    assert table.count("<tr>") == 2
+    assert "<td>30</td><td>0.0321</td><td>0.3</td><td>0.3</td><td>3.3e-08</td>" in table
+    given = inputs(tmp_path / "in")
+    for folder in given["policies"]:
+        settings = json.loads((folder / "settings.json").read_text())
+        write_json(folder / "settings.json", settings | {"theory": None})
+    assert "The theory, checked" not in write(tmp_path / "out", given).read_text()
+
+
+def test_added_judges_stand_beside_the_cost_model(tmp_path: Path) -> None:
+    """Each judge has a column per harmful set with its failures, the headline stays the cost model's."""
+    given = inputs(tmp_path / "in")
+    plain = write(tmp_path / "plain", given).read_text()
+    assert "by every judge" not in plain
+    assert "Judges against people" not in plain
+    for folder in given["evaluations"]:
+        rows = pq.read_table(folder / "responses.parquet").to_pylist()
+        for index, row in enumerate(rows):
+            row["judge_guard"] = None if row["role"] != "harmful" or index % 60 < 7 else -1.0
+        metrics = json.loads((folder / "metrics.json").read_text())
+        write_json(folder / "metrics.json", {**metrics, "scores": compute_scores(rows, 4, ["guard"])})
+    agreed = compare(
+        [{"set": "harm", "prompt": f"p{n}", "grade": n % 2} for n in range(10)],
+        {"guard": [1.0, float("nan"), *[-1.0] * 8]},
+        0.5,
+    )
+    write_json(tmp_path / "agreement.json", {"rows": agreed})
+    text = write(tmp_path / "out", {**given, "agreement": tmp_path / "agreement.json"}).read_text()
+    assert text.count("<th>guard, advbench</th>") == text.count("<th>cost_model, harmbench</th>") == 1
+    assert text.count("n&nbsp;60, 7&nbsp;unjudged") == 6
+    assert f"<b>{amount(7 / 60, 'rate')}</b>" in text
+    assert "Judges against people" in text
+    assert "<td>10 (5)</td><td><b>40.0%</b>" in text
+    headline = plain[plain.index("<tbody>") : plain.index("</tbody>")]
+    assert headline in text

