@@ -37,9 +37,12 @@ def write_config(config: Config, out: Path | None) -> None:
 
 def check_file(file: Path) -> None:
     """Say that a configuration is valid, or raise what is wrong with it."""
+    from nspo.evaluation.benchmarks.loading import task_of
     from nspo.run.progress import say
 
-    load_config(file)
+    benchmarks = load_config(file).benchmarks
+    for name in (*benchmarks.tasks, *benchmarks.sources):
+        task_of(name)
     say(f"{file}: valid")
 
 

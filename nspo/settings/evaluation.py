@@ -43,7 +43,7 @@ def _by_comma(value: Any) -> Any:
 class BenchmarkSettings(Section):
     """Named benchmarks, answered greedily with fixed denominators."""
 
-    tasks: Annotated[list[str], BeforeValidator(_by_comma)] = Field(
+    tasks: Annotated[list[Annotated[str, Field(pattern=r"^\w+$")]], BeforeValidator(_by_comma)] = Field(
         [], description="Benchmarks, by their names in nspo/evaluation/benchmarks; docs/evaluation.md lists them."
     )
     data: str = Field("", description="Folder of your own copies; the table says which file each benchmark reads.")

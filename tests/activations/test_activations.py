@@ -27,6 +27,7 @@ from nspo.cli.main import to_flags
 from nspo.errors import UserError
 from nspo.files.manifest import MANIFEST_NAME, fingerprint, make_manifest, write_json
 from nspo.models import loading as models
+from nspo.models.generation import chat_ids
 from nspo.models.sites import Site, find_sites
 from nspo.nullspace.moments import add_second_moment, mirror, unpack, upper_blocks
 from nspo.settings.bases import ActivationSettings
@@ -193,7 +194,7 @@ def test_rows_are_whole_sequences_without_the_first_position(raw, tiny_model_dir
     rows = raw_rows(raw, "model.layers.0.mlp.down_proj", domain="chat", split="basis")
     for sample in range(4):
         mine = [row for row in rows if row["sample"] == sample]
-        ids = models.chat_ids(tokenizer, texts[sample])
+        ids = chat_ids(tokenizer, texts[sample])
         assert [row["position"] for row in mine] == list(range(1, len(mine) + 1))
         assert [row["token"] for row in mine if not row["is_answer"]] == ids[1:]
         assert 1 <= sum(row["is_answer"] for row in mine) <= 5

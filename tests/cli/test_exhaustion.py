@@ -24,8 +24,8 @@ from nspo.models.tiny import tiny_model, tiny_tokenizer
 LIMITED = """
 import importlib, resource, sys
 from pathlib import Path
-from nspo import cli
-from nspo.stages import STAGES
+from nspo.cli import main as cli
+from nspo.cli.stages import STAGES
 importlib.import_module(STAGES[sys.argv[2]].function.partition(":")[0])
 taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 limit = taken + int(sys.argv[1]) * 2**20

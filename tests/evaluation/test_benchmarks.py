@@ -427,7 +427,10 @@ def test_answers_are_made_once(
     ("more", "said"),
     [
         (["--tasks", "advbnch"], "benchmarks: found the benchmark 'advbnch', did you mean 'advbench'?"),
-        (["--sources", '{"mine": "x.csv"}'], "sources: found the benchmark 'mine', expected one that docs/evaluation"),
+        (
+            ["--sources", '{"mine": "x.csv"}'],
+            "benchmarks: found the benchmark 'mine', expected one that docs",
+        ),
         (["--tasks", "alert"], "alert: no data: put alert/alert.jsonl"),
         (["--cost", "nowhere"], "nowhere"),
         (["--training", "nowhere.parquet"], "nowhere.parquet does not exist"),

@@ -11,9 +11,9 @@ import pytest
 import torch
 from support.model_copy import copy_model
 
-import nspo.evaluation as stage
 from nspo.data.tables import PROMPT_COLUMNS
 from nspo.errors import UserError
+from nspo.evaluation import stage
 from nspo.evaluation.checks import mark
 from nspo.evaluation.scores import compute_scores
 from nspo.evaluation.statistics import bootstrap_mean, mcnemar, paired_difference, pooled_difference, wilson

@@ -15,12 +15,13 @@ import pytest
 import torch
 import yaml
 from support.endpoint import KEY, FakeEndpoint, settings_of
+from support.endpoint import fake as fake
 from transformers import AutoModelForSequenceClassification
 
-import nspo.evaluation as stage
 from nspo.cli.config_files import commented_yaml
 from nspo.data.tables import PROMPT_COLUMNS
 from nspo.errors import UserError
+from nspo.evaluation import stage
 from nspo.evaluation.scores import compute_scores
 from nspo.files.manifest import MANIFEST_NAME, fingerprint_model, make_manifest, write_json
 from nspo.judges.endpoint import LEAST_FAULTS, _Pace

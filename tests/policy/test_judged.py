@@ -61,7 +61,7 @@ def test_a_failed_verdict_is_out_of_its_group(inputs, tmp_path, monkeypatch, cap
 def test_benign_answers_are_scored_by_the_reward_model(inputs, tmp_path, monkeypatch):
     """The judge sees the harmful group only, the other keeps the reward of helpfulness."""
     plan(monkeypatch)
-    monkeypatch.setattr("test_judged.VERDICTS", VERDICTS[:4])
+    monkeypatch.setitem(globals(), "VERDICTS", VERDICTS[:4])
     out = run(inputs, tmp_path, "grpo_no_kl", **ONE_STEP, benign_share=0.5)
     samples = table(out, "samples")
     assert Counter(s["score"] for s in samples if s["role"] == "harmful") == {-1.0: 2, 0.0: 1, None: 1}

@@ -28,6 +28,7 @@ from support.policy_runs import (
     without_time,
     write_bases,
 )
+from support.policy_runs import inputs as inputs
 from torch import Tensor
 from transformers import TrainingArguments
 

@@ -44,7 +44,7 @@ EDITS = {  # file, a line added to its end: the stages that run again
     "data/readers.py": ("NEW = 1", set()),
     "nullspace/projection.py": ("NEW = 1", {"policy"}),
     "nullspace/spectra.py": ("NEW = 1", {"bases", "policy"}),
-    "models/generation.py": ("NEW = 1", {"activations", "preference", "pairs", "policy", "evaluation"}),
+    "models/generation.py": ("NEW = 1", {"activations", "preference", "pairs", "policy", "evaluation", "report"}),
     "policy/stage.py": ("# a comment", set()),
     "errors.py": ("NEW = 1", set()),
     "run/progress.py": ("NEW = 1", set()),

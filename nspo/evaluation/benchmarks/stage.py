@@ -36,7 +36,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from nspo.errors import UserError
 from nspo.evaluation.answers import add_verdicts, greedy_answers, judge_answers, write_responses
 from nspo.evaluation.benchmarks import harness
-from nspo.evaluation.benchmarks.loading import Benchmark, load, training_prompts
+from nspo.evaluation.benchmarks.loading import Benchmark, check_benchmarks, load, training_prompts
 from nspo.evaluation.benchmarks.registry import TASKS
 from nspo.evaluation.checks import mark, runs_code
 from nspo.evaluation.pairwise import Comparison, add_wins
@@ -104,6 +104,7 @@ def run_benchmarks(
     """
     if not settings.tasks:
         raise UserError("no benchmark is named, expected --tasks NAME,NAME (see docs/evaluation.md)")
+    check_benchmarks(settings)
     device = device_of(runtime.device)
     check_engine("benchmarks.engine", settings.engine, device)
     identity = model_identity(model)
