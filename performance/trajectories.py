@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from nspo.evaluation.statistics import wilson
+from nspo.evaluation.statistics.intervals import wilson
 from nspo.files.atomic import atomic_path
 from nspo.report import plots
 from nspo.run.progress import say

@@ -28,7 +28,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nspo.bases.table import find_block
 from nspo.errors import UserError
-from nspo.evaluation.statistics import bootstrap_mean, paired_difference, wilson
+from nspo.evaluation.statistics.intervals import bootstrap_mean, paired_difference, wilson
 from nspo.files.manifest import fingerprint, make_manifest, read_json, write_json
 from nspo.files.tables import read_table
 from nspo.judges.judge import flags

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from nspo.data.tables import load_labels
-from nspo.evaluation.statistics import Estimate, wilson
+from nspo.evaluation.statistics.intervals import Estimate, wilson
 from nspo.files.manifest import MANIFEST_NAME, fingerprint, fingerprint_files, make_manifest, read_json, write_json
 from nspo.judges.judge import Judge, RefusalPhrases
 from nspo.judges.kept import KeptVerdicts

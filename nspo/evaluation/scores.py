@@ -7,7 +7,7 @@ denominator of a score is the number of prompts asked, whatever the answers look
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nspo.evaluation.statistics import Estimate, bootstrap_mean, difference, wilson, wilson_mean
+from nspo.evaluation.statistics.intervals import Estimate, bootstrap_mean, difference, wilson, wilson_mean
 from nspo.models.drift import FIGURES, token_weights
 
 Row = Mapping[str, Any]

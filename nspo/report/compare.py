@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from nspo.evaluation.statistics import paired_difference, pooled_difference, pooled_mean
+from nspo.evaluation.statistics.intervals import paired_difference, pooled_difference, pooled_mean
 from nspo.models.drift import token_weights
 from nspo.report.runs import Run
 from nspo.settings.config import Config

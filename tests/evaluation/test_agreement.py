@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification
 from nspo.cli.main import main
 from nspo.data.tables import LABEL_COLUMNS
 from nspo.evaluation.agreement import agreement, compare, kappa
-from nspo.evaluation.statistics import wilson
+from nspo.evaluation.statistics.intervals import wilson
 from nspo.files.manifest import MANIFEST_NAME, fingerprint_model, make_manifest, write_json
 from nspo.models.loading import load_tokenizer
 

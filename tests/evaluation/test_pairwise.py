@@ -15,7 +15,7 @@ from nspo.errors import UserError
 from nspo.evaluation.benchmarks.registry import TASKS
 from nspo.evaluation.pairwise import Comparison, add_wins
 from nspo.evaluation.scores import wins
-from nspo.evaluation.statistics import wilson, wilson_mean
+from nspo.evaluation.statistics.intervals import wilson, wilson_mean
 from nspo.settings.judges import ComparisonJudge
 from nspo.settings.reading import check_config
 from nspo.settings.runtime import RequestSettings

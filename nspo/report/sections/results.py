@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from nspo.evaluation.statistics import wilson
+from nspo.evaluation.statistics.intervals import wilson
 from nspo.report import compare as comparison
 from nspo.report.runs import BASE, Run, by_method
 from nspo.settings.config import Config
