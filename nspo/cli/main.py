@@ -14,7 +14,7 @@ import shlex
 import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from importlib import import_module
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_origin
 
 from nspo.cli.stages import POSITIONAL, STAGES, Stage
 from nspo.errors import UserError, first_line
@@ -42,7 +42,12 @@ def to_flags(settings: Section, names: Iterable[str] | None = None, keep_order: 
     """
     values = settings.dump() if keep_order else json.loads(json.dumps(settings.dump(), sort_keys=True))
     chosen = [name for name in type(settings).model_fields if name in values and (names is None or name in names)]
-    return " ".join(f"{_flag(name)} {shlex.quote(format_value(values[name]))}" for name in chosen)
+    return " ".join(_assignment(name, format_value(values[name])) for name in chosen)
+
+
+def _assignment(name: str, value: str) -> str:
+    """`--name value`, quoted; `--name=value` where the value would be taken for a flag."""
+    return f"{_flag(name)}{'=' if value.startswith('-') else ' '}{shlex.quote(value)}"
 
 
 def format_value(value: Any) -> str:
@@ -56,6 +61,12 @@ def parse_value(text: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError):  # also what Python says to a number of thousands of digits
         return text
+
+
+def parse_list(text: str) -> Any:
+    """As `parse_value`; plain text is a list divided by commas (`--tasks gsm8k,xstest`)."""
+    value = parse_value(text)
+    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
 
 
 def _flag(name: str) -> str:
@@ -89,7 +100,8 @@ def _fill(parser: argparse.ArgumentParser, stage: Stage) -> None:
             default = "" if info.is_required() else f" [{format_value(_plain(info.default))}]"
             text = f"{info.description or ''}{default}".replace("%", "%%")
             text = text if len(text) < 400 else f"{text[:400]}..."
-            options = {"dest": f"{keyword}.{name}", "default": argparse.SUPPRESS, "type": parse_value}
+            parse = parse_list if get_origin(info.annotation) is list else parse_value
+            options = {"dest": f"{keyword}.{name}", "default": argparse.SUPPRESS, "type": parse}
             group.add_argument(_flag(name), metavar="VALUE", help=text, **options)
 
 

@@ -1,11 +1,11 @@
 """Settings of what is measured: evaluation, attribution, named benchmarks."""
 
-from typing import Annotated, Any, Self
+from typing import Annotated, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 from nspo.settings.judges import ComparisonJudge, JudgeSettings
-from nspo.settings.types import Count, Engine, Section, Whole, source_of
+from nspo.settings.types import Count, Engine, PathOrEmpty, Section, Whole, source_of
 
 
 class EvaluationSettings(JudgeSettings):
@@ -36,17 +36,15 @@ class AttributionSettings(Section):
     general_prompts: int = Field(6, ge=2, description="Prompts per general domain, for drift.")
 
 
-def _by_comma(value: Any) -> Any:
-    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
-
-
 class BenchmarkSettings(Section):
     """Named benchmarks, answered greedily with fixed denominators."""
 
-    tasks: Annotated[list[Annotated[str, Field(pattern=r"^\w+$")]], BeforeValidator(_by_comma)] = Field(
+    tasks: list[Annotated[str, Field(pattern=r"^\w+$")]] = Field(
         [], description="Benchmarks, by their names in nspo/evaluation/benchmarks; docs/evaluation.md lists them."
     )
-    data: str = Field("", description="Folder of your own copies; the table says which file each benchmark reads.")
+    data: PathOrEmpty = Field(
+        "", description="Folder of your own copies; the table says which file each benchmark reads."
+    )
     sources: dict[str, Annotated[str, source_of("path", "hub")]] = Field(
         {}, description="Where a benchmark's data is, by name, instead: a file, or hub:ORG/NAME@REVISION."
     )

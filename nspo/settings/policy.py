@@ -324,7 +324,7 @@ class PolicySettings(TrainingSettings, PairSettings):
     @model_validator(mode="after")
     def _names_are_folders(self) -> Self:
         for name in self.methods:
-            if name == "base" or not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+            if name == "base" or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]*", name):
                 raise ValueError(
                     f"methods: found the name {name!r}, expected letters, digits, _ and - (it names a folder; "
                     "`base` is taken by the model before training)"

@@ -1,10 +1,11 @@
 """Settings of how stages run, which change nothing that they make."""
 
-from typing import Literal
+from pathlib import PurePath
+from typing import Annotated, Literal
 
-from pydantic import Field, PositiveFloat
+from pydantic import AfterValidator, Field, PositiveFloat
 
-from nspo.settings.types import Count, Section, Whole
+from nspo.settings.types import Count, PathText, Section, Whole
 
 
 class VLLMSettings(Section):
@@ -35,6 +36,11 @@ class RequestSettings(Section):
     )
 
 
+def _plain(folder: str) -> str:
+    """Without `./` and double slashes, of which Snakemake would make other files."""
+    return str(PurePath(folder))
+
+
 Tracker = Literal["tensorboard", "trackio"]
 
 
@@ -58,10 +64,8 @@ class RuntimeSettings(Section):
     trackers: list[Tracker] = Field(
         [], description="Also show the training of policies in these: tensorboard, trackio (each a package to install)."
     )
-    results: str = Field(
-        "results",
-        pattern=r"^[^{}<>\x00-\x1f]+$",
-        description="Folder of all outputs; give every configuration its own.",
+    results: Annotated[PathText, AfterValidator(_plain)] = Field(
+        "results", description="Folder of all outputs; give every configuration its own."
     )
     workdir: str = Field(
         "results/.work",

@@ -29,6 +29,29 @@ class Section(BaseModel):
         return self.model_dump(mode="json")
 
 
+def path_fault(text: str) -> str | None:
+    """Why the workflow cannot carry a path, None where it can: Snakemake gives braces and angle brackets a meaning of
+    its own and takes a path apart at a line break, a command takes a leading dash for a flag, and nobody expands `~`.
+    """
+    if found := re.search(r"[{}<>\x00-\x1f\x7f\x85\u2028\u2029]", text):
+        return f"found {found[0]!r} in the path {text!r}, expected a path without braces, angle brackets and line breaks"
+    if text.startswith(("-", "~")):
+        return f"found the path {text!r}, expected one that does not begin with {text[0]!r}: write the whole path"
+    if text != text.strip() or not text:
+        return f"found the path {text!r}, expected one that neither begins nor ends with a space"
+    return None
+
+
+def _path(text: str) -> str:
+    if fault := path_fault(text):
+        raise ValueError(fault)
+    return text
+
+
+PathText = Annotated[str, AfterValidator(_path)]
+PathOrEmpty = Annotated[str, AfterValidator(lambda text: text and _path(text))]
+
+
 def source_of(*kinds: str) -> AfterValidator:
     """A check that a setting is a source (`nspo.sources`) of one of these kinds."""
 
@@ -39,7 +62,7 @@ def source_of(*kinds: str) -> AfterValidator:
             raise ValueError(str(error)) from error
         if kind not in kinds or not text:
             raise ValueError(f"found {text!r}, expected a source of one of the kinds {', '.join(kinds)}")
-        return text
+        return _path(text) if kind == "path" else text
 
     return AfterValidator(check)
 

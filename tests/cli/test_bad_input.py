@@ -45,7 +45,7 @@ SMOKE = ROOT / "config/smoke.yaml"
 SCHEMA = jsonschema.Draft202012Validator(json.loads(json_schema()))
 GONE, MISSPELT = object(), object()
 # Mappings whose keys a user chooses.
-NAMED = {"wheels", "general", "harmful_heldout", "labels", "methods", "weights", "judges", "only", "grades"}
+NAMED = {"wheels", "general", "harmful_heldout", "labels", "methods", "weights", "judges", "only", "grades", "sources"}
 EVERY_KEY: dict[str, Any] = {  # what the default leaves out
     "model": {"source": "tiny:llama"},
     "data": {
@@ -313,7 +313,7 @@ TINY = {
         ({"data": {"wheels": {"x==1": "123"}}}, "data.wheels.x==1: found '123', expected pattern"),
         ({"model": {"source": "tiny:gpt"}}, "model.source: source 'tiny:gpt': expected tiny:llama"),
         ({"model": {"source": "wheel:x==1:a"}}, "model.source names the wheel x==1, but data.wheels pins no sha256"),
-        ({"runtime": {"results": "results/{method}"}}, "runtime.results: found 'results/{method}', expected pattern"),
+        ({"runtime": {"results": "results/{method}"}}, "runtime.results: found '{' in the path 'results/{method}'"),
     ],
 )
 def test_contradictions(raw: dict[str, Any], said: str) -> None:

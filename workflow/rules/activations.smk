@@ -21,7 +21,7 @@ rule collect_activations:
     shell:
         '{params.launch} nspo collect {params.flags} {params.device} --model "$(dirname {input.model:q})"'
         ' --prompts {input.prompts:q} --workdir "$(dirname {output.activations:q})/.work"'
-        " --out {output.activations:q} 2>&1 | tee {log}"
+        " --out {output.activations:q} 2>&1 | tee {log:q}"
 
 
 rule compute_bases:
@@ -45,7 +45,7 @@ rule compute_bases:
         parts=optional("--parts", "parts"),
     shell:
         "python -m nspo bases {params.flags} --activations {input.activations:q} {params.parts}"
-        ' --workdir "$(dirname {output.bases:q})/../.work" --out {output.bases:q} 2>&1 | tee {log}'
+        ' --workdir "$(dirname {output.bases:q})/../.work" --out {output.bases:q} 2>&1 | tee {log:q}'
 
 
 # The shares of `bases.jobs`: on a cluster each is a job of its own.

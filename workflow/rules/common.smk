@@ -26,6 +26,7 @@ from nspo.settings.judges import JudgeSettings
 from nspo.sources import Source, wheel_folder
 from nspo.run.stage_code import code_hash
 from nspo.settings.reading import check_config, read_yaml, typed
+from nspo.settings.types import path_fault
 from nspo.run.workflow_lock import PARENT, hold, this_process
 
 os.environ[PARENT] = this_process()
@@ -146,7 +147,10 @@ def source_files(section, sources):
                 sys.exit(
                     f"{section}.{key}: {path} does not exist: expected a file or folder, or builtin:, wheel:, hub:"
                 )
-            files.update(str(p) for p in (path.iterdir() if path.is_dir() else [path]) if p.is_file())
+            for file in (p for p in (path.iterdir() if path.is_dir() else [path]) if p.is_file()):
+                if fault := path_fault(str(file)):
+                    sys.exit(f"{section}.{key}: {fault}")
+                files.add(str(file))
     return sorted(files)
 
 

@@ -30,8 +30,8 @@ rule evaluate_base:
         out=subpath(output.metrics, parent=True),
     shell:
         "python -m nspo evaluate {params.flags} {params.runtime} {params.name} --base {params.model}"
-        " --policy {params.policy} --cost {params.cost} --prompts {input.prompts} {params.base_evaluation}"
-        " --out {params.out} 2>&1 | tee {log}"
+        " --policy {params.policy} --cost {params.cost} --prompts {input.prompts:q} {params.base_evaluation}"
+        " --out {params.out:q} 2>&1 | tee {log:q}"
 
 
 use rule evaluate_base as evaluate_policy with:
@@ -97,7 +97,7 @@ rule benchmark_base:
         out=subpath(output.metrics, ancestor=2),
     shell:
         "python -m nspo benchmark {params.flags} {params.judging} {params.runtime} {params.name} --model {params.model}"
-        " --cost {params.cost} --training {input.training} {params.base_answers} --out {params.out} 2>&1 | tee {log}"
+        " --cost {params.cost} --training {input.training:q} {params.base_answers} --out {params.out:q} 2>&1 | tee {log:q}"
 
 
 use rule benchmark_base as benchmark_policy with:
@@ -154,8 +154,8 @@ rule judge_agreement:
         runtime=runtime,
         cost=folder("cost"),
     shell:
-        "python -m nspo judge-agreement {params.flags} {params.runtime} --cost {params.cost} --labels {input.labels}"
-        " --out {output.agreement} 2>&1 | tee {log}"
+        "python -m nspo judge-agreement {params.flags} {params.runtime} --cost {params.cost} --labels {input.labels:q}"
+        " --out {output.agreement:q} 2>&1 | tee {log:q}"
 
 
 # Where safety lives: `attribution.enabled` decides whether the page asks for it.
@@ -196,5 +196,5 @@ rule attribute:
         base_evaluation=folder("base_evaluation"),
     shell:
         "python -m nspo attribute {params.flags} {params.runtime} --base {params.model} --tuned {params.policy}"
-        " --certificate {input.certificate} --evaluation {params.evaluation}"
-        " --base-evaluation {params.base_evaluation} --cost {params.cost} --out {output.attribution} 2>&1 | tee {log}"
+        " --certificate {input.certificate:q} --evaluation {params.evaluation}"
+        " --base-evaluation {params.base_evaluation} --cost {params.cost} --out {output.attribution:q} 2>&1 | tee {log:q}"

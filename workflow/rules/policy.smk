@@ -29,7 +29,7 @@ rule make_pairs:
         labels=optional("--labels", "labels"),
     shell:
         "python -m nspo make-pairs {params.settings} {params.runtime} --seed {wildcards.seed} --model {params.model}"
-        " --reward {params.reward} --cost {params.cost} --prompts {input.prompts} {params.labels} --out {output.pairs} 2>&1 | tee {log}"
+        " --reward {params.reward} --cost {params.cost} --prompts {input.prompts:q} {params.labels} --out {output.pairs:q} 2>&1 | tee {log:q}"
 
 
 rule train_policy:
@@ -75,7 +75,7 @@ rule train_policy:
     shell:
         "{params.launch} nspo train-policy {params.training} {params.method} {params.layers} {params.runtime}"
         " --name {wildcards.method} --seed {wildcards.seed} --model {params.model} {params.bases} {params.pairs} {params.guide} --reward {params.reward} --cost {params.cost}"
-        " --prompts {input.prompts} --out {params.out} 2>&1 | tee {log}"
+        " --prompts {input.prompts:q} --out {params.out:q} 2>&1 | tee {log:q}"
 
 
 # Apart from training, so that new bases measure an unconstrained policy again without training it again.
@@ -110,7 +110,7 @@ rule certify:
         activations=optional("--activations", "activations"),
     shell:
         "python -m nspo verify --facts {params.facts} --base {params.model} --tuned {params.policy}"
-        " --bases {input.bases} {params.activations} --out {output.certificate} 2>&1 | tee {log}"
+        " --bases {input.bases:q} {params.activations} --out {output.certificate:q} 2>&1 | tee {log:q}"
 
 
 # Training alone, as `performance/trajectories.py` wants it: `snakemake all_policies --cores all`.

@@ -29,7 +29,7 @@ rule train_cost:
         out=subpath(output.manifest, parent=True),
     shell:
         "python -m nspo train-preference --target {params.target} {params.flags} {params.runtime} --model {params.model}"
-        " --labels {input.labels} --out {params.out} 2>&1 | tee {log}"
+        " --labels {input.labels:q} --out {params.out:q} 2>&1 | tee {log:q}"
 
 
 use rule train_cost as train_reward with:

@@ -9,7 +9,7 @@ rule write_config:
     params:
         flags=flags(settings, set(type(settings).model_fields) - {"runtime"}, keep_order=True),
     shell:
-        "python -m nspo config write {params.flags} --out {output.config} 2>&1 | tee {log}"
+        "python -m nspo config write {params.flags} --out {output.config:q} 2>&1 | tee {log:q}"
 
 
 rule report:
@@ -60,7 +60,7 @@ rule report:
         attributions=optional("--attributions", "attributions"),
         benchmarks=optional("--benchmarks", "benchmarks"),
     shell:
-        "python -m nspo report --config {input.config} --evaluations {params.base_evaluation} {params.evaluations}"
-        " --certificates {input.certificates} --policies {params.policies} --bases {input.bases}"
+        "python -m nspo report --config {input.config:q} --evaluations {params.base_evaluation} {params.evaluations}"
+        " --certificates {input.certificates:q} --policies {params.policies} --bases {input.bases:q}"
         " --reward {params.reward} --cost {params.cost} {params.agreement} {params.attributions} {params.benchmarks}"
-        " --out {output.page} --summary {output.summary} --latex {output.latex} --cards {output.cards} --plots {output.plots} 2>&1 | tee {log}"
+        " --out {output.page:q} --summary {output.summary:q} --latex {output.latex:q} --cards {output.cards:q} --plots {output.plots:q} 2>&1 | tee {log:q}"

