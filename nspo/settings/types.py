@@ -34,7 +34,7 @@ def path_fault(text: str) -> str | None:
     its own and takes a path apart at a line break, a command takes a leading dash for a flag, and nobody expands `~`.
     """
     if found := re.search(r"[{}<>\x00-\x1f\x7f\x85\u2028\u2029]", text):
-        return f"found {found[0]!r} in the path {text!r}, expected a path without braces, angle brackets and line breaks"
+        return f"found {found[0]!r} in the path {text!r}, expected none of {{}}, <>, line breaks and the like"
     if text.startswith(("-", "~")):
         return f"found the path {text!r}, expected one that does not begin with {text[0]!r}: write the whole path"
     if text != text.strip() or not text:

@@ -15,6 +15,7 @@ from nspo.settings.reading import check_config
 pytestmark = pytest.mark.workflow
 
 ODD = """a b $HOME 'c' "d" \\n \\ *[e]? & ; | # ! (f) 100% ~g `echo h` é: i=j,k"""
+LABELS = {"kind": "safe_rlhf", "target": "cost"}
 STUB = """#!/bin/sh
 printf '%s\\0' "$@" >> "$ARGV"
 printf '\\n\\0' >> "$ARGV"
@@ -98,7 +99,7 @@ def test_what_cannot_be_carried_is_refused_before_any_work(path: str, shown: str
         "benchmarks.data": {"benchmarks": {"data": path}},
         "benchmarks.sources.advbench": {"benchmarks": {"sources": {"advbench": path}}},
         "data.benign.source": {"data": {"benign": {"source": path}}},
-        "data.labels.x.source.0": {"data": {"labels": {"x": {"kind": "safe_rlhf", "target": "cost", "source": [path]}}}},
+        "data.labels.x.source.0": {"data": {"labels": {"x": {**LABELS, "source": [path]}}}},
         "evaluation.judges.g.source": {"evaluation": {"judges": {"g": {"kind": "guard", "source": path}}}},
         "policy.judge.source": {"policy": {"judge": {"kind": "guard", "source": path}}},
     }
