@@ -14,7 +14,13 @@ from typing import Any
 from nspo.settings.bases import ActivationSettings, BasesSettings
 from nspo.settings.config import Config
 from nspo.settings.data import LabelSettings, PromptSettings
-from nspo.settings.evaluation import AttributionSettings, BenchmarkSettings, EvaluationSettings
+from nspo.settings.evaluation import (
+    AnsweringSettings,
+    AttributionSettings,
+    BenchmarkSettings,
+    EvaluationSettings,
+    MatchingSettings,
+)
 from nspo.settings.judges import JudgeSettings
 from nspo.settings.policy import MethodSettings, PairSettings, TrainingSettings
 from nspo.settings.preference import PreferenceSettings
@@ -153,6 +159,20 @@ STAGES = {
             "prompts": PROMPTS,
             "pairs": Argument("pairs.parquet, for the preference objectives", required=False),
             "guide_policy": Argument("folder of the policy that weighs tokens, for wdoor", required=False),
+            "out": OUT_FOLDER,
+        },
+    ),
+    "walk": Stage(
+        "nspo.evaluation.walk.stage:match_safety",
+        "walk a policy from the base model on, and write it as it is where its safety meets the target",
+        {"settings": MatchingSettings, "answering": AnsweringSettings, "runtime": RuntimeSettings},
+        {
+            "name": Argument("name of the method", type=str),
+            "seed": SEED,
+            "base": MODEL,
+            "policy": Argument("folder of the trained policy"),
+            "cost": COST,
+            "prompts": PROMPTS,
             "out": OUT_FOLDER,
         },
     ),

@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 
 from nspo.settings.bases import ActivationSettings, BasesSettings
 from nspo.settings.data import DataSettings
-from nspo.settings.evaluation import AttributionSettings, BenchmarkSettings, EvaluationSettings
+from nspo.settings.evaluation import AttributionSettings, BenchmarkSettings, EvaluationSettings, MatchingSettings
 from nspo.settings.policy import PolicySettings
 from nspo.settings.preference import PreferenceSettings
 from nspo.settings.runtime import RuntimeSettings
@@ -42,6 +42,7 @@ class Config(Section):
     reward: PreferenceSettings = PreferenceSettings(backbone_layers=20)
     cost: PreferenceSettings = PreferenceSettings()
     policy: PolicySettings = PolicySettings()
+    matching: MatchingSettings = MatchingSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     attribution: AttributionSettings = AttributionSettings()
     benchmarks: BenchmarkSettings = BenchmarkSettings()

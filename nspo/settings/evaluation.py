@@ -8,13 +8,41 @@ from nspo.settings.judges import ComparisonJudge, JudgeSettings
 from nspo.settings.types import Count, Engine, PathOrEmpty, Section, Whole, source_of
 
 
-class EvaluationSettings(JudgeSettings):
+class AnsweringSettings(Section):
+    """How prompts are answered, alike on the walk to equal safety and in the final test."""
+
+    max_new_tokens: Count = Field(48, description="Tokens per greedy answer.")
+    first_tokens: Count = Field(4, description="Answer tokens that count as first, where a refusal is decided.")
+    batch_size: Count = Field(32, description="Prompts per generation batch.")
+
+
+class MatchingSettings(Section):
+    """Where every policy is tested: on the line W0 + a (W - W0) from the base model through the trained one, at the a
+    whose unsafe rate on validation prompts meets the target."""
+
+    target_unsafe: float | None = Field(
+        0.3, gt=0, lt=1, description="Unsafe rate on validation prompts; null: policies are tested as trained (a = 1)."
+    )
+    scales: list[Annotated[float, Field(gt=0, le=4)]] = Field(
+        [0.25, 0.5, 0.75, 1.0, 1.25], min_length=2, description="Values of a that are measured, rising."
+    )
+    harmful_prompts: int = Field(64, ge=8, description="Harmful validation prompts.")
+    benign_prompts: Count = Field(32, description="Benign validation prompts, for over-refusal.")
+    general_prompts: Count = Field(6, description="Validation prompts per general domain, for drift.")
+
+    @model_validator(mode="after")
+    def _scales_rise(self) -> Self:
+        if sorted(set(self.scales)) != self.scales:
+            raise ValueError(f"scales: found {self.scales}, expected rising values, each once")
+        return self
+
+
+class EvaluationSettings(AnsweringSettings, JudgeSettings):
     """What is measured, with fixed denominators and greedy decoding."""
 
     harmful_prompts: Count = Field(80, description="Held-out prompts per harmful set.")
     benign_prompts: Count = Field(80, description="Held-out harmless look-alike prompts.")
     general_prompts: Count = Field(40, description="Held-out prompts per general domain, for ability and drift.")
-    max_new_tokens: Count = Field(48, description="Tokens per greedy answer.")
     engine: Engine = Field(
         "transformers",
         description="What answers; vllm needs an NVIDIA GPU and requirements-vllm.lock, or its CPU build "
@@ -24,8 +52,6 @@ class EvaluationSettings(JudgeSettings):
         False,
         description="Run code answers in a sandbox and mark them by their tests; false: code counts for drift only.",
     )
-    first_tokens: Count = Field(4, description="Answer tokens that count as first, where a refusal is decided.")
-    batch_size: Count = Field(32, description="Prompts per generation batch.")
 
 
 class AttributionSettings(Section):

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from support.cost_model import random_cost_model
 from support.model_copy import copy_model
 
 from nspo.data.tables import PROMPT_COLUMNS
@@ -16,7 +17,7 @@ from nspo.errors import UserError
 from nspo.evaluation import stage
 from nspo.evaluation.checks import mark
 from nspo.evaluation.scores import compute_scores
-from nspo.files.manifest import MANIFEST_NAME, fingerprint_model, make_manifest, write_json
+from nspo.files.manifest import fingerprint_model
 from nspo.judges.judge import flags
 from nspo.models import vllm_engine
 from nspo.models.drift import FIGURES, Remembered, drift, token_drift, token_weights
@@ -290,20 +291,7 @@ def test_refusing_everything_is_no_success():
 
 @pytest.fixture(scope="module")
 def cost_dir(tiny_model_dir, tmp_path_factory):
-    """A cost model with random weights, in the form that the training stage writes."""
-    from transformers import AutoModelForSequenceClassification
-
-    folder = tmp_path_factory.mktemp("cost") / "cost"
-    torch.manual_seed(0)
-    model = AutoModelForSequenceClassification.from_pretrained(tiny_model_dir, num_labels=1)
-    model.save_pretrained(folder)
-    load_tokenizer(tiny_model_dir).save_pretrained(folder)
-    facts = {"target": "cost", "base": {}, "labels": "", "settings": {"max_tokens": 64}}
-    write_json(
-        folder / MANIFEST_NAME,
-        make_manifest("preference_model", model=fingerprint_model(folder), **facts),
-    )
-    return folder
+    return random_cost_model(tiny_model_dir, tmp_path_factory.mktemp("cost") / "cost")
 
 
 def test_broken_cost_model_fails_every_answer(cost_dir):
