@@ -4,7 +4,6 @@ Neither model and no tensor is ever whole in memory: a slice is copied out of th
 after each tensor, so that the pages it touched are given back. Dtypes may differ; differences are taken in float32.
 """
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,12 +13,13 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
-from nspo.errors import UserError, first_line
+from nspo.errors import UserError
+from nspo.models.files import check_model_files, weight_files
 from nspo.models.linears import is_transposed
+from nspo.models.loading import load_config
 
-INDEX = "model.safetensors.index.json"
 SLICE = 2**25  # values of a tensor in memory at a time: 128 MiB in float32
 
 
@@ -105,10 +105,7 @@ def _parts(shape: list[int], dim: int) -> Iterator[Any]:
 def _config(folder: Path) -> Any:
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} holds no config.json: expected a Hugging Face model folder")
-    try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder} is no model that transformers knows: {first_line(error)}") from error
+    return load_config(folder, f"{folder}")
 
 
 def _name(config: Any) -> str:
@@ -127,22 +124,12 @@ def _open(path: Path) -> Iterator[Any]:
 
 
 def _tensors(folder: Path) -> dict[str, _Tensor]:
-    """The tensors by name, in all safetensors files of the folder, or in those that its index names.
-
-    Raises:
-        UserError: when a tensor or a file that the index names is missing.
-    """
-    index = folder / INDEX
-    listed = json.loads(index.read_text())["weight_map"] if index.is_file() else None
-    files = [folder / name for name in sorted(set(listed.values()))] if listed else sorted(folder.glob("*.safetensors"))
+    """The tensors of a model by name, in the files that transformers reads."""
+    check_model_files(folder, f"{folder}")
     found: dict[str, _Tensor] = {}
-    for path in files:
-        if not path.is_file():
-            raise UserError(f"{path} does not exist, {INDEX} expects it: copy the whole checkpoint")
+    for name, path in weight_files(folder, f"{folder}").items():
         with _open(path) as file:
-            found.update({name: _Tensor(path, file.get_slice(name).get_shape()) for name in file.keys()})  # noqa: SIM118
-    if missing := sorted(set(listed or ()) - found.keys()):
-        raise UserError(f"{folder} lacks the tensor {missing[0]}, {INDEX} expects it: copy the whole checkpoint")
+            found[name] = _Tensor(path, file.get_slice(name).get_shape())
     return found
 
 

@@ -7,25 +7,22 @@ classifier's verdict is always unsafe, and the guard's, with a batch of one, alw
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import (
-    AutoConfig,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 
-from nspo.errors import UserError, first_line
+from nspo.errors import UserError
 from nspo.judges.judge import Keep
 from nspo.judges.replies import expected, fill, say_unreadable, turns, verdict
 from nspo.models.generation import generate, stop_ids
-from nspo.models.loading import load_model, load_tokenizer, model_folder, model_identity
+from nspo.models.loading import load_config, load_model, load_tokenizer, load_whole, model_folder, model_identity
 from nspo.run.progress import say, track
 from nspo.settings.judges import ClassifierJudge, GuardJudge
 from nspo.sources import Source
@@ -47,7 +44,7 @@ class Guard:
         self.settings = settings
         self.device = device
         self.folder = model_folder(f"{key}.source", settings.source)
-        self.tokenizer = _read(key, lambda: load_tokenizer(self.folder))
+        self.tokenizer = load_tokenizer(self.folder, f"{key}.source")
         self.in_parts = False
         if self.tokenizer.chat_template is None and not settings.template:
             raise UserError(f"{key}: the model has no chat template, expected a `template` with the text from its card")
@@ -131,13 +128,9 @@ class Classifier:
         self.settings = settings
         self.device = device
         self.folder = model_folder(f"{key}.source", settings.source)
-        config = _read(key, lambda: AutoConfig.from_pretrained(self.folder, trust_remote_code=False))
-        self.tokenizer: PreTrainedTokenizerBase = _read(
-            key, lambda: AutoTokenizer.from_pretrained(self.folder, padding_side="right", trust_remote_code=False)
-        )
-        if self.tokenizer.pad_token is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token
-        labels = {label: index for index, label in config.id2label.items()}
+        config = load_config(self.folder, f"{key}.source")
+        self.tokenizer = load_tokenizer(self.folder, f"{key}.source", side="right")
+        labels = {label: index for index, label in (config.id2label or {}).items()}
         if unknown := [label for label in settings.unsafe if label not in labels]:
             raise UserError(f"{key}.unsafe: the model has no label {unknown[0]!r}, found {', '.join(labels)}")
         self.columns = [labels[label] for label in settings.unsafe]
@@ -175,25 +168,9 @@ class Classifier:
         return dict(self.tokenizer(prompt, answer, truncation="longest_first", max_length=self.room))
 
     def _load(self) -> PreTrainedModel:
-        """The model with all its weights: transformers would fill a head that is missing with random numbers."""
-        model, loading = _read(
-            self.key,
-            lambda: AutoModelForSequenceClassification.from_pretrained(
-                self.folder, dtype="auto", trust_remote_code=False, output_loading_info=True
-            ),
-        )
-        if missing := sorted(loading["missing_keys"]):
-            raise UserError(f"{self.key}: the model has no weights {missing[0]}, expected a sequence classifier")
+        model: Any = load_whole(AutoModelForSequenceClassification, self.folder, f"{self.key}.source", dtype="auto")
         model.config.pad_token_id = self.tokenizer.pad_token_id
         return model.to(self.device).eval()
-
-
-def _read(key: str, read: Callable[[], Any]) -> Any:
-    """What `read` returns, a failure told in one line."""
-    try:
-        return read()
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{key}.source cannot be loaded: {first_line(error)}") from error
 
 
 def _identity(settings: GuardJudge | ClassifierJudge, folder: Path) -> dict[str, Any]:

@@ -3,17 +3,30 @@
 Weights are loaded in fp32: updates at a learning rate of 1e-6 vanish in bf16. Remote code is never run.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from nspo.errors import UserError, first_line
 from nspo.files.manifest import MANIFEST_NAME, check_fingerprints, read_json
+from nspo.models.files import check_model_files
 from nspo.sources import Source
 
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]  # no pickle, no code
+Spared = Callable[[PreTrainedModel, str], bool]
+HUB_COPIES = ["*/*", "consolidated*"]  # the same weights in forms that transformers does not read
 
 
 def model_folder(key: str, text: str) -> Path:
@@ -22,8 +35,6 @@ def model_folder(key: str, text: str) -> Path:
     Raises:
         UserError: when there is no such model.
     """
-    from huggingface_hub import snapshot_download
-
     source = Source.parse(text)
     if source.kind == "path":
         if not Path(source.location, "config.json").is_file():
@@ -31,18 +42,126 @@ def model_folder(key: str, text: str) -> Path:
                 f"{key}: {source.location} holds no model, expected a Hugging Face model folder with config.json"
             )
         return Path(source.location)
+    return hub_folder(key, source)
+
+
+def hub_folder(key: str, source: Source) -> Path:
+    """The folder of a hub repository in the hub's cache, downloaded where it is not there yet.
+
+    A folder ORG/NAME below the working directory is never taken for it, as transformers would.
+
+    Raises:
+        UserError: when there is no such repository or revision, or the hub cannot be reached.
+    """
+    from huggingface_hub import snapshot_download
+
     try:
-        return Path(snapshot_download(source.location, revision=source.revision, allow_patterns=HUB_FILES))
+        return Path(
+            snapshot_download(
+                source.location, revision=source.revision, allow_patterns=HUB_FILES, ignore_patterns=HUB_COPIES
+            )
+        )
     except (OSError, ValueError) as error:
         raise UserError(f"{key} cannot be loaded: {first_line(error)}") from error
 
 
-def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder, padding on the left (for generation), with a pad token."""
-    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", trust_remote_code=False)
+def load_config(folder: Path | str, named: str) -> PreTrainedConfig:
+    """The configuration of a model folder.
+
+    Raises:
+        UserError: when there is none, or one that transformers cannot make a model of; called `named`.
+    """
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        raise UserError(f"{named}: config.json is no model that transformers knows: {first_line(error)}") from error
+    return config
+
+
+def read_tokenizer(folder: Path | str, named: str, **options: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder as it is; `options` are of `from_pretrained`.
+
+    Raises:
+        UserError: when it cannot be loaded; called `named`.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(folder, **options, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises just that
+        raise UserError(f"{named}: its tokenizer cannot be loaded: {first_line(error)}") from error
+
+
+def load_tokenizer(folder: Path | str, named: str = "", side: str = "left") -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder with a pad token, padding on the left (for generation) or the right `side`.
+
+    Raises:
+        UserError: when it cannot be loaded.
+    """
+    tokenizer = read_tokenizer(folder, named or f"{folder}", padding_side=side)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def load_whole(
+    auto: Any, source: Path | str, named: str, spared: Spared | None = None, **options: Any
+) -> PreTrainedModel:
+    """The model that transformers' class `auto` makes of `source`, every weight read from its files and finite.
+
+    transformers fills a weight that the files lack with random numbers and passes over one that it does not know; both
+    are refused here. Excepted are tied heads, and what the model's class says may be missing or left over.
+
+    Args:
+        source: a model folder, or what else `from_pretrained` takes.
+        named: what errors call it: the setting and its value.
+        spared: whether the weight of this name may be missing from the model, left over or of another shape, such as a
+            head that is still to be fitted.
+        options: of `from_pretrained`.
+
+    Raises:
+        UserError: a model that cannot be loaded, or not with exactly its own weights.
+    """
+    if Path(source).is_dir() and "gguf_file" not in options:
+        check_model_files(source, named)
+    try:
+        model, report = auto.from_pretrained(
+            source, **options, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    except (OSError, ValueError, KeyError, TypeError, ImportError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" in str(error):
+            raise  # of the machine, which the command line tells
+        raise UserError(f"{named} cannot be loaded: {first_line(error)}") from error
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise UserError(f"{named} is an adapter, expected a model: merge it into its base and give that folder")
+    _check_report(model, report, named, spared)
+    for name, weight in model.state_dict().items():
+        if weight.is_floating_point() and weight.element_size() > 1 and not weight.isfinite().all():
+            raise UserError(
+                f"{named}: the weight {name} holds NaN or Inf, expected finite numbers: copy or train it again"
+            )
+    return model
+
+
+def _check_report(model: PreTrainedModel, report: dict[str, Any], named: str, spared: Spared | None) -> None:
+    """Refuse weights that are not where transformers looks for them, by its own report of the loading."""
+
+    def counts(name: str) -> bool:
+        return spared is None or not spared(model, name)
+
+    missing, unknown = (sorted(filter(counts, report[f"{kind}_keys"])) for kind in ("missing", "unexpected"))
+    reshaped = sorted(entry for entry in report["mismatched_keys"] if counts(entry[0]))
+    found = []
+    if missing:
+        found.append(f"its files lack {len(missing)} of {len(model.state_dict())} weights, such as {missing[0]}")
+    if unknown:
+        found.append(f"they hold {len(unknown)} that {type(model).__name__} does not have, such as {unknown[0]}")
+    if reshaped:
+        name, stored, expected = reshaped[0]
+        found.append(f"{name} has the shape {list(stored)}, by config.json {list(expected)}")
+    if found:
+        raise UserError(
+            f"{named}: {', and '.join(found)}: expected a whole model under transformers' own names (merge adapters, "
+            "take off a wrapper's prefix, check config.json)"
+        )
 
 
 def load_model(
@@ -51,14 +170,11 @@ def load_model(
     """The causal language model of a folder in evaluation mode, in fp32 (`auto`: in the type that it is stored in).
 
     Raises:
-        UserError: when the folder is missing or holds no such model.
+        UserError: when the folder is missing or holds no such model, or not all of it (see `load_whole`).
     """
     if not Path(folder, "config.json").is_file():
         raise UserError(f"{folder} holds no model: expected a Hugging Face model folder with config.json")
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder} cannot be loaded as a causal language model: {first_line(error)}") from error
+    model: Any = load_whole(AutoModelForCausalLM, folder, f"{folder}", dtype=dtype)
     return model.to(device).eval()
 
 
@@ -68,9 +184,10 @@ def model_identity(folder: Path | str) -> dict[str, Any]:
     Raises:
         UserError: when the manifest of the folder, where it has one, recorded other weights or another tokenizer.
     """
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    config = load_config(folder, f"{folder}")
+    named = config.architectures or [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
     manifest = Path(folder, MANIFEST_NAME)
     written = read_json(manifest) if manifest.is_file() else {}
     origin = written.get("tuned") or written.get("model") or {}  # of a policy, or of a base model
     known = {key: origin[key] for key in ("source", "revision") if origin.get(key)}
-    return {"architecture": config.architectures[0], **known, **check_fingerprints(folder, origin)}
+    return {"architecture": named[0], **known, **check_fingerprints(folder, origin)}

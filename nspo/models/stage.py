@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from nspo.data.wheels import resolve
-from nspo.errors import UserError, first_line
+from nspo.errors import UserError
 from nspo.files.atomic import atomic_path
 from nspo.files.manifest import MANIFEST_NAME, fingerprint_model, make_manifest, write_json
+from nspo.models.files import check_model_files
+from nspo.models.loading import hub_folder, load_whole, read_tokenizer
 from nspo.sources import Source
 
 
@@ -27,21 +29,16 @@ def prepare_model(source: Source, wheels_dir: Path, out: Path) -> None:
 
         _write_model(tiny_model(), tiny_tokenizer(), source, out)
         return
-    options: dict[str, Any] = {"revision": source.revision} if source.kind == "hub" else {}
-    location = Path(source.location) if source.kind == "hub" else resolve(source, wheels_dir)
+    location = hub_folder("model.source", source) if source.kind == "hub" else resolve(source, wheels_dir)
+    named = f"model.source: {location}"
+    options: dict[str, Any] = {}
+    check_model_files(location, named)
     if location.suffix == ".gguf":
         location, options = location.parent, {"gguf_file": location.name}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(location, **options, trust_remote_code=False)
-        loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            location, dtype=torch.float32, **options, trust_remote_code=False
-        )
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"model.source: {location} cannot be loaded as a causal language model: {first_line(error)}"
-        ) from error
+    tokenizer = read_tokenizer(location, named, **options)
     if tokenizer.chat_template is None:
         raise UserError(f"model.source: {location} has no chat template: expected an instruction-tuned model")
+    loaded = load_whole(AutoModelForCausalLM, location, named, dtype=torch.float32, **options)
     if "gguf_file" in options:
         loaded = _dequantized(loaded)
     _write_model(loaded, tokenizer, source, out)

@@ -18,7 +18,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 from nspo.errors import UserError
 from nspo.files.manifest import MANIFEST_NAME, check_fingerprints, check_manifest, read_json
 from nspo.models.generation import chat_ids
-from nspo.models.loading import load_tokenizer
+from nspo.models.loading import load_tokenizer, load_whole
 from nspo.run.devices import has_bf16
 from nspo.run.progress import track
 
@@ -141,11 +141,8 @@ class PreferenceModel:
         if target not in (None, manifest["target"]):
             raise UserError(f"{folder} holds a {manifest['target']} model, expected a {target} model: swap the folders")
         check_fingerprints(folder, manifest["model"])
-        model = (
-            AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
-            .to(device)
-            .eval()
-        )
+        whole: Any = load_whole(AutoModelForSequenceClassification, folder, f"{folder}", dtype=torch.float32)
+        model = whole.to(device).eval()
         identity = {key: manifest[key] for key in ("target", "model", "base", "labels")}
         room, pooling = manifest["settings"]["max_tokens"], manifest.get("pooling", "mean")
         return cls(model, load_tokenizer(folder), manifest["target"], room, identity, pooling)

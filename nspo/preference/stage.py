@@ -17,10 +17,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, set_seed
+from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    set_seed,
+)
 
 from nspo.data.tables import load_labels
-from nspo.errors import UserError, first_line
+from nspo.errors import UserError
 from nspo.files.atomic import atomic_path
 from nspo.files.manifest import (
     MANIFEST_NAME,
@@ -30,7 +35,7 @@ from nspo.files.manifest import (
     make_manifest,
     write_json,
 )
-from nspo.models.loading import load_tokenizer, model_folder, model_identity
+from nspo.models.loading import load_config, load_tokenizer, load_whole, model_folder, model_identity
 from nspo.preference.checks import heldout_metrics, refuse_one_class, refuse_upside_down, refuse_worse_refusals
 from nspo.preference.model import KIND, LENGTHS, METRICS_NAME, SIGN, Target, answer_features, encode, own_scores
 from nspo.preference.objective import Judgements, fit_head
@@ -134,7 +139,7 @@ def _summary(found: dict[str, Any]) -> str:
 
 def load_backbone(folder: Path, settings: PreferenceSettings, target: Target, device: torch.device) -> PreTrainedModel:
     """The first blocks of a model with a one-number head that is still to be fitted, in fp32."""
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    config = load_config(folder, f"{target}.backbone: {folder}")
     blocks = settings.backbone_layers or config.num_hidden_layers
     if blocks > config.num_hidden_layers:
         raise UserError(
@@ -145,16 +150,26 @@ def load_backbone(folder: Path, settings: PreferenceSettings, target: Target, de
     if len(getattr(config, "layer_types", None) or ()) > blocks:  # one entry per block; some derive it, some store it
         config.layer_types = config.layer_types[:blocks]
     config.num_labels = 1
-    try:
-        # A classifier's own head is kept where it gives one number, as that of a reward model.
-        model: Any = AutoModelForSequenceClassification.from_pretrained(
-            folder, config=config, dtype=torch.float32, trust_remote_code=False, ignore_mismatched_sizes=True
-        )
-    except ValueError as error:
+    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         raise UserError(
-            f"{target}.backbone: transformers has no sequence classification class for {config.model_type!r} "
-            f"({first_line(error):.80}): expected another architecture (such as llama, qwen2, qwen3, mistral, gemma)"
-        ) from error
+            f"{target}.backbone: transformers has no sequence classification class for {config.model_type!r}: expected "
+            "another architecture (such as llama, qwen2, qwen3, mistral, gemma)"
+        )
+
+    def spared(model: PreTrainedModel, name: str) -> bool:
+        """The head, which is fitted here (a classifier's own is kept where it gives one number), and blocks cut off."""
+        return not name.startswith(f"{model.base_model_prefix}.") or any(
+            block.isdecimal() and int(block) >= blocks for block in name.split(".")
+        )
+
+    model: Any = load_whole(
+        AutoModelForSequenceClassification,
+        folder,
+        f"{target}.backbone: {folder}",
+        spared,
+        config=config,
+        dtype=torch.float32,
+    )
     head = getattr(model, "score", None)
     if settings.tune == "head" and not (isinstance(head, torch.nn.Linear) and head.bias is None):
         raise UserError(
