@@ -201,7 +201,7 @@ def test_sharded_and_tied_checkpoints_count_as_the_same(bases, tiny_model_dir, t
         found = verify(tiny_model_dir, folder, bases)
         assert (found["layers"], found["summary"]) == (expected["layers"], expected["summary"])
     next(sharded.glob("*-00002-*")).unlink()
-    with pytest.raises(UserError, match="copy the whole checkpoint"):
+    with pytest.raises(UserError, match="copy the whole model"):
         verify(tiny_model_dir, sharded, bases)
 
 
