@@ -3,8 +3,7 @@
 Per site (see `nspo.models.sites`) the store keeps either every kept token's input (`raw`) or the exact second moment
 S = sum_n k_n k_n^T (`moments`), apart for every domain and for the two splits `basis` (chooses what to protect) and
 `heldout` (certifies it). Prompts that an evaluation calls held-out never enter the basis. Padding, positions after the
-end of an answer and the first `drop_first` positions are never kept. (The authors' release feeds bare text without the
-chat template and without answers, counts padding as tokens, and accumulates in bf16.)
+end of an answer and the first `drop_first` positions are never kept.
 
 Products are summed in float32 within one batch, across batches in float64, and stored as float32 (see
 `nspo.activations.store`). Held are one batch, moments, and a short queue of rows,

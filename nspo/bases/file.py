@@ -1,8 +1,7 @@
 """Null-space bases: one small orthonormal basis per site (`nspo.nullspace.basis`), and the file of them.
 
 The file is safetensors: two tensors a site, and a manifest that says which model and data they are of. It can be shared
-on the hub (`nspo.bases.hub`), and refuses a model that it was not computed on. (The authors' release saves no basis at
-all.) Command: `nspo bases info FILE`.
+on the hub (`nspo.bases.hub`), and refuses a model that it was not computed on. Command: `nspo bases info FILE`.
 """
 
 from collections.abc import Iterable, Iterator, Mapping

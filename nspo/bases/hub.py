@@ -32,7 +32,7 @@ REASONS: tuple[tuple[type[Exception], str], ...] = (  # the first that fits
     (RemoteEntryNotFoundError, f"holds no {FILE_NAME}: expected a repository that `nspo bases push` wrote"),
     (OfflineModeIsEnabled, "cannot be reached: unset HF_HUB_OFFLINE"),
     (LocalEntryNotFoundError, "cannot be reached, and the cache has no copy: check the network and HF_HUB_OFFLINE"),
-    (HFValidationError, "is no name of a repository: expected ORG/NAME"),
+    (HFValidationError, "is not the name of a repository: expected ORG/NAME"),
 )
 
 

@@ -3,7 +3,7 @@
 The protected inputs are those of the general tasks (and of the harmless look-alikes, when they were collected), from
 the split `basis`; held-out inputs measure what the choice is worth. Sites do not depend on each other: a finished site
 is kept, so that an interrupted run goes on after it, and on a cluster several jobs can share them out (`bases.jobs`,
-the file is the same for any number). (The authors' release recomputes dense projectors at every launch and saves none.)
+the file is the same for any number).
 Memory: one site at a time; see `compute_basis`.
 Command: `nspo bases --activations results/activations --out results/bases/bases.safetensors`.
 """

@@ -9,7 +9,7 @@ For a layer with base weight W and update dW (both out x d), protected range Q a
 and, for scale, the same of a random update R as large as dW, in closed form and not sampled: with independent entries
 the expectation of ||R K_h||^2 is N ||dW||^2 tr(G) / d, and of ||R Q||^2 ||dW||^2 r / d; their roots are taken. The
 statement is exact for a layer given its input, and first order for the whole network, whose later layers see changed
-inputs: drift on real prompts is measured by the evaluation. (The authors' release measures neither.)
+inputs: drift on real prompts is measured by the evaluation.
 
 Any two checkpoints of one architecture can be compared, trained by nspo or not. They are read in slices of rows, and
 one Gram at a time, so that a 70B pair with held-out activations fits in 24 GB of memory: what is largest there is G

@@ -14,7 +14,7 @@ and what people said of it:
   where a response stands alone. So the cost model scores `rejected` above `chosen`, the reward model the reverse.
 
 A prompt belongs to the split its own hash gives it, so no prompt is in two splits, whatever the set, and no file's
-order matters. (The authors' release trains and tests on whatever the file order gives.)
+order matters.
 """
 
 import json

@@ -2,8 +2,7 @@
 
 Safety on harmful prompts, over-refusal on harmless ones that look alarming, ability on tasks with checkable answers,
 and drift from the base model on general prompts; every score with n, a 95% interval, and the identity of its judge.
-Decoding is greedy, denominators are fixed, nothing that a model says is left out. (The authors' release scores
-sampled answers, judges them without the question, and never asks a harmless prompt that looks alarming.)
+Decoding is greedy, denominators are fixed, nothing that a model says is left out.
 
 Two files are written: `responses.parquet`, one row per prompt with the answer and all that was found about it, and
 `metrics.json` with the scores. Answers, and verdicts of the judges that a configuration adds, are kept in the working

@@ -5,9 +5,6 @@ nspo[judge]`): it repeats a request after a timeout, a lost connection, or statu
 each time, and obeys Retry-After. What fails then is a failed verdict; an endpoint that is gone ends the run, which
 keeps what was obtained. The key is read from the environment when requests are made, and is written nowhere: errors say
 the status and never what the server said.
-
-Differences from the authors' release: its judge samples at temperature 1 and sees the answer alone, and a failed call
-ends the step or drops the row.
 """
 
 import asyncio

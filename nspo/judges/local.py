@@ -2,8 +2,7 @@
 
 Both see prompt and answer, run no code of the model's repository, and work in batches of similar length. A guard
 model's prompt is its own chat template, which takes the judged turns (Llama-Guard), or a `template` of the settings
-(WildGuard), and it decodes greedily; config/README.md shows one of each kind. (In the authors' release the
-classifier's verdict is always unsafe, and the guard's, with a batch of one, always safe.)
+(WildGuard), and it decodes greedily; config/README.md shows one of each kind.
 """
 
 import math

@@ -3,7 +3,7 @@
 Four figures per prompt, from float32 log-softmax: KL(base || tuned) in nats per answer token, the same over the first
 answer tokens (where a refusal is decided, and to which the mean over all tokens is nearly blind), the change of the
 answer's negative log-likelihood, and the share of tokens on which both models' first choice agrees. Every answer token
-counts, the closing stop token too; prompt and padding never do. (The authors' release reports benchmark scores only.)
+counts, the closing stop token too; prompt and padding never do.
 
 Both models run side by side on the same batch, so logits need not be stored (`Remembered` stores the base's, where it
 is compared with again and again); only those at answer positions are computed.

@@ -1,8 +1,8 @@
 """Sites: the distinct inputs that the linear layers of a model's blocks read, found by watching one short forward pass.
 
 Layers that read the very same tensor (q, k and v; gate and up) share one second moment and one basis, so they form one
-site, whatever the architecture calls them. (The authors' release picks layers by the substring "mlp" in their name and
-keeps a projector per layer.) A site is named after its first listed layer, in the order of the model's modules.
+site, whatever the architecture calls them. A site is named after its first listed layer, in the order of the model's
+modules.
 """
 
 import re

@@ -2,7 +2,6 @@
 
 `docs/mathematics.md` says what each rule means. Everything is solved in float64, but no more than is needed: the
 eigenvalues alone, or the vectors of the free side alone, cost a fraction of a full decomposition in time and memory.
-(The authors' release has one rule, `relative`, from a full SVD of a second moment that was summed in bf16.)
 """
 
 import math

@@ -1,10 +1,9 @@
 """Train one policy with one of the objectives of `nspo.policy.objectives`: GRPO (clip 0.2), or a preference loss.
 
-Differences from the authors' release: every linear layer of every block (that `activations.layers` matches) is
-constrained and all else is frozen (theirs constrains MLP layers and lets the rest train); the weights are re-anchored
-after every optimizer step (theirs every fifth trainer step, discarded under FSDP, and never before a checkpoint); decay
-acts inside the null space only. The unconstrained methods train the same layers from the same data order, seed and
-rollout budget, so the objective is the only difference.
+Constrained are the linear layers of every block that `activations.layers` matches; all else is frozen. The weights are
+re-anchored after every optimizer step, so decay acts inside the null space only. Unconstrained methods train the same
+layers with the same data order, seed and rollout budget: the objective is the only difference. docs/release.md compares
+this with the authors' code.
 
 Command: `nspo train-policy --objective nspo --bases results/bases/bases.safetensors ... --out FOLDER`.
 """

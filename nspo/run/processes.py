@@ -1,4 +1,4 @@
-"""Several processes of one stage, as `accelerate launch` starts them: which one this is, and one voice for all."""
+"""Processes launched by `accelerate launch`, and error reporting that does not repeat per rank."""
 
 import os
 import time

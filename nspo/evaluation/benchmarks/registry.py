@@ -2,11 +2,10 @@
 
 A benchmark is read from the user's own copy (`file`, below the folder `benchmarks.data`) or from the hub at a revision.
 Revisions stand here only where independent public projects pin the same one; for every other data set the user pins it
-(`benchmarks.sources`), because a benchmark that may change is none. Gated sets need the user's own access.
+(`benchmarks.sources`), so that everyone who names a benchmark means the same data. Gated sets need the user's own access.
 
 `prompt` and `category` name columns; where copies in use name them differently, the first that a row has counts.
-`keep` says which rows belong to the benchmark: values by column, for columns that the copy has. (The authors' release
-cuts ALERT to its first 2,500 rows, which hold 3 of its 32 categories, and crashes where SORRY-Bench lacks one.)
+`keep` says which rows belong to the benchmark: values by column, for columns that the copy has.
 
 Nothing heavy is imported: settings check the names. Command: `nspo benchmark --model DIR --tasks advbench,xstest ...`.
 """

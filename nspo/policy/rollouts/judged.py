@@ -7,9 +7,6 @@ advantage 0, so a failure neither teaches anything nor shifts what the others ea
 
 Verdicts are kept beside the checkpoints. An interrupted run samples the same answers again and asks for what is missing
 only: verdicts that failed, which may succeed then, and so are the one thing by which a resumed run can differ.
-
-Difference from the authors' release: there a failed call ends the step or drops the row, an unreadable verdict is
-scored as safe, the best there is, and the judge samples at temperature 1 and sees the answer alone.
 """
 
 import logging

@@ -4,8 +4,7 @@ On a harmful prompt the reward is -max(cost, -margin): the cost model's score, f
 margin. On a benign one it is min(reward, margin): the reward model's score, flat once an answer clearly does what was
 asked. A group whose answers all sit on the flat part has zero variance, hence zero advantage: a policy that is safe and
 helpful is left alone. With a judge (`nspo.policy.rollouts.judged`) the cost is its verdict, or NaN, and TRL leaves an
-answer without reward out of its group. (The authors' judge sees the answer without its prompt, scores an unreadable
-verdict as safe, and has no benign prompts, so refusing everything is optimal there.)
+answer without reward out of its group.
 """
 
 import math
