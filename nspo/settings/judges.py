@@ -64,9 +64,7 @@ def _shows_all(text: str) -> str:
 def _pinned(text: str) -> str:
     source = Source.parse(text)
     if source.kind == "hub" and not source.revision:
-        raise ValueError(
-            f"found {text!r}, expected hub:ORG/NAME@REVISION: pin the revision, so that the judge cannot change between runs"
-        )
+        raise ValueError(f"found {text!r}, expected hub:ORG/NAME@REVISION: a judge must not change between runs")
     return text
 
 

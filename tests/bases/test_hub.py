@@ -165,7 +165,7 @@ def test_errors_of_the_hub_are_one_line(hub: tuple[type[FakeHub], str], tmp_path
         "bases fetch --source hub:lab/gated --out o": "hub repository lab/gated is gated: ask for access",
         "bases fetch --source hub:lab/public@v9 --out o": "hub repository lab/public has no such revision",
         "bases fetch --source hub:lab/public --out o": "hub repository lab/public holds no bases.safetensors",
-        "bases fetch --source hub:lab/two..dots --out o": "hub repository lab/two..dots is no name of a repository",
+        "bases fetch --source hub:lab/two..dots --out o": "hub repository lab/two..dots is not the name of a",
         "bases fetch --source results/x --out o": "source 'results/x', expected hub:ORG/NAME@REVISION",
         f"{push} apache-2.0 --repo lab/public --private true": "hub repository lab/public is public, expected",
         f"{push} my-own --repo lab/new": 'hub repository lab/new: Invalid metadata in README.md. - "license" must be',

@@ -2,7 +2,7 @@
 
 A benchmark is read from the user's own copy (`file`, below the folder `benchmarks.data`) or from the hub at a revision.
 Revisions stand here only where independent public projects pin the same one; for every other data set the user pins it
-(`benchmarks.sources`), so that everyone who names a benchmark means the same data. Gated sets need the user's own access.
+(`benchmarks.sources`), so that all who name a benchmark mean the same data. Gated sets need the user's own access.
 
 `prompt` and `category` name columns; where copies in use name them differently, the first that a row has counts.
 `keep` says which rows belong to the benchmark: values by column, for columns that the copy has.
