@@ -45,7 +45,7 @@ class NullSpaceCallback(TrainerCallback):
         bases: NullSpaceBases | Path | str,
         *,
         anchor: Path | str | None = None,
-        mode: Mode = "both",
+        mode: Mode = "anchor",
         freeze_rest: bool = True,
     ) -> None:
         self.bases = bases if isinstance(bases, NullSpaceBases) else NullSpaceBases.load(bases)

@@ -43,52 +43,80 @@ class Constraint:
         self._layers, self.mode, self.frozen_names = layers, mode, frozen
         self.unprotected_share = rest / (rest + self._weights())
         self._stats: dict[str, Tensor] = {}  # of the last gradient of each layer
+        self._along: dict[str, Tensor] = {}  # <g, W> of each layer when its last gradient came
+        self._descent: dict[str, Tensor] = {}  # -<g, dW> of each layer's last step
+        self._first: dict[str, Tensor] = {}  # of each layer's first step: squared norms before the anchor and after
         # Nothing to verify where leaking is by design, nor yet where ZeRO copies to the model after the hooks.
         self._verified = mode == "gradient" or any(isinstance(layer, ZeroLayer) for layer in layers)
-        self._handles = []
-        if mode != "anchor":
-            self._handles.append(optimizer.register_step_pre_hook(self._before_step))
-        if mode != "gradient":
-            self._handles.append(optimizer.register_step_post_hook(self._after_step))
+        self._handles = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        ]
 
     def _weights(self) -> int:
         return sum(whole_shape(layer.parameter).numel() for layer in self._layers)
 
     def _before_step(self, optimizer: Any, args: Any, kwargs: Any) -> Any:
-        """Project the gradients there are, or have the optimizer's closure project those it makes inside the step."""
+        """Meet the gradients there are, or have the optimizer's closure show those it makes inside the step."""
         closure: Callable[[], Any] | None = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
-            self._project_gradients()
+            self._meet_gradients(optimizer)
             return None
 
-        def projected() -> Any:
+        def met() -> Any:
             loss = closure()
-            self._project_gradients()
+            self._meet_gradients(optimizer)
             return loss
 
-        return (optimizer, projected, *args[2:]), {name: kwargs[name] for name in kwargs.keys() - {"closure"}}
+        return (optimizer, met, *args[2:]), {name: kwargs[name] for name in kwargs.keys() - {"closure"}}
 
-    def _project_gradients(self) -> None:
+    def _meet_gradients(self, optimizer: Any) -> None:
+        """Project them, unless the mode leaves them alone, and remember where the weights stand along them."""
+        rescaled = getattr(optimizer, "grad_scale", None) is not None  # a fused step divides them in place
         for layer in self._layers:
             if not layer.steps:
                 continue
-            with layer.gradient() as gradient:
-                if gradient is None:
-                    self._stats.pop(layer.name, None)
-                    continue
-                raw = gradient.clone()
-                project_(gradient, layer.basis, layer.kind)
-                products = [squared_norm(raw), squared_norm(gradient), inner_product(raw, gradient)]
-                self._stats[layer.name] = torch.stack(products)
+            if self.mode != "anchor":
+                self._project_gradient(layer)
+            along = None if rescaled else layer.along_gradient()
+            if along is None:
+                self._along.pop(layer.name, None)
+            else:
+                self._along[layer.name] = along
+
+    def _project_gradient(self, layer: Layer) -> None:
+        with layer.gradient() as gradient:
+            if gradient is None:
+                self._stats.pop(layer.name, None)
+                return
+            raw = gradient.clone()
+            project_(gradient, layer.basis, layer.kind)
+            products = [squared_norm(raw), squared_norm(gradient), inner_product(raw, gradient)]
+            self._stats[layer.name] = torch.stack(products)
 
     def _after_step(self, *_: Any) -> None:
+        """Take the weights back to the null space; what is left of the step is measured along its gradient."""
         for layer in self._layers:
-            if layer.steps:
-                with layer.stepped() as rows:
-                    reanchor_(rows, layer.anchor, layer.basis, layer.kind)
+            if not layer.steps:
+                continue
+            if self.mode != "gradient":
+                self._reanchor(layer)
+            before, after = self._along.pop(layer.name, None), layer.along_gradient()
+            if before is None or after is None:
+                self._descent.pop(layer.name, None)
+            else:
+                self._descent[layer.name] = before - after
         if not self._verified:  # backstop: a write that did not land shows here, not after a day of training
             self.verify()
             self._verified = True
+
+    def _reanchor(self, layer: Layer) -> None:
+        first = layer.name not in self._first
+        with layer.stepped() as rows:
+            norms = [squared_norm(rows - layer.anchor)] if first else []
+            reanchor_(rows, layer.anchor, layer.basis, layer.kind)
+            if first:
+                self._first[layer.name] = torch.stack([*norms, squared_norm(rows - layer.anchor)])
 
     def leakage(self) -> dict[str, float]:
         """{layer: ||(W - W0) Q||_F / ||W0 Q||_F}, Q the protected range. A collective for sharded weights."""
@@ -117,21 +145,44 @@ class Constraint:
             )
 
     def step_stats(self) -> dict[str, float]:
-        """What the projection cost in the last step; empty before the first and in mode "anchor".
+        """What the last step did, over all constrained layers; empty before the first.
 
-        `gradient_norm` and `projected_norm` are over all constrained layers, `kept` is their ratio (1 = the
-        constraint was free), `descent` is <g, P g>, taken from both gradients: at least 0 where P is the projector it
-        should be (then it equals ||P g||^2), so the projected gradient still descends. A step with a closure counts the
-        gradients of its last call. Under loss scaling the norms carry the scale, `kept` does not. A collective for
-        sharded weights.
+        `step_descent` is -<g, dW>, of the gradient g that the optimizer was given and of what really happened to the
+        weights, momentum, decay and anchor included: positive where the step lowers the loss to first order. Only for
+        projected gradients does a theorem promise that, so it is measured. In mode "both" it is the raw gradient's
+        too, since dW lies where both agree. With a closure all count from its last call. None where the optimizer
+        rescales gradients inside its step (fused, under loss scaling).
+
+        Where gradients are projected also: `gradient_norm` and `projected_norm`, `kept`, their ratio (1 = the
+        constraint was free), and `descent`, <g, P g>, taken from both gradients: at least 0 where P is the projector it
+        should be (then it equals ||P g||^2). Under loss scaling the norms carry the scale, `kept` does not.
+
+        A collective for sharded weights.
         """
-        if not self._stats:
-            return {}
-        found = [layer.total(self._stats[layer.name]) for layer in self._layers if layer.name in self._stats]
-        total = sum(products.double().cpu() for products in found)
-        before, after, descent = (float(value) for value in total)  # type: ignore[union-attr]
-        kept = (after / before) ** 0.5 if before > 0 else 0.0
-        return {"gradient_norm": before**0.5, "projected_norm": after**0.5, "kept": kept, "descent": descent}
+        found: dict[str, float] = {}
+        if self._stats:
+            before, after, descent = self._total(self._stats)
+            kept = (after / before) ** 0.5 if before > 0 else 0.0
+            found = {"gradient_norm": before**0.5, "projected_norm": after**0.5, "kept": kept, "descent": descent}
+        if self._descent:
+            (found["step_descent"],) = self._total(self._descent)
+        return found
+
+    def first_kept(self) -> float | None:
+        """||P D|| / ||D|| of the first step D: the share of its norm that the anchor left. A collective if sharded.
+
+        None before it and in mode "gradient"; of a run that resumes, D counts from the base.
+        """
+        if not self._first:
+            return None
+        before, after = self._total(self._first)
+        return (after / before) ** 0.5 if before > 0 else 0.0
+
+    def _total(self, parts: Mapping[str, Tensor]) -> list[float]:
+        """The sum over layers and shards of what is kept by layer."""
+        found = [layer.total(parts[layer.name]) for layer in self._layers if layer.name in parts]
+        total: Tensor = sum(values.double().cpu() for values in found)  # type: ignore[assignment]
+        return [float(value) for value in total.reshape(-1)]
 
     def memory(self) -> dict[str, int]:
         """Bytes that the constraint holds on this rank beside model and optimizer: its anchor and its bases."""
@@ -175,7 +226,7 @@ def constrain(
     bases: NullSpaceBases,
     *,
     anchor: Path | str | Mapping[str, Tensor] | None = None,
-    mode: Mode = "both",
+    mode: Mode = "anchor",
     freeze_rest: bool = True,
 ) -> Constraint:
     """Keep every step of `optimizer` inside the null space of the protected inputs.
@@ -190,8 +241,10 @@ def constrain(
         bases: their bases, checked against the model.
         anchor: the anchor W0, needed when a run resumes: folder of the base checkpoint (safetensors), or whole base
             weights by layer. Default: the weights as they are now.
-        mode: "both" projects gradients before the step and weights after it; "anchor" only the weights, as exact;
-            "gradient" only the gradients, the paper's text, which leaks under Adam, momentum and decay (an ablation).
+        mode: "anchor" projects what the optimizer did; "both" the gradients before the step too, as exact but with more
+            drift under Adam (docs/mathematics.md); "gradient" only the gradients, the paper's text, which leaks under
+            Adam, momentum and decay. Clipping before the step, as trainers do it, acts on the raw gradient: in mode
+            "anchor" that is the one that is used.
         freeze_rest: freeze every parameter that no basis covers, so that the guarantee covers all that moves.
 
     Raises:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from nspo.models.linears import local, sum_over_shards
 from nspo.nullspace.basis import Kind
-from nspo.nullspace.projection import protected_part, squared_norm
+from nspo.nullspace.projection import exact_inner_product, protected_part, squared_norm
 
 
 @dataclass
@@ -47,6 +47,11 @@ class Layer:
     def weight(self) -> Iterator[Tensor]:
         """This rank's rows of the weight that the model computes with, to read."""
         yield self.rows(self.parameter)
+
+    def along_gradient(self) -> Tensor | None:
+        """<g, W> of this rank's part as both are now, () float64; None without a gradient."""
+        gradient = self.parameter.grad
+        return None if gradient is None else exact_inner_product(local(gradient), local(self.parameter))
 
     def total(self, value: Tensor) -> Tensor:
         """The sum of a `value` over the ranks that hold different rows. A collective for sharded weights."""

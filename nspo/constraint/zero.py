@@ -17,6 +17,7 @@ from torch import Tensor
 
 from nspo.constraint.layers import Layer
 from nspo.models.linears import whole_shape
+from nspo.nullspace.projection import exact_inner_product
 
 
 @dataclass
@@ -73,6 +74,14 @@ class ZeroLayer(Layer):
         """As `Layer.weight`: under ZeRO-3 gathered for as long. A collective."""
         with whole(self.parameter):
             yield self.rows(self.parameter)
+
+    def along_gradient(self) -> Tensor | None:
+        """As `Layer.along_gradient`, of the fp32 masters on this rank's partition."""
+        here = self.partition
+        if here.flat.grad is None:
+            return None
+        mine = slice(here.offset, here.offset + here.count)
+        return exact_inner_product(here.flat.grad[mine], here.flat.detach()[mine])
 
     def total(self, value: Tensor) -> Tensor:
         """The sum of a `value` over all ranks. A collective."""

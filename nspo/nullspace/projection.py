@@ -12,6 +12,8 @@ from torch import Tensor
 
 from nspo.nullspace.basis import Kind
 
+BLOCK_VALUES = 2**22  # of a tensor, widened to float64 at a time
+
 
 @contextmanager
 def exact_matmul(device: torch.device) -> Iterator[None]:
@@ -64,6 +66,19 @@ def squared_norm(matrix: Tensor) -> Tensor:
 def inner_product(first: Tensor, second: Tensor) -> Tensor:
     """<A, B> of two matrices of one shape, row by row for the same reason."""
     return torch.linalg.vecdot(first, second, dim=1).sum()
+
+
+@torch.no_grad()
+def exact_inner_product(first: Tensor, second: Tensor) -> Tensor:
+    """<A, B> of two tensors of one shape and any layout, () float64, products and sum in float64, a block at a time.
+
+    Exact enough to be differenced: <g, W + dW> - <g, W> gives <g, dW> without a copy of W.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=first.device)
+    rows = max(1, BLOCK_VALUES * len(first) // max(1, first.numel()))
+    for one, other in zip(first.split(rows), second.split(rows), strict=True):
+        total += torch.dot(one.reshape(-1).double(), other.reshape(-1).double())
+    return total
 
 
 def reanchor_(weight: Tensor, anchor: Tensor, basis: Tensor, kind: Kind) -> Tensor:

@@ -33,7 +33,7 @@ class LoggedCallback(TrainerCallback):
 class LoggedConstraint(NullSpaceCallback, LoggedCallback):
     """The public callback, with what it did to every update for the log."""
 
-    _said = False
+    _said, _first = False, True
     _since = _seconds = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -42,15 +42,19 @@ class LoggedConstraint(NullSpaceCallback, LoggedCallback):
             super().on_train_begin(args, state, control, **kwargs)
 
     def columns(self, step: int) -> dict[str, float]:
-        """What the projection did to the gradient of update `step`, and the seconds that it and the anchor took.
+        """What the constraint did to update `step`, and the seconds that took.
 
-        In mode "gradient" the worst layer's leakage too. Says once when hardly anything is left of a gradient, and
-        which setting to change.
+        In mode "gradient" the worst layer's leakage too. Says once when hardly anything is left of a gradient, or of
+        the first step, and which setting to change.
         """
         found = self.attached.step_stats()
-        if found.get("gradient_norm", 0.0) > 0 and found["kept"] < LEAST_KEPT and not self._said:
-            say(f"step {step}: the constraint keeps {found['kept']:.2%} of the gradient's norm: {self._remedy()}")
+        what, kept = "gradient's", found.get("kept")
+        if self.mode == "anchor" and self._first:
+            what, kept = "first step's", self.attached.first_kept()
+        if kept is not None and 0 < kept < LEAST_KEPT and not self._said:
+            say(f"step {step}: the constraint keeps {kept:.2%} of the {what} norm: {self._remedy()}")
             self._said = True
+        self._first = False
         found["projection_seconds"], self._seconds = self._seconds, 0.0
         return found | (self.leakage() if self.mode == "gradient" else {})
 
@@ -187,20 +191,25 @@ class LogCallback(TrainerCallback):
 
 
 def theory(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None] | None:
-    """The worst case of each statement over the rows of a training log; None where no gradient was projected.
+    """The worst case of each statement over the rows of a training log; None where nothing was constrained.
 
     Returns:
-        `updates` that projected; `least_descent`, the smallest <g, P g>; `least_kept` and `most_kept`, of
-        ||P g|| / ||g||; `most_leakage`, the largest relative leakage of any layer at any probe, None without a probe.
+        `updates`; `descending`, the share of them whose step had a positive `step_descent`, and `least_step_descent`;
+        `least_descent`, the smallest <g, P g>, `least_kept` and `most_kept`, of ||P g|| / ||g||, where gradients were
+        projected; `most_leakage`, the largest relative leakage of any layer at any probe. None for what was not
+        measured.
     """
+    measured = [row["step_descent"] for row in rows if row.get("step_descent") is not None]
     projected = [row for row in rows if "descent" in row]
-    if not projected:
+    if not measured and not projected:
         return None
     kept = [row["kept"] for row in projected]
     return {
-        "updates": len(projected),
-        "least_descent": min(row["descent"] for row in projected),
-        "least_kept": min(kept),
-        "most_kept": max(kept),
-        "most_leakage": max((row["leakage"] for row in projected if "leakage" in row), default=None),
+        "updates": max(len(measured), len(projected)),
+        "descending": sum(value > 0 for value in measured) / len(measured) if measured else None,
+        "least_step_descent": min(measured, default=None),
+        "least_descent": min((row["descent"] for row in projected), default=None),
+        "least_kept": min(kept, default=None),
+        "most_kept": max(kept, default=None),
+        "most_leakage": max((row["leakage"] for row in rows if "leakage" in row), default=None),
     }

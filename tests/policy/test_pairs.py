@@ -315,13 +315,13 @@ def test_training_tells_the_answers_apart(name, given, pairs, dpo_run, tmp_path)
 
 @pytest.mark.parametrize("name", [*FREE, *CONSTRAINED])
 def test_the_constraint_holds_where_it_is_asked_for(name, given, dpo_run, tmp_path):
-    """Every layer moves; with the constraint none leaks on disk, and the log says what was kept of each gradient."""
+    """Every layer moves; with the constraint none leaks on disk, and the log says how each step descended."""
     out = run(guided(given, dpo_run, name), tmp_path, name, steps=1)
     found = leakage(out, given)
     assert min(moved for _, moved in found.values()) > 1e-3
     worst, log = max(inside for inside, _ in found.values()), table(out, "training")
     assert (worst <= 1e-6) == (name in CONSTRAINED)
-    assert ["kept" in row for row in log] == [name in CONSTRAINED] * len(log)
+    assert ["step_descent" in row for row in log] == [name in CONSTRAINED] * len(log)
     if name in CONSTRAINED:
         assert all(0 < row["projected_norm"] < row["gradient_norm"] for row in log)
     else:
