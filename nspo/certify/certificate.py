@@ -32,7 +32,7 @@ from nspo.bases.file import NullSpaceBases
 from nspo.certify.checkpoints import CheckpointPair
 from nspo.errors import UserError
 from nspo.files.manifest import fingerprint, make_manifest
-from nspo.models.loading import model_identity
+from nspo.models.loading import load_config, model_identity
 from nspo.nullspace.basis import SiteBasis
 from nspo.nullspace.moments import add_second_moment
 from nspo.nullspace.projection import protected_part
@@ -245,6 +245,8 @@ def _summary(layers: Mapping[str, Any], unconstrained: Mapping[str, Any]) -> dic
 def _check_made_with(manifest: Mapping[str, Any], kind: str, found: Mapping[str, Any], folder: Path) -> None:
     """Refuse an artifact of another model than the one in `folder`, naming what differs."""
     made_with = {"weights": None, **(manifest.get("model") or {})}
+    if made_with.get("architecture") in (load_config(folder, f"{folder}").architectures or ()):
+        made_with["architecture"] = found["architecture"]  # an older file has what config.json says
     for part in ("architecture", "weights", "tokenizer"):
         if part in made_with and made_with[part] != found[part]:
             raise UserError(

@@ -30,32 +30,25 @@ def given_weights(anchor: Mapping[str, Tensor], modules: Mapping[str, nn.Linear]
         yield name, _placed(anchor[name].to(torch.float32), module.weight)
 
 
-def saved_weights(folder: Path, modules: Mapping[str, nn.Linear]) -> Iterator[tuple[str, Tensor]]:
-    """The weights of a checkpoint by layer, one read at a time, placed and sharded as the model's own weights are.
+def saved_weights(folder: Path, model: nn.Module, modules: Mapping[str, nn.Linear]) -> Iterator[tuple[str, Tensor]]:
+    """The weights of a checkpoint of `model` by layer, one read at a time, placed and sharded as the model's own are.
 
     Raises:
         UserError: when the folder has no safetensors, lacks a weight, or has another shape for it.
     """
-    from safetensors import safe_open
+    from nspo.models.weights import open_weights  # here: a constraint without a folder needs no transformers
 
-    where = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            where.update(dict.fromkeys(file.keys(), path))
-    if not where:
-        raise UserError(f"anchor {folder} holds no *.safetensors weights: expected the folder of the base model")
+    saved = open_weights(folder, model)
     for name, module in modules.items():
         key, weight = f"{name}.weight", module.weight
-        if key not in where:
+        if key not in saved.names:
             raise UserError(f"anchor {folder} has no weight {key}, expected the base of this model: change `anchor`")
-        with safe_open(where[key], framework="pt") as file:
-            value = file.get_tensor(key)
-        if value.shape != whole_shape(weight):
+        if saved.shape(key) != tuple(whole_shape(weight)):
             raise UserError(
-                f"anchor {folder} has {key} of shape {tuple(value.shape)}, the model has {tuple(whole_shape(weight))}: "
+                f"anchor {folder} has {key} of shape {saved.shape(key)}, the model has {tuple(whole_shape(weight))}: "
                 "change `anchor`"
             )
-        yield name, _placed(value, weight)
+        yield name, _placed(saved.read(key), weight)
 
 
 def _placed(value: Tensor, weight: Tensor) -> Tensor:

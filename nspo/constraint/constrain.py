@@ -267,7 +267,7 @@ def constrain(
     elif isinstance(anchor, Mapping):
         base, anchor = given_weights(anchor, modules), "the base"
     else:
-        base = saved_weights(Path(anchor), modules)
+        base = saved_weights(Path(anchor), model, modules)
     layers = _layers(modules, bases, base, parts)
 
     if anchor is not None and mode != "gradient":

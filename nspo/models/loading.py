@@ -9,18 +9,11 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from nspo.errors import UserError, first_line
 from nspo.files.manifest import MANIFEST_NAME, check_fingerprints, read_json
+from nspo.models.classes import model_class
 from nspo.models.files import check_model_files
 from nspo.sources import Source
 
@@ -71,6 +64,8 @@ def load_config(folder: Path | str, named: str) -> PreTrainedConfig:
     Raises:
         UserError: when there is none, or one that transformers cannot make a model of; called `named`.
     """
+    if not Path(folder, "config.json").is_file():
+        raise UserError(f"{named} holds no model: expected a Hugging Face model folder with config.json")
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
@@ -172,22 +167,20 @@ def load_model(
     Raises:
         UserError: when the folder is missing or holds no such model, or not all of it (see `load_whole`).
     """
-    if not Path(folder, "config.json").is_file():
-        raise UserError(f"{folder} holds no model: expected a Hugging Face model folder with config.json")
-    model: Any = load_whole(AutoModelForCausalLM, folder, f"{folder}", dtype=dtype)
+    config = load_config(folder, f"{folder}")
+    model: Any = load_whole(model_class(config), folder, f"{folder}", config=config, dtype=dtype)
     return model.to(device).eval()
 
 
 def model_identity(folder: Path | str) -> dict[str, Any]:
-    """Architecture and fingerprints of a model folder, and its origin where `prepare_model` wrote that down.
+    """The class that a model folder is loaded as, its fingerprints, and its origin where `prepare_model` wrote it down.
 
     Raises:
         UserError: when the manifest of the folder, where it has one, recorded other weights or another tokenizer.
     """
-    config = load_config(folder, f"{folder}")
-    named = config.architectures or [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
+    cls = model_class(load_config(folder, f"{folder}"))
     manifest = Path(folder, MANIFEST_NAME)
     written = read_json(manifest) if manifest.is_file() else {}
     origin = written.get("tuned") or written.get("model") or {}  # of a policy, or of a base model
     known = {key: origin[key] for key in ("source", "revision") if origin.get(key)}
-    return {"architecture": named[0], **known, **check_fingerprints(folder, origin)}
+    return {"architecture": cls.__name__, **known, **check_fingerprints(folder, origin)}

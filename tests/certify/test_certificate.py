@@ -272,9 +272,10 @@ def test_what_does_not_belong_together_is_refused(bases, tiny_model_dir, tuned, 
     with pytest.raises(UserError, match=r"the bases were made for architecture OtherModel, .* has LlamaForCausalLM"):
         verify(tiny_model_dir, folder, NullSpaceBases(bases.values(), bases.manifest["layer_norms"], model=identity))
     shutil.copytree(folder, relabelled)
-    config = json.loads((relabelled / "config.json").read_text()) | {"architectures": ["OtherModel"]}
+    other = {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
+    config = json.loads((relabelled / "config.json").read_text()) | other
     (relabelled / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match=r"is a LlamaForCausalLM, the tuned model .* a OtherModel"):
+    with pytest.raises(UserError, match=r"is a LlamaForCausalLM, the tuned model .* a MistralForCausalLM"):
         verify(tiny_model_dir, relabelled, bases)
 
     def changed(name, value):

@@ -1,51 +1,64 @@
 """Two checkpoints side by side: slices are small, cover everything once, and need no more than their tensor."""
 
+import shutil
+
 import pytest
 import torch
-from safetensors.torch import save_file
-from transformers import LlamaConfig
+from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
 from nspo.certify import checkpoints
 from nspo.certify.checkpoints import CheckpointPair
 from nspo.errors import UserError
 
-TENSORS = {
-    "matrix": torch.randn(7, 6),
-    "wide": torch.randn(3, 40),
-    "experts": torch.randn(5, 2, 3),
-    "norm": torch.randn(30),
-    "scalar": torch.tensor(2.5),
-}
+
+def moved(model, folder):
+    """The folder of `model`, and the state of it and of a copy that training moved, saved beside."""
+    model.save_pretrained(folder / "base")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += torch.randn_like(parameter)
+    model.save_pretrained(folder / "tuned")
+    return before, model.state_dict()
 
 
-def folder(path, tensors):
-    LlamaConfig(num_hidden_layers=0, architectures=["LlamaForCausalLM"]).save_pretrained(path)
-    save_file(tensors, path / "model.safetensors")
-    return path
+def gpt2():
+    config = GPT2Config(vocab_size=40, n_embd=8, n_layer=1, n_head=2, n_positions=16, bos_token_id=0, eos_token_id=0)
+    return GPT2LMHeadModel(config)
 
 
-@pytest.mark.parametrize(
-    ("name", "transposed"), [*((name, False) for name in TENSORS), ("matrix", True), ("wide", True)]
-)
-def test_slices_are_small_and_cover_a_tensor(name, transposed, tmp_path, monkeypatch):
-    """Put together again, the slices are W and W_tuned - W; none holds more than `SLICE` values, or than one row."""
-    monkeypatch.setattr(checkpoints, "SLICE", 12)
-    moved = {key: value + torch.randn(value.shape) for key, value in TENSORS.items()}
-    pair = CheckpointPair(folder(tmp_path / "base", TENSORS), folder(tmp_path / "tuned", moved))
-    weights, updates = zip(*pair.slices(name, transposed), strict=True)
-    for found, expected in ((weights, TENSORS[name]), (updates, moved[name] - TENSORS[name])):
-        expected = expected.T if transposed else expected
-        one_row = expected[0].numel() if expected.ndim else 1
-        assert all(part.numel() <= max(12, one_row) for part in found)
-        assert torch.equal(torch.cat(found) if expected.ndim else found[0], expected)
+def mixtral():
+    shape = {"hidden_size": 8, "intermediate_size": 6, "num_hidden_layers": 1, "vocab_size": 12}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    return MixtralForCausalLM(MixtralConfig(**shape, **heads, num_local_experts=3, num_experts_per_tok=2))
+
+
+@pytest.mark.parametrize("make", [gpt2, mixtral])
+def test_slices_are_small_and_cover_every_tensor(make, tmp_path, monkeypatch):
+    """Put together again, the slices are W and W_tuned - W of each weight in memory; none holds more than `SLICE`
+    values, or than one row. Weights that are stored transposed, or expert by expert, are no exception."""
+    monkeypatch.setattr(checkpoints, "SLICE", 40)
+    before, after = moved(make(), tmp_path)
+    pair = CheckpointPair(tmp_path / "base", tmp_path / "tuned")
+    transposed = pair.transposed_layers()
+    assert set(pair.names) == {name for name in before if name != "lm_head.weight" or make is mixtral}
+    for name in pair.names:
+        turned = name.removesuffix(".weight") in transposed
+        weights, updates = zip(*pair.slices(name, turned), strict=True)
+        for found, expected in ((weights, before[name]), (updates, after[name] - before[name])):
+            expected = expected.T if turned else expected
+            assert all(part.numel() <= max(40, expected[0].numel()) for part in found)
+            assert torch.equal(torch.cat(found), expected)
+    assert bool(transposed) == (make is gpt2)
 
 
 def test_a_broken_file_is_named(tmp_path):
     """A download that was cut off ends in one line with the file."""
-    good, cut = folder(tmp_path / "base", TENSORS), folder(tmp_path / "tuned", TENSORS)
-    file = cut / "model.safetensors"
+    gpt2().save_pretrained(tmp_path / "base")
+    shutil.copytree(tmp_path / "base", tmp_path / "tuned")
+    file = tmp_path / "tuned" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-10])
     with pytest.raises(UserError, match=r"tuned/model\.safetensors is not a whole safetensors file .*copy"):
-        CheckpointPair(good, cut)
+        CheckpointPair(tmp_path / "base", tmp_path / "tuned")
     with pytest.raises(UserError, match=r"holds no config\.json"):
-        CheckpointPair(good, tmp_path)
+        CheckpointPair(tmp_path / "base", tmp_path)

@@ -1,0 +1,52 @@
+"""Which transformers class a configuration is loaded as: one answer for every stage, known before a weight is read."""
+
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers.initialization import meta_device_safe_creation_ops
+
+from nspo.errors import UserError
+
+OTHER_INPUTS = {"vision_config": "image", "audio_config": "audio"}  # parts of a configuration that read no text
+
+
+def model_class(config: Any) -> type[PreTrainedModel]:
+    """The class that a model with this configuration is loaded as.
+
+    The one that saved it (`architectures`), where transformers has it and it writes text: a multimodal model stays whole
+    and is saved whole again. Else, as for a folder that names no class, what transformers maps its type to.
+
+    Raises:
+        UserError: an encoder-decoder, or a type of model without such a class.
+    """
+    if getattr(config, "is_encoder_decoder", False):
+        raise UserError(f"the model is of the type {config.model_type!r}, an encoder-decoder: expected a decoder alone")
+    for name in getattr(config, "architectures", None) or ():
+        named = getattr(transformers, name, None)
+        if isinstance(named, type) and issubclass(named, PreTrainedModel) and named.can_generate():
+            if isinstance(config, named.config_class or ()):
+                return named
+    for auto in (AutoModelForImageTextToText, AutoModelForCausalLM):
+        if (mapped := auto._model_mapping.get(type(config), None)) is not None:
+            return mapped
+    raise UserError(
+        f"transformers {transformers.__version__} has no causal language model for the type "
+        f"{getattr(config, 'model_type', None)!r} (config.json): expected a decoder that it knows"
+    )
+
+
+def empty_model(config: Any, cls: type[PreTrainedModel] | None = None) -> PreTrainedModel:
+    """The model of a configuration on the meta device: all its modules and shapes, no memory for weights.
+
+    Args:
+        cls: its class, by default the one that it is loaded as.
+    """
+    with torch.device("meta"), meta_device_safe_creation_ops():
+        return (cls or model_class(config))(config)
+
+
+def unprotected_inputs(config: Any) -> list[str]:
+    """The inputs beside text that a model with this configuration reads: no basis is collected over them."""
+    return [kind for key, kind in OTHER_INPUTS.items() if getattr(config, key, None) is not None]
