@@ -1,8 +1,8 @@
 """Two checkpoints of one architecture on disk, read side by side in slices of rows.
 
-Weights go by their names in memory (`nspo.models.weights`). Neither model and no tensor is ever whole in memory, but for
-those that transformers stacks or splits as it loads them: a slice is copied out of the mapped file, and the file is
-closed after each tensor, so that the pages it touched are given back. Dtypes may differ; differences are taken in
+Weights go by their names in memory (`nspo.models.weights`). Neither model and no tensor is ever whole in memory, but
+for those that transformers stacks or splits as it loads them: a slice is copied out of the mapped file, and the file
+is closed after each tensor, so that the pages it touched are given back. Dtypes may differ; differences are taken in
 float32.
 """
 

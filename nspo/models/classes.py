@@ -1,6 +1,6 @@
 """Which transformers class a configuration is loaded as: one answer for every stage, known before a weight is read."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -15,8 +15,8 @@ OTHER_INPUTS = {"vision_config": "image", "audio_config": "audio"}  # parts of a
 def model_class(config: Any) -> type[PreTrainedModel]:
     """The class that a model with this configuration is loaded as.
 
-    The one that saved it (`architectures`), where transformers has it and it writes text: a multimodal model stays whole
-    and is saved whole again. Else, as for a folder that names no class, what transformers maps its type to.
+    The one that saved it (`architectures`), where transformers has it and it writes text: a multimodal model stays
+    whole and is saved whole again. Else, as for a folder that names no class, what transformers maps its type to.
 
     Raises:
         UserError: an encoder-decoder, or a type of model without such a class.
@@ -24,13 +24,13 @@ def model_class(config: Any) -> type[PreTrainedModel]:
     if getattr(config, "is_encoder_decoder", False):
         raise UserError(f"the model is of the type {config.model_type!r}, an encoder-decoder: expected a decoder alone")
     for name in getattr(config, "architectures", None) or ():
-        named = getattr(transformers, name, None)
-        if isinstance(named, type) and issubclass(named, PreTrainedModel) and named.can_generate():
-            if isinstance(config, named.config_class or ()):
-                return named
+        named: Any = getattr(transformers, name, None)
+        known = isinstance(named, type) and issubclass(named, PreTrainedModel)
+        if known and named.can_generate() and isinstance(config, named.config_class or ()):
+            return cast(type[PreTrainedModel], named)
     for auto in (AutoModelForImageTextToText, AutoModelForCausalLM):
         if (mapped := auto._model_mapping.get(type(config), None)) is not None:
-            return mapped
+            return cast(type[PreTrainedModel], mapped)
     raise UserError(
         f"transformers {transformers.__version__} has no causal language model for the type "
         f"{getattr(config, 'model_type', None)!r} (config.json): expected a decoder that it knows"

@@ -168,7 +168,7 @@ def load_model(
         UserError: when the folder is missing or holds no such model, or not all of it (see `load_whole`).
     """
     config = load_config(folder, f"{folder}")
-    model: Any = load_whole(model_class(config), folder, f"{folder}", config=config, dtype=dtype)
+    model: Any = load_whole(model_class(config), folder, f"{folder}", dtype=dtype)
     return model.to(device).eval()
 
 

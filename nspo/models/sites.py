@@ -78,11 +78,15 @@ def watch(model: PreTrainedModel, sites: Iterable[Site], receive: Callable[[Site
 
 
 def _modules_in_blocks(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """Every module below the list of decoder blocks: the outermost ModuleList with one entry per hidden layer."""
+    """Every module below the list of blocks: the decoder's outermost ModuleList with one entry per hidden layer.
+
+    The decoder's, because the tower that reads images may have a list of the same length.
+    """
     count = model.config.get_text_config().num_hidden_layers
-    modules = dict(model.named_modules())
+    modules, decoder = dict(model.named_modules()), model.get_decoder()
+    inside = next(name for name, module in modules.items() if module is decoder)
     for name, module in modules.items():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
+        if name.startswith(inside) and isinstance(module, nn.ModuleList) and len(module) == count:
             return {n: m for n, m in modules.items() if n.startswith(name + ".")}
     raise UserError(
         f"model.source: {type(model).__name__} has no list of {count} blocks, expected a decoder-only language model"

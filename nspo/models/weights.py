@@ -63,7 +63,8 @@ class Weights:
         self.tied = frozenset(getattr(model, "all_tied_weights_keys", None) or ())
         stored = stored_tensors(folder)
         if model is None:
-            sources, self.ignored = {name: _Source(name, None, [(name, it)]) for name, it in stored.items()}, []
+            sources = {name: _Source(name, None, [(name, tensor)]) for name, tensor in stored.items()}
+            self.ignored: list[str] = []
         else:
             sources, self.ignored = _sources(stored, model)
             _refuse_codes(folder, model, sources, self.ignored)
@@ -110,7 +111,7 @@ class Weights:
         """The weights that a source makes, by name, of the tensors that `take` gives."""
         if source.rule is None:
             return {source.target: take(source.stored[0][1])}
-        rule = copy.deepcopy(source.rule)
+        rule: Any = copy.deepcopy(source.rule)
         for pattern, stored in source.stored:
             rule.add_tensor(source.target, stored.name, pattern, take(stored))
         made = rule.convert(source.target, model=self._model, config=getattr(self._model, "config", None))
@@ -133,8 +134,8 @@ def _refuse_codes(folder: Path, model: PreTrainedModel, sources: dict[str, _Sour
 
 def _codes(folder: Path, name: str, what: str) -> str:
     return (
-        f"{folder}: the tensor {name} holds {what}, expected the float weights of an unquantised model: write them with "
-        f"`nspo prepare-model --source {folder} --wheels-dir . --out FOLDER`"
+        f"{folder}: the tensor {name} holds {what}, expected the float weights of an unquantised model: write them "
+        f"with `nspo prepare-model --source {folder} --wheels-dir . --out FOLDER`"
     )
 
 
@@ -166,7 +167,7 @@ def stored_tensors(folder: Path) -> dict[str, _Stored]:
     for name, path in weight_files(folder, f"{folder}").items():
         files.setdefault(path, []).append(name)
     if not files:
-        raise UserError(f"{folder} holds no *.safetensors weights (model.safetensors, or shards): expected a model folder")
+        raise UserError(f"{folder} holds no *.safetensors weights, expected a Hugging Face model folder")
     found = {}
     for path, names in files.items():
         with _opened(path) as file:

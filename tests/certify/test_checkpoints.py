@@ -58,7 +58,7 @@ def test_a_broken_file_is_named(tmp_path):
     shutil.copytree(tmp_path / "base", tmp_path / "tuned")
     file = tmp_path / "tuned" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-10])
-    with pytest.raises(UserError, match=r"tuned/model\.safetensors is not a whole safetensors file .*copy"):
+    with pytest.raises(UserError, match=r"tuned/model\.safetensors is not a whole safetensors file .*copy it again"):
         CheckpointPair(tmp_path / "base", tmp_path / "tuned")
-    with pytest.raises(UserError, match=r"holds no config\.json"):
+    with pytest.raises(UserError, match=r"holds no model"):
         CheckpointPair(tmp_path / "base", tmp_path)

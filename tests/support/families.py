@@ -41,6 +41,7 @@ DELTA = {
     "layer_types": ["linear_attention", "full_attention"],
 }
 MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1}
+ROTARY = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
 GPT2 = {"vocab_size": len(TOKENIZER), "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512, **SPECIAL}
 NEMOTRON = {
     **{key: value for key, value in DENSE.items() if key != "num_hidden_layers"},
@@ -51,7 +52,7 @@ NEMOTRON = {
     "n_groups": 2,
 }
 DEEPSEEK = {
-    **EXPERTS,
+    **{key: value for key, value in EXPERTS.items() if key != "head_dim"},
     **LATENT,
     "num_key_value_heads": 4,
     "n_routed_experts": 4,
@@ -87,7 +88,7 @@ CONFIGS = {  # family: configuration class of transformers, its values
     "gemma4": ("Gemma4Config", _multimodal(DENSE)),
     "qwen3_5": ("Qwen3_5Config", _multimodal({**DENSE, **DELTA})),
     "qwen3_vl": ("Qwen3VLConfig", _multimodal(DENSE)),
-    "qwen2_5_vl": ("Qwen2_5_VLConfig", _multimodal(DENSE)),
+    "qwen2_5_vl": ("Qwen2_5_VLConfig", _multimodal({**DENSE, "rope_parameters": ROTARY})),
     "llava": (
         "LlavaConfig",
         _multimodal(
