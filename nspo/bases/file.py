@@ -24,7 +24,14 @@ NORM_TOLERANCE = 0.01
 
 
 class NullSpaceBases(Mapping[str, SiteBasis]):
-    """The bases of a model: site name -> `SiteBasis`, with the manifest that says which model and data they are of."""
+    """The bases of a model: site name -> `SiteBasis`, with the manifest that says which model and data they are of.
+
+    Example:
+        >>> bases = NullSpaceBases.load("bases.safetensors")
+        >>> bases.check_model(model)
+        >>> sum(site.null_dim for site in bases.values()) > 0
+        True
+    """
 
     def __init__(self, sites: Iterable[SiteBasis], layer_norms: Mapping[str, float], **identity: Any):
         """Gather sites under one identity.

@@ -209,6 +209,10 @@ def freeze_uncovered(model: nn.Module, bases: NullSpaceBases) -> list[str]:
     """Freeze every parameter that no basis covers and drop its gradient; returns the canonical names.
 
     `constrain` does this too; call it yourself before wrapping in DDP, or to keep the rest out of the optimizer.
+
+    Example:
+        >>> frozen = freeze_uncovered(model, bases)
+        >>> optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     """
     covered = {id(module.weight) for module in find_linears(model, bases.layers).values()}
     names = []
@@ -249,6 +253,15 @@ def constrain(
 
     Raises:
         UserError: before any training, naming the layer, when the guarantee would not hold.
+
+    Example:
+        >>> optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+        >>> constraint = constrain(model, optimizer, bases)
+        >>> loss = model(input_ids=ids, labels=ids).loss
+        >>> loss.backward()
+        >>> optimizer.step()
+        >>> max(constraint.leakage().values()) < 1e-6
+        True
     """
     if mode not in ("both", "anchor", "gradient"):
         raise UserError(f"mode {mode!r}, expected 'both', 'anchor' or 'gradient': change `mode`")
