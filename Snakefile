@@ -2,13 +2,20 @@
 #
 #   snakemake --cores all                                   config/config.yaml
 #   snakemake --cores all --configfile config/smoke.yaml    seconds, on a tiny random model
+#
+# Another Snakefile imports it as a module (`use rule * from nspo as nspo_*`): config/README.md.
+
+from pathlib import Path
 
 from snakemake.utils import min_version
 
 min_version("9.27")
 
+imported = not workflow.modifier.is_main_snakefile()
+importers_target = workflow.default_target
+
 # A configuration stands alone: the default is read only when no other is given, and the two are never merged.
-if not workflow.overwrite_configfiles:
+if not imported and not workflow.overwrite_configfiles and Path("config/config.yaml").is_file():
 
     configfile: "config/config.yaml"
 
@@ -21,8 +28,8 @@ include: "workflow/rules/common.smk"
 
 pathvars:
     results=settings.runtime.results,
-    logs=f"{settings.runtime.results}/logs",
-    timings=f"{settings.runtime.results}/timings",
+    logs="<results>/logs",
+    timings="<results>/timings",
 
 
 include: "workflow/rules/sources.smk"
@@ -34,8 +41,11 @@ include: "workflow/rules/report.smk"
 
 
 rule all:
-    default_target: True
     input:
-        "<results>/report.html",
-        "<results>/summary.csv",
+        rules.report.output.page,
+        rules.report.output.summary,
         every_benchmark(),
+
+
+if workflow.modifier.modify_rulename("all") != "all":
+    workflow.default_target = importers_target  # imported under another name: what to make is the importer's to say

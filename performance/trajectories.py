@@ -65,7 +65,7 @@ def read_runs(policy: PolicySettings, results: Path) -> dict[str, dict[float, li
     """Objective -> learning rate -> the probes of its run by step; runs that are missing are named and left out."""
     runs: dict[str, dict[float, list[Probe]]] = {}
     for name, method in policy.methods.items():
-        file = results / "policy" / name / f"seed{policy.seeds[0]}" / "probes.parquet"
+        file = results / "training" / name / f"seed{policy.seeds[0]}" / "probes.parquet"
         if file.is_file():
             runs.setdefault(method.objective, {})[method.learning_rate] = pq.read_table(file).to_pylist()
         else:

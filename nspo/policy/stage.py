@@ -51,14 +51,16 @@ def train_policy(
     guide_policy: Path | None,
     out: Path,
     runtime: RuntimeSettings,
+    logs: Path | None = None,
 ) -> None:
-    """Train the policy `name` and write its folder: model, tokenizer, logs, probes, samples, manifest.
+    """Train the policy `name` and write its folder: model, tokenizer, manifest; and the logs, probes and samples.
 
     Interrupted work resumes from the last checkpoint in `runtime.workdir` and says from which step. Under `accelerate
     launch` the processes share out rollouts and updates, and the main one writes.
 
     Args:
         pairs, guide_policy: for the preference objectives, and the policy that weighs tokens for W-DOOR.
+        logs: folder of the logs; by default they lie in `out`, with the model.
         layers: `activations.layers`. Unconstrained methods never see the bases, and so learn which layers to train.
 
     Raises:
@@ -134,11 +136,13 @@ def train_policy(
         if processes.is_main_process:
             settings = resolved_settings(trainer, identity) | {"theory": theory(log.steps.rows())}
             settings["trainer"]["max_steps"] = asked  # also where the interrupted run had met its target
+            if logs is not None:
+                write_logs(work, settings, logs)
             with atomic_path(out) as scratch:
                 policy.save_pretrained(scratch, state_dict=state)
                 tokenizer.save_pretrained(scratch)
-                write_logs(work, scratch)
-                write_json(scratch / "settings.json", settings)
+                if logs is None:
+                    write_logs(work, settings, scratch)
                 write_json(scratch / MANIFEST_NAME, {**identity, "tuned": model_identity(scratch)})
             shutil.rmtree(work)
         end_rollouts(trainer)
@@ -159,12 +163,16 @@ def learn(trainer: Trainer, checkpoint: Path | None, name: str) -> None:
         raise UserError(f"{name}: after step {step} the policy's logits are NaN or Inf: {REMEDY}") from error
 
 
-def write_logs(work: Path, folder: Path) -> None:
-    """What the run logged in `work`, as files of the policy's folder."""
+def write_logs(work: Path, settings: dict[str, Any], folder: Path) -> None:
+    """What the run logged in `work`, and the settings in force, as files of `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "settings.json", settings)
     for file in ("training", "probes", "samples"):
-        write_rows(JsonLines(work / f"{file}.jsonl").rows(), folder / f"{file}.parquet")
+        with atomic_path(folder / f"{file}.parquet") as scratch:
+            write_rows(JsonLines(work / f"{file}.jsonl").rows(), scratch)
     if (work / TENSORBOARD_FOLDER).is_dir():
-        shutil.copytree(work / TENSORBOARD_FOLDER, folder / TENSORBOARD_FOLDER)
+        with atomic_path(folder / TENSORBOARD_FOLDER) as scratch:
+            shutil.copytree(work / TENSORBOARD_FOLDER, scratch)
 
 
 def last_checkpoint(work: Path, updates: int) -> Path | None:

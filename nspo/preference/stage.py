@@ -47,9 +47,18 @@ from nspo.settings.runtime import RuntimeSettings
 
 
 def train_preference(
-    settings: PreferenceSettings, target: Target, model: Path, labels: Path, out: Path, runtime: RuntimeSettings
+    settings: PreferenceSettings,
+    target: Target,
+    model: Path,
+    labels: Path,
+    out: Path,
+    runtime: RuntimeSettings,
+    logs: Path | None = None,
 ) -> None:
-    """Train the reward or the cost model and write its folder: weights, tokenizer, manifest.json, metrics.json.
+    """Train the reward or the cost model and write its folder: weights, tokenizer, manifest.json; and metrics.json.
+
+    Args:
+        logs: folder of metrics.json; by default it lies in `out`, with the model.
 
     Raises:
         UserError: labels of one class only or upside down, a backbone without a sequence classification class, or with
@@ -97,7 +106,7 @@ def train_preference(
             "positives": int((judged["train"].signs > 0).sum()),
             "pairs": len(judged["train"].pairs),
         }
-        write_json(scratch / METRICS_NAME, {**manifest, "training": training, "heldout": found})
+        write_json((logs or scratch) / METRICS_NAME, {**manifest, "training": training, "heldout": found})
     say(f"{target} model: {_summary(found)} (n={found['n']})")
 
 

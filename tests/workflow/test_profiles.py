@@ -55,4 +55,4 @@ def test_what_runs_a_model_asks_for_a_gpu(profile: str, tmp_path: Path) -> None:
     jobs = planned(tmp_path, profile)
     on_device = {rule for rule, job in jobs.items() if " --device " in job.command}
     assert {rule for rule, job in jobs.items() if job.resources.get("gpu") == "1"} == on_device
-    assert {"train_policy", "benchmark_policy", "attribute"} <= on_device
+    assert {"train_policy", "benchmark", "attribute"} <= on_device

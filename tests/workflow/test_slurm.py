@@ -5,6 +5,7 @@ cluster has no accounting database and that its jobs are short.
 """
 
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -36,10 +37,8 @@ JOBS = {
     "train_reward": 1,
     "train_policy": 2,
     "certify": 2,
-    "evaluate_base": 1,
-    "evaluate_policy": 2,
-    "benchmark_base": 1,
-    "benchmark_policy": 2,
+    "evaluate": 3,
+    "benchmark": 3,
     "attribute": 2,
 }
 NO_GPU = {"prepare_model", "prepare_prompts", "prepare_labels", "compute_bases_part", "compute_bases", "certify"}
@@ -112,8 +111,8 @@ def test_the_workflow_runs_on_the_cluster(project: Path, slurm: Cluster, tmp_pat
 def test_a_cancelled_job_is_submitted_again_with_more(project: Path, slurm: Cluster, tmp_path: Path) -> None:
     """After `scancel` in mid-training the same run submits the job again with more memory and time: same policy."""
     before = artifacts(project)
-    (project / POLICY / "manifest.json").unlink()
-    running = start(project, tmp_path / "log", str(POLICY / "manifest.json"))
+    shutil.rmtree(project / POLICY)
+    running = start(project, tmp_path / "log", str(POLICY))
     checkpoints = ".work/policy-*/*/trainer_state.json"
     job = cancel_once(slurm, running, "train_policy", lambda: any((project / RESULTS).glob(checkpoints)))
     assert running.wait() == 0, (tmp_path / "log").read_text()[-6000:]
@@ -131,7 +130,7 @@ def test_a_cancelled_workflow_goes_on(project: Path, slurm: Cluster, tmp_path: P
     target = str(BASE / "metrics.json")
     running = start(project, tmp_path / "log", "--retries", "0", target)
     kept = partial((project / RESULTS).glob, ".work/evaluation-*.jsonl")
-    cancel_once(slurm, running, "evaluate_base", lambda: any(path.stat().st_size for path in kept()))
+    cancel_once(slurm, running, "evaluate", lambda: any(path.stat().st_size for path in kept()))
     assert running.wait() == 1
     assert not (project / target).exists()
     assert start(project, tmp_path / "log", target).wait() == 0, (tmp_path / "log").read_text()[-6000:]

@@ -60,7 +60,7 @@ def of(method: str, *rules: str) -> set[str]:
 
 
 METHODS = ("nspo", "grpo_no_kl")
-POLICY = ("train_policy", "evaluate_policy", "certify", "attribute")
+POLICY = ("train_policy", "evaluate", "certify", "attribute")
 
 
 def test_all_results_are_there(finished: Path) -> None:
@@ -102,7 +102,7 @@ def test_second_run_does_nothing(finished: Path) -> None:
         ({"policy": {"clip": 0.3}}, {*of("nspo", *POLICY), *of("grpo_no_kl", *POLICY), *AFTER}),
         (
             {"evaluation": {"general_prompts": 5}},
-            {"evaluate_base", *(job for m in METHODS for job in of(m, "evaluate_policy", "attribute")), *AFTER},
+            {"evaluate base", *(job for m in METHODS for job in of(m, "evaluate", "attribute")), *AFTER},
         ),
         (
             {"attribution": {"general_prompts": 3}},
@@ -119,6 +119,42 @@ def test_a_setting_reruns_what_depends_on_it(
     raw = yaml.safe_load((finished / "config/smoke.yaml").read_text())
     config = changed(finished, **{name: {**raw.get(name, {}), **keys} for name, keys in sections.items()})
     assert plan(finished, config) == expected
+
+
+@pytest.mark.parametrize(
+    ("lost", "job"),
+    [
+        ("policy/nspo/seed0/model.safetensors", "train_policy nspo"),
+        ("model/model.safetensors", "prepare_model"),
+        ("model/tokenizer_config.json", "prepare_model"),
+        ("cost/manifest.json", "train_cost"),
+        ("reward", "train_reward"),
+        ("training/nspo/seed0/probes.parquet", "train_policy nspo"),
+    ],
+)
+def test_what_is_lost_is_made_again(finished: Path, lost: str, job: str) -> None:
+    """Weights, a part of a model's folder, the whole folder, a log beside it."""
+    path = finished / "results/smoke" / lost
+    path.rename(path.with_name("away"))
+    try:
+        assert job in plan(finished)
+    finally:
+        path.with_name("away").rename(path)
+    assert plan(finished) == set()
+
+
+def test_a_reason_names_the_setting(finished: Path) -> None:
+    """Of a changed key the plan shows its value before and now, and nothing of the others."""
+    raw = yaml.safe_load((finished / "config/smoke.yaml").read_text())
+    run = snakemake(finished, "--dry-run", config=changed(finished, policy={**raw["policy"], "clip": 0.3}))
+    assert "before: --clip 0.2 now: --clip 0.3" in run.stdout
+
+
+def test_delete_all_output_leaves_no_weights(finished: Path) -> None:
+    """Every model is an output, so `--delete-all-output` would remove it."""
+    said = snakemake(finished, "--delete-all-output", "--dry-run").stdout
+    for folder in ("model", "cost", "reward", "policy/nspo/seed0", "policy/grpo_no_kl/seed0"):
+        assert re.search(rf"results/smoke/{folder}$", said, re.MULTILINE), folder
 
 
 def test_swapped_values_are_noticed(finished: Path) -> None:
@@ -258,10 +294,11 @@ def test_keys_on_the_command_line_are_those_of_a_file(finished: Path) -> None:
     same = snakemake(finished, "--dry-run", "--config", "policy={seeds: [0], steps: 2, judge: null}")
     assert "Nothing to be done" in same.stdout, same.stdout[-2000:]
     more = snakemake(finished, "--dry-run", "--config", "policy={seeds: [0, 1]}")
-    assert set(re.findall(r"policy/\w+/seed(\d)/manifest\.json", more.stdout)) >= {"1"}
+    assert set(re.findall(r"policy/\w+/seed(\d)", more.stdout)) >= {"1"}
     planned = set(re.findall(r"^(?:local)?rule (\w+):", more.stdout, re.MULTILINE))
-    assert {"train_policy", "evaluate_policy", "report"} <= planned
-    assert planned & {"collect_activations", "compute_bases", "train_cost", "evaluate_base"} == set()
+    assert {"train_policy", "evaluate", "report"} <= planned
+    assert planned & {"collect_activations", "compute_bases", "train_cost"} == set()
+    assert "evaluation/base/" not in "".join(re.findall(r"^    output: .*", more.stdout, re.MULTILINE))
     wrong = snakemake(finished, "--dry-run", "--config", "policy={stepz: 2}")
     assert "config/smoke.yaml + --config: policy.stepz: unknown key, did you mean 'steps'?" in wrong.stdout
     assert wrong.returncode == 1

@@ -1,7 +1,8 @@
 rule collect_activations:
     input:
-        model=rules.prepare_model.output.manifest,
+        model=rules.prepare_model.output.model,
         prompts=rules.prepare_prompts.output.prompts,
+        again=made_again("collect_activations", "activations"),
     output:
         activations=directory("<results>/activations"),
     log:
@@ -11,15 +12,16 @@ rule collect_activations:
         "../envs/nspo.yaml"
     threads: HEAVY_THREADS
     resources:
-        mem=grows(32, "GB"),
-        runtime=grows(4, "h"),
+        **resources("collect_activations"),
+        gpu=launch.gpus(settings, settings.runtime.processes),
     params:
+        **tracked("activations", settings.activations),
         code=code("nspo.activations.stage"),
         flags=flags(settings.activations),
-        launch=launch,
+        start=start(settings.runtime.processes),
         device=device,
     shell:
-        '{params.launch} nspo collect {params.flags} {params.device} --model "$(dirname {input.model:q})"'
+        "{params.start} nspo collect {params.flags} {params.device} --model {input.model:q}"
         ' --prompts {input.prompts:q} --workdir "$(dirname {output.activations:q})/.work"'
         " --out {output.activations:q} 2>&1 | tee {log:q}"
 
@@ -27,7 +29,15 @@ rule collect_activations:
 rule compute_bases:
     input:
         activations=rules.collect_activations.output.activations,
-        parts=bases_parts,
+        parts=(
+            expand(
+                "<results>/bases/part-{part}-of-{parts}.safetensors",
+                part=range(1, settings.bases.jobs + 1),
+                parts=settings.bases.jobs,
+            )
+            if settings.bases.jobs > 1
+            else []
+        ),
     output:
         bases="<results>/bases/bases.safetensors",
     log:
@@ -37,9 +47,9 @@ rule compute_bases:
         "../envs/nspo.yaml"
     threads: HEAVY_THREADS
     resources:
-        mem=grows(64, "GB"),
-        runtime=grows(8, "h"),
+        **resources("compute_bases"),
     params:
+        **tracked("bases", settings.bases, BASES_FLAGS),
         code=code("nspo.bases.stage"),
         flags=flags(settings.bases, BASES_FLAGS),
         parts=optional("--parts", "parts"),
@@ -57,6 +67,7 @@ use rule compute_bases as compute_bases_part with:
     log:
         "<logs>/compute_bases/{part}-of-{parts}.log",
     params:
+        **tracked("bases", settings.bases, BASES_FLAGS),
         code=code("nspo.bases.stage"),
         flags=flags(settings.bases, BASES_FLAGS),
         parts="--part {part}/{parts}",

@@ -1,9 +1,9 @@
 # What the preference objectives learn from; all of a seed share it.
 rule make_pairs:
     input:
-        model=rules.prepare_model.output.manifest,
-        reward=rules.train_reward.output.manifest,
-        cost=rules.train_cost.output.manifest,
+        model=rules.prepare_model.output.model,
+        reward=rules.train_reward.output.folder,
+        cost=rules.train_cost.output.folder,
         prompts=rules.prepare_prompts.output.prompts,
         labels=rules.prepare_labels.output.labels if settings.policy.pairs == "labels" else [],
         judge=judge_files("policy", reward_judge),
@@ -17,74 +17,78 @@ rule make_pairs:
         "../envs/nspo.yaml"
     threads: HEAVY_THREADS
     resources:
-        mem=grows(64, "GB"),
-        runtime=grows(12, "h"),
+        **resources("make_pairs"),
+        gpu=launch.gpus(settings),
     params:
+        **tracked("policy", settings.policy, PairSettings.model_fields),
         code=code("nspo.policy.pairs.stage"),
-        settings=flags(settings.policy, PairSettings.model_fields),
+        flags=flags(settings.policy, PairSettings.model_fields),
+        start=start(),
         runtime=runtime,
-        model=folder("model"),
-        reward=folder("reward"),
-        cost=folder("cost"),
         labels=optional("--labels", "labels"),
     shell:
-        "python -m nspo make-pairs {params.settings} {params.runtime} --seed {wildcards.seed} --model {params.model}"
-        " --reward {params.reward} --cost {params.cost} --prompts {input.prompts:q} {params.labels} --out {output.pairs:q} 2>&1 | tee {log:q}"
+        "{params.start} nspo make-pairs {params.flags} {params.runtime} --seed {wildcards.seed} --model {input.model:q}"
+        " --reward {input.reward:q} --cost {input.cost:q} --prompts {input.prompts:q} {params.labels}"
+        " --out {output.pairs:q} 2>&1 | tee {log:q}"
 
 
+# The model, and beside it the log of its training.
 rule train_policy:
     input:
-        model=rules.prepare_model.output.manifest,
-        reward=rules.train_reward.output.manifest,
-        cost=rules.train_cost.output.manifest,
+        model=rules.prepare_model.output.model,
+        reward=rules.train_reward.output.folder,
+        cost=rules.train_cost.output.folder,
         prompts=rules.prepare_prompts.output.prompts,
         bases=bases_of_method,
         pairs=pairs_of_method,
         guide=guide_of_method,
         judge=judge_files("policy", reward_judge),
+        again=made_again("train_policy", "policy"),
     output:
-        manifest="<results>/policy/{method}/seed{seed}/manifest.json",
-        settings="<results>/policy/{method}/seed{seed}/settings.json",
-        training="<results>/policy/{method}/seed{seed}/training.parquet",
-        probes="<results>/policy/{method}/seed{seed}/probes.parquet",
-        samples="<results>/policy/{method}/seed{seed}/samples.parquet",
+        policy=directory("<results>/policy/{method}/seed{seed}"),
+        settings="<results>/training/{method}/seed{seed}/settings.json",
+        training="<results>/training/{method}/seed{seed}/training.parquet",
+        probes="<results>/training/{method}/seed{seed}/probes.parquet",
+        samples="<results>/training/{method}/seed{seed}/samples.parquet",
     log:
         "<logs>/train_policy/{method}-seed{seed}.log",
     benchmark:
         "<timings>/train_policy/{method}-seed{seed}.tsv"
+    wildcard_constraints:
+        method="|".join(map(re.escape, settings.policy.methods)),
     conda:
         "../envs/nspo.yaml"
     threads: HEAVY_THREADS
     resources:
-        mem=grows(64, "GB"),
-        runtime=grows(24, "h"),
+        **resources("train_policy"),
+        gpu=launch.gpus(settings, settings.policy.processes),
     params:
+        **tracked("policy", settings.policy, TrainingSettings.model_fields),
+        **tracked("method", method_of, kind=MethodSettings),
+        **tracked("activations", settings.activations, ["layers"]),
         code=code("nspo.policy.stage"),
-        training=flags(settings.policy, TrainingSettings.model_fields),
-        method=lambda wildcards: to_flags(settings.policy.methods[wildcards.method]),
-        layers=flags(settings.activations, ("layers",)),
+        flags=flags(settings.policy, TrainingSettings.model_fields),
+        method=flags(method_of),
+        layers=flags(settings.activations, ["layers"]),
+        start=start(settings.policy.processes, settings.policy.sharding),
         runtime=runtime,
-        launch=launch_training,
-        model=folder("model"),
-        reward=folder("reward"),
-        cost=folder("cost"),
         bases=optional("--bases", "bases"),
         pairs=optional("--pairs", "pairs"),
-        guide=optional_folder("--guide-policy", "guide"),
-        out=subpath(output.manifest, parent=True),
+        guide=optional("--guide-policy", "guide"),
     shell:
-        "{params.launch} nspo train-policy {params.training} {params.method} {params.layers} {params.runtime}"
-        " --name {wildcards.method} --seed {wildcards.seed} --model {params.model} {params.bases} {params.pairs} {params.guide} --reward {params.reward} --cost {params.cost}"
-        " --prompts {input.prompts:q} --out {params.out:q} 2>&1 | tee {log:q}"
+        "{params.start} nspo train-policy {params.flags} {params.method} {params.layers} {params.runtime}"
+        " --name {wildcards.method} --seed {wildcards.seed} --model {input.model:q} {params.bases} {params.pairs}"
+        " {params.guide} --reward {input.reward:q} --cost {input.cost:q} --prompts {input.prompts:q}"
+        ' --logs "$(dirname {output.training:q})" --out {output.policy:q} 2>&1 | tee {log:q}'
 
 
 # Apart from training, so that new bases measure an unconstrained policy again without training it again.
 rule certify:
     input:
-        model=rules.prepare_model.output.manifest,
-        policy=rules.train_policy.output.manifest,
+        model=rules.prepare_model.output.model,
+        policy=rules.train_policy.output.policy,
         bases=bases_file,
-        activations=heldout_activations,
+        activations=[] if precomputed else rules.collect_activations.output.activations,
     output:
         certificate="<results>/certificates/{method}/seed{seed}.json",
     log:
@@ -92,28 +96,17 @@ rule certify:
     conda:
         "../envs/nspo.yaml"
     resources:
-        mem=grows(24, "GB"),
-        runtime=grows(1, "h"),
+        **resources("certify"),
     params:
         code=code("nspo.certify.stage"),
-        facts=lambda wildcards: shlex.quote(
-            json.dumps(
-                {
-                    "method": wildcards.method,
-                    "seed": int(wildcards.seed),
-                    "constrained": is_constrained(wildcards),
-                }
-            )
-        ),
-        model=folder("model"),
-        policy=folder("policy"),
+        facts=facts_of,
         activations=optional("--activations", "activations"),
     shell:
-        "python -m nspo verify --facts {params.facts} --base {params.model} --tuned {params.policy}"
+        "python -m nspo verify --facts {params.facts} --base {input.model:q} --tuned {input.policy:q}"
         " --bases {input.bases:q} {params.activations} --out {output.certificate:q} 2>&1 | tee {log:q}"
 
 
 # Training alone, as `performance/trajectories.py` wants it: `snakemake all_policies --cores all`.
 rule all_policies:
     input:
-        every_policy("<results>/policy/{method}/seed{seed}/probes.parquet"),
+        every_policy(rules.train_policy.output.policy),

@@ -1,14 +1,17 @@
+# The model, and beside it what its training measured.
 rule train_cost:
     input:
-        model=rules.prepare_model.output.manifest,
+        model=rules.prepare_model.output.model,
         labels=rules.prepare_labels.output.labels,
-        backbone=backbone_files("cost"),
+        backbone=source_files("cost", inputs.backbone_source(settings, "cost")),
+        again=made_again("train_cost", "folder"),
     output:
-        manifest="<results>/cost/manifest.json",
+        folder=directory("<results>/cost"),
         metrics=report(
-            "<results>/cost/metrics.json",
+            "<results>/training/cost/metrics.json",
             caption="../report/preference.rst",
             category="Preference models",
+            labels={"model": "cost", "file": "metrics"},
         ),
     log:
         "<logs>/train_cost.log",
@@ -18,40 +21,42 @@ rule train_cost:
         "../envs/nspo.yaml"
     threads: HEAVY_THREADS
     resources:
-        mem=grows(32, "GB"),
-        runtime=grows(4, "h"),
+        **resources("train_cost"),
+        gpu=launch.gpus(settings),
     params:
+        **tracked("cost", settings.cost),
         code=code("nspo.preference.stage"),
-        target="cost",
+        target="--target cost",
         flags=flags(settings.cost),
+        start=start(),
         runtime=runtime,
-        model=folder("model"),
-        out=subpath(output.manifest, parent=True),
     shell:
-        "python -m nspo train-preference --target {params.target} {params.flags} {params.runtime} --model {params.model}"
-        " --labels {input.labels:q} --out {params.out:q} 2>&1 | tee {log:q}"
+        "{params.start} nspo train-preference {params.target} {params.flags} {params.runtime} --model {input.model:q}"
+        ' --labels {input.labels:q} --logs "$(dirname {output.metrics:q})" --out {output.folder:q} 2>&1 | tee {log:q}'
 
 
 use rule train_cost as train_reward with:
     input:
-        model=rules.prepare_model.output.manifest,
+        model=rules.prepare_model.output.model,
         labels=rules.prepare_labels.output.labels,
-        backbone=backbone_files("reward"),
+        backbone=source_files("reward", inputs.backbone_source(settings, "reward")),
+        again=made_again("train_reward", "folder"),
     output:
-        manifest="<results>/reward/manifest.json",
+        folder=directory("<results>/reward"),
         metrics=report(
-            "<results>/reward/metrics.json",
+            "<results>/training/reward/metrics.json",
             caption="../report/preference.rst",
             category="Preference models",
+            labels={"model": "reward", "file": "metrics"},
         ),
     log:
         "<logs>/train_reward.log",
     benchmark:
         "<timings>/train_reward.tsv"
     params:
+        **tracked("reward", settings.reward),
         code=code("nspo.preference.stage"),
-        target="reward",
+        target="--target reward",
         flags=flags(settings.reward),
+        start=start(),
         runtime=runtime,
-        model=folder("model"),
-        out=subpath(output.manifest, parent=True),

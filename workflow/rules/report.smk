@@ -7,34 +7,37 @@ rule write_config:
     conda:
         "../envs/nspo.yaml"
     params:
-        flags=flags(settings, set(type(settings).model_fields) - {"runtime"}, keep_order=True),
+        **tracked("config", settings, SHOWN, keep_order=True),
+        flags=flags(settings, SHOWN, keep_order=True),
     shell:
         "python -m nspo config write {params.flags} --out {output.config:q} 2>&1 | tee {log:q}"
 
 
 rule report:
     input:
-        templates=package_files("report/templates", "report/sections/templates"),
         config=rules.write_config.output.config,
-        base_evaluation=[
-            rules.evaluate_base.output.metrics,
-            rules.evaluate_base.output.responses,
+        evaluations=[
+            *expand(rules.evaluate.output, method=inputs.BASE, seed=0),
+            *every_policy(rules.evaluate.output),
         ],
-        evaluations=every_policy(rules.evaluate_policy.output),
         certificates=every_policy(rules.certify.output),
-        policies=every_policy(rules.train_policy.output),
+        training=every_policy(
+            [
+                rules.train_policy.output.settings,
+                rules.train_policy.output.training,
+                rules.train_policy.output.probes,
+            ]
+        ),
         bases=bases_file,
-        reward=rules.train_reward.output,
-        cost=rules.train_cost.output,
-        attributions=(every_policy(rules.attribute.output) if settings.attribution.enabled else []),
+        reward=rules.train_reward.output.metrics,
+        cost=rules.train_cost.output.metrics,
+        attributions=every_policy(rules.attribute.output) if settings.attribution.enabled else [],
         benchmarks=every_benchmark(),
-        agreement=(rules.judge_agreement.output.agreement if judge_settings.judges else []),
+        agreement=rules.judge_agreement.output.agreement if judge_settings.judges else [],
     output:
-        page=report("<results>/report.html", caption="../report/page.rst", category="Results"),
+        page=report("<results>/report.html", caption="../report/page.rst", category="Results", labels={"file": "page"}),
         summary=report(
-            "<results>/summary.csv",
-            caption="../report/summary.rst",
-            category="Results",
+            "<results>/summary.csv", caption="../report/summary.rst", category="Results", labels={"file": "table"}
         ),
         latex="<results>/summary.tex",
         cards=directory("<results>/cards"),
@@ -43,6 +46,7 @@ rule report:
             patterns=["{plot}.png"],
             caption="../report/plots.rst",
             category="Plots",
+            labels={"plot": "{plot}"},
         ),
     log:
         "<logs>/report.log",
@@ -51,16 +55,17 @@ rule report:
         "../envs/nspo.yaml"
     params:
         code=code("nspo.report.stage"),
-        base_evaluation=folder("base_evaluation"),
-        evaluations=folder("evaluations"),
-        policies=folder("policies"),
-        reward=folder("reward"),
-        cost=folder("cost"),
+        templates=inputs.templates_hash("nspo.report", "nspo.report.sections"),
+        evaluations=folders("evaluations"),
+        training=folders("training"),
+        reward=folders("reward"),
+        cost=folders("cost"),
         agreement=optional("--agreement", "agreement"),
         attributions=optional("--attributions", "attributions"),
         benchmarks=optional("--benchmarks", "benchmarks"),
     shell:
-        "python -m nspo report --config {input.config:q} --evaluations {params.base_evaluation} {params.evaluations}"
-        " --certificates {input.certificates:q} --policies {params.policies} --bases {input.bases:q}"
+        "python -m nspo report --config {input.config:q} --evaluations {params.evaluations}"
+        " --certificates {input.certificates:q} --policies {params.training} --bases {input.bases:q}"
         " --reward {params.reward} --cost {params.cost} {params.agreement} {params.attributions} {params.benchmarks}"
-        " --out {output.page:q} --summary {output.summary:q} --latex {output.latex:q} --cards {output.cards:q} --plots {output.plots:q} 2>&1 | tee {log:q}"
+        " --out {output.page:q} --summary {output.summary:q} --latex {output.latex:q} --cards {output.cards:q}"
+        " --plots {output.plots:q} 2>&1 | tee {log:q}"

@@ -19,22 +19,23 @@ rule fetch_wheel:
 
 rule prepare_model:
     input:
-        files=source_files("model", {"source": [Source.parse(settings.model.source)]}),
+        files=source_files("model", inputs.model_source(settings)),
+        again=made_again("prepare_model", "model"),
     output:
-        manifest="<results>/model/manifest.json",
+        model=directory("<results>/model"),
     log:
         "<logs>/prepare_model.log",
     conda:
         "../envs/nspo.yaml"
     resources:
-        mem=grows(32, "GB"),
-        runtime=grows(1, "h"),
+        **resources("prepare_model"),
     params:
+        **tracked("model", settings.model),
         code=code("nspo.models.stage"),
         flags=flags(settings.model),
     shell:
-        'python -m nspo prepare-model {params.flags} --wheels-dir "$(dirname {output.manifest:q})/../wheels"'
-        ' --out "$(dirname {output.manifest:q})" 2>&1 | tee {log:q}'
+        'python -m nspo prepare-model {params.flags} --wheels-dir "$(dirname {output.model:q})/wheels"'
+        " --out {output.model:q} 2>&1 | tee {log:q}"
 
 
 rule prepare_prompts:
@@ -47,7 +48,9 @@ rule prepare_prompts:
     conda:
         "../envs/nspo.yaml"
     params:
+        **tracked("data", prompt_settings),
         code=code("nspo.data.stage"),
+        builtin=inputs.builtin_hash("data", prompt_settings.sources()),
         flags=flags(prompt_settings),
     shell:
         'python -m nspo prepare-prompts {params.flags} --wheels-dir "$(dirname {output.prompts:q})/wheels"'
@@ -64,7 +67,9 @@ rule prepare_labels:
     conda:
         "../envs/nspo.yaml"
     params:
+        **tracked("data", label_settings),
         code=code("nspo.data.stage"),
+        builtin=inputs.builtin_hash("data", label_settings.sources()),
         flags=flags(label_settings),
     shell:
         'python -m nspo prepare-labels {params.flags} --wheels-dir "$(dirname {output.labels:q})/wheels"'

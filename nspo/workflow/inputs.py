@@ -1,0 +1,90 @@
+"""What the rules read: files behind the sources of a configuration, and which model belongs to which job."""
+
+import hashlib
+import sys
+from collections.abc import Iterable, Mapping
+from importlib.resources import files
+from pathlib import Path
+
+from nspo.settings.config import Config
+from nspo.settings.judges import AnyJudge
+from nspo.settings.types import path_fault
+from nspo.sources import Source, wheel_folder
+
+BASE = "base"  # what the model before training is called among the methods
+Sources = Mapping[str, list[Source]]
+
+
+def files_on_disk(section: str, sources: Sources) -> list[str]:
+    """The files that a section's sources name by their path, sorted; of a folder all that are in it.
+
+    Raises:
+        SystemExit: naming the key whose path does not exist, or cannot be a path in Snakemake.
+    """
+    found: set[str] = set()
+    for key, source in _each(sources):
+        if source.kind != "path":
+            continue
+        path = Path(source.location)
+        if not path.exists():
+            sys.exit(f"{section}.{key}: {path} does not exist: expected a file or folder, or builtin:, wheel:, hub:")
+        for file in (p for p in (path.iterdir() if path.is_dir() else [path]) if p.is_file()):
+            if fault := path_fault(str(file)):
+                sys.exit(f"{section}.{key}: {fault}")
+            found.add(str(file))
+    return sorted(found)
+
+
+def wheels(sources: Sources) -> list[str]:
+    """The folder names of the wheels that these sources name, sorted."""
+    return sorted({wheel_folder(source.wheel) for _, source in _each(sources) if source.kind == "wheel"})
+
+
+def builtin_hash(section: str, sources: Sources) -> str:
+    """16 hex digits over the package's own data files that these sources name: a parameter, since they are no inputs.
+
+    Raises:
+        SystemExit: naming the key whose file the package lacks.
+    """
+    digest = hashlib.sha256()
+    for key, source in sorted(_each(sources), key=lambda entry: entry[1].location):
+        if source.kind == "builtin":
+            file = files("nspo.data") / "builtin" / source.location
+            if not file.is_file():
+                sys.exit(f"{section}.{key}: {source.location} does not exist: expected one of {', '.join(builtins())}")
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def builtins() -> list[str]:
+    """The names of the data files that the package carries."""
+    return sorted(path.name for path in (files("nspo.data") / "builtin").iterdir())
+
+
+def templates_hash(*packages: str) -> str:
+    """16 hex digits over the templates of these packages: a parameter, as the hash of their code is."""
+    digest = hashlib.sha256()
+    for package in packages:
+        for path in sorted((files(package) / "templates").iterdir(), key=lambda path: path.name):
+            digest.update(f"{path.name}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _each(sources: Sources) -> Iterable[tuple[str, Source]]:
+    return ((key, source) for key, several in sources.items() for source in several)
+
+
+def model_source(settings: Config) -> Sources:
+    """Where the base model is."""
+    return {"source": [Source.parse(settings.model.source)]}
+
+
+def backbone_source(settings: Config, target: str) -> Sources:
+    """Where the model is that the reward or the cost model builds on; none where it is the policy's own."""
+    backbone = getattr(settings, target).backbone
+    return {"backbone": [Source.parse(backbone)]} if backbone else {}
+
+
+def judge_sources(judges: Mapping[str, AnyJudge]) -> Sources:
+    """Where the judges are that are models of their own, by name."""
+    return {name: [Source.parse(judge.source)] for name, judge in judges.items() if judge.kind != "endpoint"}
