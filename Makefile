@@ -44,7 +44,7 @@ check-python:
 lock: | check-python
 	rm -rf build/lock
 	$(PYTHON) -m venv build/lock
-	build/lock/bin/pip install --quiet -e .
+	build/lock/bin/pip install --quiet -e '.[pipeline]'
 	build/lock/bin/pip freeze --exclude-editable | sed 's/+cpu$$//' | grep -Ev '$(CUDA)' > requirements.lock
 	build/lock/bin/pip install --quiet -e '.[dev]'
 	(echo '-r requirements.lock'; build/lock/bin/pip freeze --exclude-editable | sed 's/+cpu$$//' | grep -Ev '$(CUDA)' | \

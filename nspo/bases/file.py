@@ -11,7 +11,6 @@ from typing import Any
 
 from torch import nn
 
-from nspo.bases.hub import download
 from nspo.errors import UserError
 from nspo.files.manifest import fingerprint_model, make_manifest
 from nspo.files.tensors import load_tensors, save_tensors
@@ -129,6 +128,8 @@ class NullSpaceBases(Mapping[str, SiteBasis]):
         Raises:
             UserError: as `load`, or when the hub cannot be reached or does not hold them.
         """
+        from nspo.bases.hub import download
+
         return cls.load(download(repo, revision))
 
     def check_free(self) -> None:
