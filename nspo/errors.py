@@ -1,5 +1,7 @@
 """The one exception that reaches users: a single line saying what was found, what was expected and what to change."""
 
+from pathlib import Path
+
 
 class UserError(Exception):
     """A mistake the user can mend. The command line prints it as one line, without a traceback, and exits with 2.
@@ -11,3 +13,19 @@ class UserError(Exception):
 def first_line(error: BaseException) -> str:
     """What a library's exception says, without the advice that follows; its name where it says nothing."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def unreadable(path: Path | str, expected: str, error: BaseException) -> UserError:
+    """What to say when a file that is there could not be read as `expected`, such as "a whole Parquet file".
+
+    A permission that is missing, or a disk that fails, is told as such: the file may be whole.
+    """
+    try:
+        Path(path).open("rb").close()  # not every library says what the system said
+    except PermissionError:
+        return UserError(f"{path}: no permission to read it, expected {expected}: ask its owner for read access")
+    except OSError as fault:
+        error = fault
+    if reason := getattr(error, "strerror", None):
+        return UserError(f"{path} cannot be read ({reason}), expected {expected}")
+    return UserError(f"{path} is not {expected} ({first_line(error)}): delete it and rerun the stage that makes it")

@@ -17,12 +17,12 @@ from itertools import pairwise
 from pathlib import Path
 
 import matplotlib
-import pyarrow.parquet as pq
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from nspo.evaluation.statistics.intervals import wilson
 from nspo.files.atomic import atomic_path
+from nspo.files.tables import read_table
 from nspo.report import plots
 from nspo.run.progress import say
 from nspo.settings.policy import PolicySettings
@@ -67,7 +67,7 @@ def read_runs(policy: PolicySettings, results: Path) -> dict[str, dict[float, li
     for name, method in policy.methods.items():
         file = results / "training" / name / f"seed{policy.seeds[0]}" / "probes.parquet"
         if file.is_file():
-            runs.setdefault(method.objective, {})[method.learning_rate] = pq.read_table(file).to_pylist()
+            runs.setdefault(method.objective, {})[method.learning_rate] = read_table(file)
         else:
             say(f"{file} is missing: {name} is left out")
     return runs

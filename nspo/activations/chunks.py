@@ -18,7 +18,7 @@ from nspo.activations.store import BENIGN, HARMFUL
 from nspo.data.tables import domains, load_prompts
 from nspo.errors import UserError
 from nspo.files.manifest import fingerprint
-from nspo.models.generation import chat_ids
+from nspo.models.generation import by_length, chat_ids
 from nspo.settings.bases import ActivationSettings
 
 CHUNK = 64  # prompts of a chunk, until a domain and split has too many chunks:
@@ -159,7 +159,7 @@ def kept_positions(lengths: Sequence[int], drop_first: int, budget: int | None) 
 def batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
     """Indices into `lengths`, shortest first, in batches of at most `budget` tokens, padding included (or of one)."""
     result: list[list[int]] = []
-    for index in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
+    for index in by_length(lengths):
         if not result or (len(result[-1]) + 1) * lengths[index] > budget:
             result.append([])
         result[-1].append(index)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nspo.bases.file import NullSpaceBases
 from nspo.errors import UserError
+from nspo.files.manifest import check_made_with
 from nspo.nullspace.basis import SiteBasis
 from nspo.nullspace.spectra import symmetric_eigh
 
@@ -91,13 +92,11 @@ def merge(several: Sequence[NullSpaceBases]) -> NullSpaceBases:
 
 
 def _check_mergeable(first: NullSpaceBases, other: NullSpaceBases, name: str, of: str) -> None:
-    models = [bases.manifest.get("model", {}) for bases in (first, other)]
-    for part in ("architecture", "weights", "tokenizer"):
-        expected, found = (model.get(part) for model in models)
-        if found != expected:
-            raise UserError(
-                f"{name} are for another model, {part} {found}, {of} for {expected}: merge bases of one model"
-            )
+    expected, found = (
+        {part: bases.manifest.get("model", {}).get(part) for part in ("architecture", "weights", "tokenizer")}
+        for bases in (first, other)
+    )
+    check_made_with(found, expected, name, f"merge bases of one model ({of} are for the one that was expected)")
     for site in sorted(first.keys() ^ other.keys()):
         raise UserError(
             f"{name} and {of} do not both hold the site {site}: compute both with the same `activations.layers`"

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from nspo.errors import UserError
-from nspo.files.manifest import fingerprint_model, make_manifest
+from nspo.files.manifest import check_made_with, fingerprint_model, make_manifest
 from nspo.files.tensors import load_tensors, save_tensors
 from nspo.models.linears import canonical_name, find_linears, input_width, layer_norms
 from nspo.nullspace.basis import Kind, SiteBasis
@@ -185,14 +185,13 @@ class NullSpaceBases(Mapping[str, SiteBasis]):
         Raises:
             UserError: naming what differs and both fingerprints.
         """
-        made_for = self.manifest.get("model", {})
-        for part, found in fingerprint_model(folder).items():
-            if made_for.get(part) != found:
-                what = "tokenizer or chat template" if part == "tokenizer" else part
-                raise UserError(
-                    f"{folder}: the fingerprint of the {what} is {found}, the bases were computed with "
-                    f"{made_for.get(part, 'an unknown one')}: use the bases of this model, or the model of these bases"
-                )
+        found = fingerprint_model(folder)
+        check_made_with(
+            self.manifest.get("model", {}),
+            found,
+            f"bases for the model {folder}",
+            "use the bases of this model (its tokenizer and chat template too), or the model of these bases",
+        )
 
     def check_norms(self, norms: Mapping[str, float]) -> None:
         """Refuse base weights whose norms differ by more than 1% from those the bases were computed on.

@@ -23,7 +23,7 @@ from torch import Tensor
 from nspo.activations.store import HARMFUL, ActivationStore
 from nspo.bases.file import NullSpaceBases
 from nspo.errors import UserError
-from nspo.files.manifest import fingerprint, make_manifest
+from nspo.files.manifest import check_made_with, fingerprint, make_manifest
 from nspo.models.sites import Site
 from nspo.nullspace.basis import Kind, SiteBasis
 from nspo.nullspace.spectra import (
@@ -121,11 +121,7 @@ def _sites_of(files: Iterable[Path], identity: Mapping[str, Any]) -> dict[str, S
     ready: dict[str, SiteBasis] = {}
     for file in files:
         bases = NullSpaceBases.load(file)
-        for key, expected in identity.items():
-            if bases.manifest.get(key) != expected:
-                raise UserError(
-                    f"{file} was made with {key} {bases.manifest.get(key)}, expected {expected}: delete it and rerun"
-                )
+        check_made_with(bases.manifest, identity, file, "delete it and rerun")
         ready.update(bases)
     return ready
 

@@ -15,7 +15,6 @@ updates can be explained by layer; neither it nor the release measures it.)
 Command: `nspo attribute --base results/model --tuned results/policy/nspo/seed0 --certificate ... --evaluation ...`.
 """
 
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,7 +28,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from nspo.bases.table import find_block
 from nspo.errors import UserError
 from nspo.evaluation.statistics.intervals import bootstrap_mean, paired_difference, wilson
-from nspo.files.manifest import fingerprint, make_manifest, read_json, write_json
+from nspo.files.journal import JsonLines
+from nspo.files.manifest import check_made_with, fingerprint, make_manifest, read_json, write_json
 from nspo.files.tables import read_table
 from nspo.judges.judge import flags
 from nspo.models.drift import Remembered, drift, token_weights
@@ -73,15 +73,11 @@ def attribute(
     certified, scored = read_json(certificate), read_json(evaluation / "metrics.json")
     identity = {"base": model_identity(base), "tuned": model_identity(tuned)}
     for found, path in ((certified["tuned"], certificate), (scored["model"]["policy"], evaluation)):
-        if found["weights"] != identity["tuned"]["weights"]:
-            raise UserError(
-                f"{path} is about weights {found['weights']}, the tuned model {tuned} has "
-                f"{identity['tuned']['weights']}: certify and evaluate this model first"
-            )
+        expected = {"weights": identity["tuned"]["weights"]}
+        check_made_with(found, expected, path, f"certify and evaluate the tuned model {tuned} first")
     device = device_of(runtime.device)
     judge = CostModel(cost, device)
-    if scored["judges"][judge.name] != judge.identity:
-        raise UserError(f"{evaluation} was judged by another cost model than {cost}: evaluate again with this one")
+    check_made_with(scored["judges"], {judge.name: judge.identity}, evaluation, f"evaluate again with {cost}")
 
     changed = changed_tensors(certified)
     groups = layer_groups(list(changed))
@@ -89,7 +85,10 @@ def attribute(
     limits = EvaluationSettings.model_validate(scored["settings"])
     known = {**identity, "settings": settings.dump(), "evaluation": fingerprint(scored), "groups": groups}
     work = Path(runtime.workdir) / f"attribution-{fingerprint(known)}.jsonl"
-    done = _kept(work)
+    journal = JsonLines(work)
+    done: dict[str, dict[str, list[float]]] = dict(journal.rows())
+    if done:
+        say(f"attribution: continuing after {len(done)} groups, kept in {work}")
     if rest := [name for name in groups if name not in done]:
         tokenizer = load_tokenizer(base)
         before, after = load_model(base, device), load_model(tuned, device)
@@ -97,9 +96,7 @@ def attribute(
         for name in rest:
             with taken_back(after, before, groups[name]):
                 done[name] = _measure(remembered, after, tokenizer, judge, asked, limits, name)
-            work.parent.mkdir(parents=True, exist_ok=True)
-            with work.open("a") as file:
-                file.write("\n" + json.dumps([name, done[name]]) + "\n")  # the first ends a line that was cut off
+            journal.append([[name, done[name]]])
     total = sum(row["update_norm"] ** 2 for row in changed.values())
     nothing, everything = _as_evaluated(asked, "tuned"), _as_evaluated(asked, "base")
     rows = [("nothing", [], nothing), *((n, groups[n], done[n]) for n in groups)]
@@ -275,17 +272,3 @@ def _scores(
             for name in DRIFT
         },
     }
-
-
-def _kept(work: Path) -> dict[str, dict[str, list[float]]]:
-    """Groups that an interrupted run has finished; a line that was cut off is passed over."""
-    done: dict[str, dict[str, list[float]]] = {}
-    for line in work.read_text().split("\n") if work.is_file() else ():
-        try:
-            name, found = json.loads(line)
-        except ValueError:
-            continue
-        done[name] = found
-    if done:
-        say(f"attribution: continuing after {len(done)} groups, kept in {work}")
-    return done

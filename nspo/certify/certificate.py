@@ -31,7 +31,7 @@ from nspo.activations.store import HARMFUL, ActivationStore
 from nspo.bases.file import NullSpaceBases
 from nspo.certify.checkpoints import CheckpointPair
 from nspo.errors import UserError
-from nspo.files.manifest import fingerprint, make_manifest
+from nspo.files.manifest import check_made_with, fingerprint, make_manifest
 from nspo.models.loading import load_config, model_identity
 from nspo.nullspace.basis import SiteBasis
 from nspo.nullspace.moments import add_second_moment
@@ -252,9 +252,5 @@ def _check_made_with(manifest: Mapping[str, Any], kind: str, found: Mapping[str,
     made_with = {"weights": None, **(manifest.get("model") or {})}
     if made_with.get("architecture") in (load_config(folder, f"{folder}").architectures or ()):
         made_with["architecture"] = found["architecture"]  # an older file has what config.json says
-    for part in ("architecture", "weights", "tokenizer"):
-        if part in made_with and made_with[part] != found[part]:
-            raise UserError(
-                f"the {kind} were made for {part} {made_with[part]}, the base {folder} has {found[part]}: use the "
-                f"{kind} of this base model"
-            )
+    expected = {part: found[part] for part in ("architecture", "weights", "tokenizer") if part in made_with}
+    check_made_with(made_with, expected, f"{kind} for the base {folder}", f"use the {kind} of this base model")

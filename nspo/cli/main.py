@@ -169,11 +169,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write("nspo: interrupted; the same command goes on from what is done\n")
         return 130
     except Exception as error:
-        if (said := _exhausted(error)) is None:
+        if (said := _forbidden(error) or _exhausted(error)) is None:
             raise
         sys.stderr.write(f"nspo: error: {said}; what is done is kept, the same command goes on\n")
         return 2
     return 0
+
+
+def _forbidden(error: Exception) -> str | None:
+    """The file or folder that this user may not read or write, where that is what ended a stage."""
+    number = getattr(error, "errno", None)
+    if number not in (errno.EACCES, errno.EPERM, errno.EROFS) and "Permission denied" not in str(error):
+        return None
+    where = getattr(error, "filename", None) or first_line(error)
+    reason = os.strerror(number) if number else "Permission denied"
+    return f"{where}: {reason}: this user may not read or write it, ask its owner for access or choose another folder"
 
 
 def _exhausted(error: Exception) -> str | None:

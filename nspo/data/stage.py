@@ -14,8 +14,8 @@ from nspo.data.readers import read_rows
 from nspo.data.splits import normal, position, sample, split_of
 from nspo.data.tables import LABEL_COLUMNS, PROMPT_COLUMNS
 from nspo.errors import UserError
-from nspo.files.atomic import atomic_path
 from nspo.files.manifest import dumps, make_manifest
+from nspo.files.tables import write_table
 from nspo.settings.data import DataSet, LabelSettings, PromptSettings, SplitSettings
 from nspo.sources import Source
 
@@ -112,14 +112,9 @@ def _write(
     rows: Iterable[dict[str, Any]], columns: tuple[str, ...], kind: str, settings: SplitSettings, out: Path
 ) -> None:
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     ordered = sorted(rows, key=lambda row: position(row["prompt"] + row.get("response", ""), settings.seed + 1))
     if not ordered:
         raise UserError(f"no {kind} were read: the data sections of the config are empty")
-    schema = pa.schema([(column, pa.float64() if column == "grade" else pa.string()) for column in columns])
-    table = pa.Table.from_pylist([{c: row[c] for c in columns} for row in ordered], schema)
-    manifest = make_manifest(kind, rows=len(ordered), settings=settings.dump())
-    table = table.replace_schema_metadata({"nspo": dumps(manifest)})
-    with atomic_path(out) as scratch:
-        pq.write_table(table, scratch, write_page_checksum=True)
+    types = {column: pa.float64() if column == "grade" else pa.string() for column in columns}
+    write_table(ordered, out, types, make_manifest(kind, rows=len(ordered), settings=settings.dump()))

@@ -3,18 +3,16 @@
 Answers are kept in the working folder while they come; so are the verdicts of judges that a configuration adds.
 """
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from nspo.evaluation.scores import JUDGED
-from nspo.files.atomic import atomic_path
-from nspo.files.manifest import METADATA_KEY, dumps
+from nspo.files.journal import JsonLines
+from nspo.files.tables import write_table
 from nspo.judges.judge import AddedJudge, RefusalPhrases, flags
 from nspo.judges.kept import KeptVerdicts
 from nspo.models.generation import Generate, Ids, by_length
@@ -35,20 +33,17 @@ def greedy_answers(
     Only whole batches are taken from an earlier run: every answer is made in the same batch, with the same padding, as
     without the interruption, so rounding cannot make a resumed run differ.
     """
-    order = by_length(prompt_ids)
-    lines = work.read_text().split("\n")[:-1] if work.is_file() else []  # the last piece is empty or was cut off
-    done = len(lines) if len(lines) == len(order) else len(lines) - len(lines) % batch_size
-    answers = dict(json.loads(line) for line in lines[:done])
+    order, journal = by_length(list(map(len, prompt_ids))), JsonLines(work)
+    kept = journal.rows()
+    done = len(kept) if len(kept) == len(order) else len(kept) - len(kept) % batch_size
+    journal.keep(kept[:done])
+    answers = dict(kept[:done])
     if done:
         say(f"{description}: continuing after {done} of {len(order)} prompts, kept in {work}")
-    with atomic_path(work) as scratch:
-        scratch.write_text("".join(line + "\n" for line in lines[:done]))
     rest = order[done:]
-    with work.open("a") as file:
-        for place, ids in generate([prompt_ids[i] for i in rest], max_new_tokens, batch_size, description):
-            answers[rest[place]] = ids
-            file.write(json.dumps([rest[place], ids]) + "\n")
-            file.flush()
+    for place, ids in generate([prompt_ids[i] for i in rest], max_new_tokens, batch_size, description):
+        answers[rest[place]] = ids
+        journal.append([[rest[place], ids]])
     return [answers[i] for i in range(len(prompt_ids))]
 
 
@@ -83,7 +78,4 @@ def write_responses(
 ) -> None:
     """Write the rows as Parquet with these columns and one for each added judge (none of a row is dropped)."""
     columns = {**columns, **{JUDGED + name: pa.float32() for name in judges}}
-    schema = pa.schema(list(columns.items()), metadata={METADATA_KEY: dumps(manifest)})
-    table = pa.Table.from_pylist([{column: row.get(column) for column in columns} for row in rows], schema=schema)
-    with atomic_path(path) as scratch:
-        pq.write_table(table, scratch)
+    write_table(rows, path, columns, manifest)

@@ -13,13 +13,11 @@ Commands: `nspo evaluate --name base --base results/model --policy results/model
 model with `--base-evaluation results/evaluation/base/seed0/responses.parquet`.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nspo.data.tables import domains, load_prompts
@@ -28,14 +26,13 @@ from nspo.evaluation.answers import add_verdicts, greedy_answers, judge_answers,
 from nspo.evaluation.checks import mark, runs_code
 from nspo.evaluation.scores import compute_scores
 from nspo.files.manifest import (
-    METADATA_KEY,
-    check_manifest,
-    dumps,
+    check_made_with,
     fingerprint,
     fingerprint_files,
     make_manifest,
     write_json,
 )
+from nspo.files.tables import load_table, read_table
 from nspo.judges.judge import Judge, RefusalPhrases
 from nspo.judges.make import added_judges
 from nspo.models.drift import FIGURES
@@ -143,12 +140,12 @@ def evaluate(
             "model": {"base": identity["base"], "policy": tuned},
             "judges": {judge.name: judge.identity for judge in every},
             "scores": compute_scores(
-                pq.read_table(out / "responses.parquet").to_pylist(), settings.first_tokens, list(settings.judges)
+                read_table(out / "responses.parquet"), settings.first_tokens, list(settings.judges)
             ),
         },
     )
     for path in (work, *kept):
-        path.unlink()
+        path.unlink(missing_ok=True)
 
 
 def _select(settings: EvaluationSettings, prompts: Path) -> list[dict[str, Any]]:
@@ -202,19 +199,10 @@ def _reference(
                 "`base_evaluation`"
             )
         return None
-    if not base_evaluation.is_file():
-        raise UserError(f"{base_evaluation} does not exist: evaluate the base model first")
-    table = pq.read_table(base_evaluation)
-    manifest = json.loads((table.schema.metadata or {}).get(METADATA_KEY.encode(), b"{}"))
-    check_manifest(manifest, KIND, base_evaluation)
+    manifest, rows = load_table(base_evaluation, KIND)
     expected = {**identity, "policy": identity["base"]}
-    for key, value in expected.items():
-        if manifest[key] != value:
-            raise UserError(
-                f"{base_evaluation} was made with {key} {dumps(manifest[key])}, expected {dumps(value)}: evaluate "
-                "the base model again"
-            )
-    return {(row["domain"], row["id"]): row for row in table.to_pylist() if row["role"] == "general"}
+    check_made_with(manifest, expected, base_evaluation, "evaluate the base model again")
+    return {(row["domain"], row["id"]): row for row in rows if row["role"] == "general"}
 
 
 def _compare(

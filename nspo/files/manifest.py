@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from nspo.errors import UserError
+from nspo.errors import UserError, unreadable
 from nspo.files.atomic import atomic_path
 
 SCHEMA_VERSION = 1
@@ -49,10 +49,41 @@ def check_manifest(manifest: Any, kind: str, path: Path) -> None:
         )
 
 
+def check_made_with(recorded: Mapping[str, Any], expected: Mapping[str, Any], what: object, change: str) -> None:
+    """Refuse an artifact that was made with other parts than `expected`: another model, other data, other settings.
+
+    Args:
+        recorded: what the artifact says it was made with.
+        what: the artifact, as the user knows it.
+        change: what the user should do.
+
+    Raises:
+        UserError: naming the first part that differs, as deep as it can be named, and both values.
+    """
+    for part, value in expected.items():
+        if recorded.get(part) != value:
+            part, found, value = _difference(part, recorded.get(part), value)
+            raise UserError(f"{what}: made with {part} {_shown(found)}, expected {_shown(value)}: {change}")
+
+
+def _difference(part: str, found: Any, expected: Any) -> tuple[str, Any, Any]:
+    """The first key, in sorted order, in which two values differ, and what stands there."""
+    if isinstance(found, Mapping) and isinstance(expected, Mapping):
+        key = min(key for key in {*found, *expected} if found.get(key) != expected.get(key))
+        return _difference(f"{part}.{key}", found.get(key), expected.get(key))
+    return part, found, expected
+
+
+def _shown(value: Any) -> str:
+    text = value if isinstance(value, str) else dumps(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."
+
+
 def write_json(path: Path | str, value: Any) -> None:
     """Write `value` atomically as indented JSON with sorted keys."""
     with atomic_path(path) as scratch:
-        scratch.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n")
+        text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
+        scratch.write_text(text + "\n", encoding="utf-8", newline="\n")
 
 
 def read_json(path: Path | str) -> Any:
@@ -67,7 +98,7 @@ def read_json(path: Path | str) -> Any:
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist: run the stage that makes it") from error
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): expected a JSON file") from error
+        raise unreadable(path, "a JSON file", error) from error
     except (ValueError, RecursionError) as error:  # ValueError: broken JSON, broken UTF-8
         raise UserError(f"{path} is not valid JSON ({error}): delete it and rerun the stage that makes it") from error
 

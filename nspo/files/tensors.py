@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nspo.errors import UserError
+from nspo.errors import UserError, unreadable
 from nspo.files.atomic import atomic_path
 from nspo.files.manifest import METADATA_KEY, check_manifest, dumps
 
@@ -68,9 +68,7 @@ def read_tensor_manifest(path: Path | str, kind: str) -> dict[str, Any]:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(
-            f"{path} is not a whole safetensors file ({error}): delete it and rerun the stage that makes it"
-        ) from error
+        raise unreadable(path, "a whole safetensors file", error) from error
     if METADATA_KEY not in metadata:
         raise UserError(f"{path} carries no nspo manifest: expected a {kind} file written by nspo")
     try:

@@ -20,7 +20,7 @@ from transformers import (
 from nspo.errors import UserError
 from nspo.judges.judge import Keep
 from nspo.judges.replies import expected, fill, say_unreadable, turns, verdict
-from nspo.models.generation import generate, stop_ids
+from nspo.models.generation import by_length, generate, stop_ids
 from nspo.models.loading import load_config, load_model, load_tokenizer, load_whole, model_folder, model_identity
 from nspo.run.progress import say, track
 from nspo.settings.judges import ClassifierJudge, GuardJudge
@@ -143,7 +143,7 @@ class Classifier:
         """P(unsafe) - threshold for each answer, NaN where the model gives no number; shows progress."""
         model = self.model()
         rows = [self._encoded(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
-        order = sorted(range(len(rows)), key=lambda i: (len(rows[i]["input_ids"]), i))
+        order = by_length([len(row["input_ids"]) for row in rows])
         found = [math.nan] * len(rows)
         with track(f"verdicts of {self.name}", len(rows), "answer") as bar:
             for start in range(0, len(order), self.settings.batch_size):

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nspo.errors import UserError
-from nspo.models.generation import pad_left
+from nspo.models.generation import by_length, pad_left
 from nspo.run.progress import track
 
 LOGITS_BUDGET = 2**25  # logits of one model held at a time: 128 MiB in float32
@@ -128,7 +128,7 @@ def _batches(
     prompt_ids: Sequence[Sequence[int]], answer_ids: Sequence[Sequence[int]], batch_size: int, vocabulary: int
 ) -> list[list[int]]:
     """Indices grouped by similar length, each group within `batch_size` and the budget of logits."""
-    order = sorted(range(len(prompt_ids)), key=lambda i: (len(prompt_ids[i]) + len(answer_ids[i]), i))
+    order = by_length([len(prompt) + len(answer) for prompt, answer in zip(prompt_ids, answer_ids, strict=True)])
     batches: list[list[int]] = []
     longest = 0
     for index in order:

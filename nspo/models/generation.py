@@ -43,9 +43,9 @@ def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list
     return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
 
 
-def by_length(prompts: Sequence[Ids]) -> list[int]:
-    """The places of the prompts in order of their length: the order in which they are answered."""
-    return sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
+def by_length(lengths: Sequence[int]) -> list[int]:
+    """The places of sequences of these lengths, shortest first: what is batched together then needs little padding."""
+    return sorted(range(len(lengths)), key=lengths.__getitem__)
 
 
 def ended(answer: Ids, stops: Sequence[int]) -> list[int]:
@@ -74,7 +74,7 @@ def generate(
     Yields:
         (index into `prompts`, answer ids up to and including the first stop token), in order of prompt length.
     """
-    order = by_length(prompts)
+    order = by_length(list(map(len, prompts)))
     stops = stop_ids(model, tokenizer)
     generator: Any = model  # the type PreTrainedModel does not declare generate
     with track(description, len(prompts), "prompt") as bar:

@@ -110,7 +110,7 @@ class _VLLM:
         Raises:
             UserError: vLLM cannot start, or has no room for the longest prompt and its answer.
         """
-        order = by_length(prompts)
+        order = by_length(list(map(len, prompts)))
         if not order:
             return
         from vllm import SamplingParams, TokensPrompt

@@ -19,6 +19,7 @@ from nspo.errors import UserError
 from nspo.files.atomic import atomic_path
 from nspo.files.journal import JsonLines
 from nspo.files.manifest import MANIFEST_NAME, fingerprint, fingerprint_files, make_manifest, read_json, write_json
+from nspo.files.tables import write_table
 from nspo.judges.make import judge_of
 from nspo.models.loading import load_model, load_tokenizer, model_identity
 from nspo.policy.log import REMEDY, LogCallback, LoggedCallback, theory
@@ -168,8 +169,7 @@ def write_logs(work: Path, settings: dict[str, Any], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "settings.json", settings)
     for file in ("training", "probes", "samples"):
-        with atomic_path(folder / f"{file}.parquet") as scratch:
-            write_rows(JsonLines(work / f"{file}.jsonl").rows(), scratch)
+        write_table(JsonLines(work / f"{file}.jsonl").rows(), folder / f"{file}.parquet")
     if (work / TENSORBOARD_FOLDER).is_dir():
         with atomic_path(folder / TENSORBOARD_FOLDER) as scratch:
             shutil.copytree(work / TENSORBOARD_FOLDER, scratch)
@@ -198,12 +198,3 @@ def resolved_settings(trainer: Trainer, identity: dict[str, Any]) -> dict[str, A
         if not key.endswith(("_dir", "run_name", "token")) and isinstance(value, (int, float, str, bool, type(None)))
     }
     return {"nspo": identity["settings"], "trainer": theirs}
-
-
-def write_rows(rows: list[dict[str, Any]], path: Path) -> None:
-    """Rows as Parquet, with every column that any row has."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    pq.write_table(pa.Table.from_pylist([{c: row.get(c) for c in columns} for row in rows]), path)

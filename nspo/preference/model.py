@@ -17,7 +17,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 
 from nspo.errors import UserError
 from nspo.files.manifest import MANIFEST_NAME, check_fingerprints, check_manifest, read_json
-from nspo.models.generation import chat_ids
+from nspo.models.generation import by_length, chat_ids
 from nspo.models.loading import load_tokenizer, load_whole
 from nspo.run.devices import has_bf16
 from nspo.run.progress import track
@@ -62,7 +62,7 @@ def _batches(
     model: PreTrainedModel, rows: Sequence[tuple[list[int], int]], pad_id: int
 ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
     """Places and inputs of answers of similar length, padded on the right."""
-    order = sorted(range(len(rows)), key=lambda i: (len(rows[i][0]), i))
+    order = by_length([len(ids) for ids, _ in rows])
     for start in range(0, len(order), BATCH):
         batch = order[start : start + BATCH]
         width = max(len(rows[i][0]) for i in batch)

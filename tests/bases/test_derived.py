@@ -166,9 +166,9 @@ def test_merged_file_constrains_a_model(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        (lambda a: bases(a, model={**MODEL, "weights": "xyz"}), "bases 2 are for another model, weights xyz, bases 1"),
-        (lambda a: bases(a, model={**MODEL, "tokenizer": "xyz"}), "bases 2 are for another model, tokenizer xyz"),
-        (lambda a: bases(a, model={**MODEL, "architecture": "X"}), "bases 2 are for another model, architecture X"),
+        (lambda a: bases(a, model={**MODEL, "weights": "xyz"}), "bases 2: made with weights xyz, expected "),
+        (lambda a: bases(a, model={**MODEL, "tokenizer": "xyz"}), "bases 2: made with tokenizer xyz, expected "),
+        (lambda a: bases(a, model={**MODEL, "architecture": "X"}), "bases 2: made with architecture X, expected "),
         (lambda a: bases(a, site(random_free(12, 6, 1), "1")), "bases 2 and bases 1 do not both hold the site 1"),
         (lambda a: bases(site(random_free(8, 4, 1))), "bases 2 hold the site 0 with width 8, bases 1 with 12"),
         (

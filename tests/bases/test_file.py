@@ -423,12 +423,10 @@ def test_check_folder_names_what_differs(tiny_model_dir, tmp_path):
     bases.check_folder(tiny_model_dir)
     folder = shutil.copytree(tiny_model_dir, tmp_path / "model")
     (folder / "chat_template.jinja").write_text("{{ messages }}")
-    with pytest.raises(
-        UserError, match=f"model: the fingerprint of the tokenizer .* with {made_for['tokenizer']}: use"
-    ):
+    with pytest.raises(UserError, match=f"model: made with tokenizer {made_for['tokenizer']}, expected .*: use"):
         bases.check_folder(folder)
     save_tensors(folder / "model.safetensors", {"w": torch.zeros(1)}, {})
-    with pytest.raises(UserError, match=f"model: the fingerprint of the weights is .* with {made_for['weights']}: use"):
+    with pytest.raises(UserError, match=f"model: made with weights {made_for['weights']}, expected .*: use"):
         bases.check_folder(folder)
     with pytest.raises(UserError, match="computed with an unknown one"):
         NullSpaceBases([site], {"a": 1.0}).check_folder(folder)

@@ -140,7 +140,7 @@ def test_a_share_of_other_bases_is_refused_by_name(store, tmp_path, other, key):
     source = store if other else write_store(tmp_path / "other", {**TOKENS, "maths": 61})
     settings = BasesSettings(**{"rule": "contrast", "threshold": 1.5, **other})
     stale = run(source, tmp_path / "stale.safetensors", settings, part="1/2")
-    with pytest.raises(UserError, match=rf"stale\.safetensors was made with {key} .* delete it and rerun"):
+    with pytest.raises(UserError, match=rf"stale\.safetensors: made with {key}.* delete it and rerun"):
         run(store, tmp_path / "bases.safetensors", parts=[stale])
 
 

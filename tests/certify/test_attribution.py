@@ -216,13 +216,13 @@ def test_an_interrupted_run_goes_on(
 def test_refused_before_any_work(folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A certificate or an evaluation of another model, or another judge, costs no answer."""
     monkeypatch.setattr(attribution, "_measure", lambda *_: pytest.fail("measured"))
-    with pytest.raises(UserError, match=r"certificate.json is about weights"):
+    with pytest.raises(UserError, match=r"certificate.json: made with weights"):
         attributed({**folders, "tuned": folders["base"]}, tmp_path / "out.json")
-    with pytest.raises(UserError, match="eval-base is about weights"):
+    with pytest.raises(UserError, match="eval-base: made with weights"):
         attributed({**folders, "evaluation": folders["base_evaluation"]}, tmp_path / "out.json")
     other = tmp_path / "cost"
     shutil.copytree(folders["cost"], other)
     manifest = json.loads((other / MANIFEST_NAME).read_text())
     write_json(other / MANIFEST_NAME, {**manifest, "labels": "others"})
-    with pytest.raises(UserError, match="another cost model"):
+    with pytest.raises(UserError, match="made with cost_model"):
         attributed({**folders, "cost": other}, tmp_path / "out.json")

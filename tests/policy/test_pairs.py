@@ -376,7 +376,7 @@ def test_what_an_objective_trains_from_is_checked_first(inputs, given, pairs, dp
         ("wdoor", {"pairs": pairs}, "'wdoor' needs guide policy: give the path (`--guide-policy`)"),
         ("dpo", {"pairs": pairs, "guide_policy": dpo_run}, "'dpo' takes no guide policy"),
         ("dpo", {"pairs": inputs["prompts"]}, "prompts.parquet has no column"),
-        ("dpo", {"pairs": pairs, "model": dpo_run}, "holds pairs for the model"),
+        ("dpo", {"pairs": pairs, "model": dpo_run}, ": made with base.weights "),
     ):
         with pytest.raises(UserError, match=re.escape(line)) as caught:
             run(inputs | paths, tmp_path, name)

@@ -24,13 +24,11 @@ Answers stay in the working folder after the run, so another judge asks the mode
 Command: `nspo benchmark --model DIR --tasks advbench,xstest --data FOLDER --out DIR [--cost DIR] [--judges JSON]`.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nspo.errors import UserError
@@ -41,7 +39,14 @@ from nspo.evaluation.benchmarks.registry import TASKS
 from nspo.evaluation.checks import mark, runs_code
 from nspo.evaluation.pairwise import Comparison, add_wins
 from nspo.evaluation.scores import accuracy, refusal, refusal_contrast, safety, wins
-from nspo.files.manifest import METADATA_KEY, check_manifest, dumps, fingerprint, make_manifest, read_json, write_json
+from nspo.files.manifest import (
+    check_made_with,
+    fingerprint,
+    make_manifest,
+    read_json,
+    write_json,
+)
+from nspo.files.tables import load_table, read_table
 from nspo.judges.judge import Judge, RefusalPhrases
 from nspo.judges.make import added_judges
 from nspo.models.generation import Generate, chat_ids
@@ -150,7 +155,7 @@ def run_benchmarks(
                 kept = _work(runtime.workdir, "wins", task, fingerprint(comparison.identity), identity)
                 add_wins(rows, comparison, kept)
             write_responses(rows, COLUMNS, judging.judges, manifest, out / task / "responses.parquet")
-            written = pq.read_table(out / task / "responses.parquet").to_pylist()
+            written = read_table(out / task / "responses.parquet")
             scores = benchmark_scores(task, written, list(judging.judges), cost is not None)
             write_json(out / task / "metrics.json", {**manifest, "scores": scores})
 
@@ -217,18 +222,10 @@ def _refer(task: str, benchmark: Benchmark, settings: dict[str, Any], base_answe
         given = {item["id"]: item["published"].strip() for item in benchmark.items}
         whose = {"answers": fingerprint(sorted(given.items()))}
     else:
-        if not base_answers.is_file():
-            raise UserError(f"{base_answers} does not exist: evaluate the base model on {task} first")
-        table = pq.read_table(base_answers)
-        manifest = json.loads((table.schema.metadata or {}).get(METADATA_KEY.encode(), b"{}"))
-        check_manifest(manifest, KIND, base_answers)
-        for key, ours in (("benchmark", benchmark.record), ("settings", settings)):
-            if manifest[key] != ours:
-                raise UserError(
-                    f"{base_answers} was made with another {key} than {task} here ({dumps(manifest[key])[:200]}, "
-                    f"expected {dumps(ours)[:200]}): evaluate the base model again"
-                )
-        given = {row["id"]: row["response"] for row in table.to_pylist()}
+        manifest, written = load_table(base_answers, KIND)
+        expected = {"benchmark": benchmark.record, "settings": settings}
+        check_made_with(manifest, expected, base_answers, f"evaluate the base model on {task} again")
+        given = {row["id"]: row["response"] for row in written}
         whose = manifest["model"]
     for item in benchmark.items:
         item["reference"] = given[item["id"]]

@@ -152,16 +152,5 @@ def _crossed(tables: Sequence[np.ndarray], seed: int, weights: Sequence[float] |
     return Estimate(mean([np.arange(len(table)) for table in tables], np.arange(count)), float(low), float(high))
 
 
-def mcnemar(ours: Sequence[bool], theirs: Sequence[bool]) -> float:
-    """Two-sided p-value of McNemar's exact test: do two methods' verdicts on the same prompts differ in rate?
-
-    Only prompts on which the verdicts differ count; without any, the p-value is 1.
-    """
-    only_ours = sum(a and not b for a, b in zip(ours, theirs, strict=True))
-    only_theirs = sum(b and not a for a, b in zip(ours, theirs, strict=True))
-    discordant = only_ours + only_theirs
-    return float(stats.binomtest(only_ours, discordant).pvalue) if discordant else 1.0
-
-
 def _weighted_mean(values: np.ndarray, weights: np.ndarray, axis: int = -1) -> np.ndarray:
     return (values * weights).sum(axis=axis) / weights.sum(axis=axis)

@@ -15,24 +15,20 @@ The file has one row per pair: prompt, role, safety and scores of both answers, 
 `nspo make-pairs --seed 0 --model results/model ... --out results/pairs/seed0.parquet`.
 """
 
-import json
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 
 from nspo.data.tables import load_labels
 from nspo.errors import UserError
-from nspo.files.atomic import atomic_path
 from nspo.files.manifest import (
     MANIFEST_NAME,
-    check_manifest,
-    dumps,
+    check_made_with,
     fingerprint,
     fingerprint_files,
     make_manifest,
     read_json,
 )
-from nspo.files.tables import read_table
+from nspo.files.tables import load_table, write_table
 from nspo.judges.make import judge_of
 from nspo.models.loading import load_model, load_tokenizer, model_identity
 from nspo.policy.pairs.sources import SIDES, Judges, Row, Sampler, labelled, sampled
@@ -89,7 +85,7 @@ def make_pairs(
     else:
         sampler = Sampler(settings, load_model(model, device), tokenizer, judges)
         pairs = sampled(sampler, rollout_prompts(settings, prompts, tokenizer, seed).to_list(), seed, work)
-    _write(pairs, {**identity, "pairs": len(pairs)}, out)
+    write_table(pairs, out, manifest={**identity, "pairs": len(pairs)})
     shutil.rmtree(work)
 
 
@@ -99,23 +95,6 @@ def load_pairs(path: Path, model: Path) -> list[Row]:
     Raises:
         UserError: a damaged file, another kind of file, or pairs of another model or tokenizer.
     """
-    import pyarrow.parquet as pq
-
-    rows = read_table(path, ("role", "prompt_ids", *(f"{side}_ids" for side in SIDES)))
-    manifest = json.loads((pq.read_schema(path).metadata or {}).get(b"nspo", b"null"))
-    check_manifest(manifest, KIND, path)
-    if manifest["base"] != (found := model_identity(model)):
-        raise UserError(
-            f"{path} holds pairs for the model {fingerprint(manifest['base'])}, but {model} is {fingerprint(found)}: "
-            "make the pairs again"
-        )
+    manifest, rows = load_table(path, KIND, ("role", "prompt_ids", *(f"{side}_ids" for side in SIDES)))
+    check_made_with(manifest, {"base": model_identity(model)}, path, f"make the pairs of {model}")
     return rows
-
-
-def _write(pairs: Sequence[Row], manifest: Row, out: Path) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    table = pa.Table.from_pylist(list(pairs)).replace_schema_metadata({"nspo": dumps(manifest)})
-    with atomic_path(out) as scratch:
-        pq.write_table(table, scratch, write_page_checksum=True)
