@@ -17,6 +17,7 @@ from nspo.files.atomic import atomic_path
 
 SCHEMA_VERSION = 1
 METADATA_KEY = "nspo"
+UNKNOWN = "unknown"  # of a part that an artifact does not record
 MANIFEST_NAME = "manifest.json"
 
 
@@ -61,16 +62,17 @@ def check_made_with(recorded: Mapping[str, Any], expected: Mapping[str, Any], wh
         UserError: naming the first part that differs, as deep as it can be named, and both values.
     """
     for part, value in expected.items():
-        if recorded.get(part) != value:
-            part, found, value = _difference(part, recorded.get(part), value)
-            raise UserError(f"{what}: made with {part} {_shown(found)}, expected {_shown(value)}: {change}")
+        if (found := recorded.get(part, UNKNOWN)) != value:
+            place, found, wanted = _difference(part, found, value)
+            raise UserError(f"{what}: made with {place} {_shown(found)}, expected {_shown(wanted)}: {change}")
 
 
 def _difference(part: str, found: Any, expected: Any) -> tuple[str, Any, Any]:
     """The first key, in sorted order, in which two values differ, and what stands there."""
     if isinstance(found, Mapping) and isinstance(expected, Mapping):
-        key = min(key for key in {*found, *expected} if found.get(key) != expected.get(key))
-        return _difference(f"{part}.{key}", found.get(key), expected.get(key))
+        pairs = {key: (found.get(key, UNKNOWN), expected.get(key, UNKNOWN)) for key in sorted({*found, *expected})}
+        key, (one, other) = next((key, pair) for key, pair in pairs.items() if pair[0] != pair[1])
+        return _difference(f"{part}.{key}", one, other)
     return part, found, expected
 
 

@@ -428,7 +428,7 @@ def test_check_folder_names_what_differs(tiny_model_dir, tmp_path):
     save_tensors(folder / "model.safetensors", {"w": torch.zeros(1)}, {})
     with pytest.raises(UserError, match=f"model: made with weights {made_for['weights']}, expected .*: use"):
         bases.check_folder(folder)
-    with pytest.raises(UserError, match="computed with an unknown one"):
+    with pytest.raises(UserError, match="made with weights unknown"):
         NullSpaceBases([site], {"a": 1.0}).check_folder(folder)
 
 

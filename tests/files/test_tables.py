@@ -58,10 +58,10 @@ def test_a_table_of_another_kind_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("recorded", "said"),
     [
-        ({}, "x: made with weights null, expected abc: make x again"),
+        ({}, "x: made with weights unknown, expected abc: make x again"),
         ({"weights": "abd"}, "x: made with weights abd, expected abc: make x again"),
         ({"weights": "abc", "settings": {"a": 1, "b": {"c": 2}}}, "x: made with settings.b.c 2, expected 3: make x"),
-        ({"weights": "abc", "settings": {"a": 1}}, "x: made with settings.b null, expected {"),
+        ({"weights": "abc", "settings": {"a": 1}}, "x: made with settings.b unknown, expected {"),
     ],
 )
 def test_what_was_made_with_other_parts_is_refused_by_the_part(recorded: dict[str, object], said: str) -> None:
