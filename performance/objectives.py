@@ -19,7 +19,7 @@ import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from common import conclude
@@ -34,7 +34,9 @@ from nspo.policy.pairs.stage import make_pairs
 from nspo.policy.pairs.trainer import PairLearner
 from nspo.policy.rollouts.trainer import RolloutLearner
 from nspo.run.progress import say
-from nspo.settings.policy import MethodSettings, Objective, PairSettings, TrainingSettings
+from nspo.settings.policy.losses import WDOOR
+from nspo.settings.policy.methods import PRESETS, MethodSettings
+from nspo.settings.policy.section import PairSettings, TrainingSettings
 from nspo.settings.runtime import RuntimeSettings
 
 PLAIN = "TRL alone"
@@ -48,7 +50,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("results"), help="folder of a finished run")
     parser.add_argument("--out", type=Path, default=Path("results/benchmarks"))
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--objectives", nargs="+", default=get_args(Objective), choices=get_args(Objective))
+    parser.add_argument("--objectives", nargs="+", default=list(PRESETS), choices=PRESETS)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     pairs = args.out / "pairs.parquet"
@@ -66,7 +68,7 @@ def main() -> None:
 
 def row(name: str, turns: list[dict[str, float]], found: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
     """One line of the table: seconds, the ratio to the rival round by round, memory, and the shares of the time."""
-    rival = PLAIN if name == PLAIN or method_of(name).preference is None else "dpo"
+    rival = PLAIN if name == PLAIN or not method_of(name).loss.on_pairs else "dpo"
     ratios = [ours["seconds"] / theirs["seconds"] for ours, theirs in zip(turns, found.get(rival, turns), strict=True)]
     middle = {key: statistics.median(turn[key] for turn in turns) for key in turns[0]}
     shares = {f"{part} share": middle[part] / middle["seconds"] for part in PARTS if part in middle}
@@ -86,7 +88,7 @@ def row(name: str, turns: list[dict[str, float]], found: dict[str, list[dict[str
 def method_of(name: str) -> MethodSettings:
     """The settings of a rival; TRL alone trains as `grpo_no_kl` does."""
     objective: Any = "grpo_no_kl" if name == PLAIN else name
-    return MethodSettings(objective=objective, learning_rate=STILL, kl=0.04 if objective == "grpo" else 0.0)
+    return MethodSettings(objective=objective, learning_rate=STILL)
 
 
 class Stopwatch(TrainerCallback):
@@ -108,19 +110,21 @@ def one_turn(name: str, results: Path, pairs: Path) -> dict[str, float]:
     model, device, stopwatch = results / "model", torch.device("cpu"), Stopwatch()
     set_seed(0)
     tokenizer, policy = load_tokenizer(model), load_model(model)
-    bases = load_bases(method, name, results / "bases/bases.safetensors" if method.needs_bases else None, model)
+    bases = load_bases(
+        method, name, results / "bases/bases.safetensors" if method.constraint.needs_bases else None, model
+    )
     prepare_layers(policy, method, ".*", bases)
     learner: RolloutLearner | PairLearner
-    if method.preference is None:
+    if not method.loss.on_pairs:
         inputs = (results / part for part in ("cost", "reward", "prompts.parquet"))
         learner = RolloutLearner(TRAINING, method, *inputs, device)
     else:
-        guide = model if method.preference == "wdoor" else None  # any policy: what it says costs the same
+        guide = model if isinstance(method.loss, WDOOR) else None  # any policy: what it says costs the same
         learner = PairLearner(method, model, results / "cost", pairs, guide, device)
     with tempfile.TemporaryDirectory() as folder:
         work, callbacks = Path(folder), [stopwatch]
         if name != PLAIN:
-            constraint = constraint_of(method, 0, bases, model)
+            constraint = constraint_of(method, 0, bases, policy, model)
             parts = [*([] if constraint is None else [constraint]), *learner.parts]
             callbacks += [*parts, LogCallback(work, learner.samples, [part.columns for part in parts], 1)]
         trainer = learner.trainer(TRAINING, policy, tokenizer, 0, work, RuntimeSettings(), callbacks)

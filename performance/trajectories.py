@@ -25,7 +25,7 @@ from nspo.files.atomic import atomic_path
 from nspo.files.tables import read_table
 from nspo.report import plots
 from nspo.run.progress import say
-from nspo.settings.policy import PolicySettings
+from nspo.settings.policy.section import PolicySettings
 from nspo.settings.reading import load_config
 
 Probe = Mapping[str, float]
@@ -67,7 +67,7 @@ def read_runs(policy: PolicySettings, results: Path) -> dict[str, dict[float, li
     for name, method in policy.methods.items():
         file = results / "training" / name / f"seed{policy.seeds[0]}" / "probes.parquet"
         if file.is_file():
-            runs.setdefault(method.objective, {})[method.learning_rate] = read_table(file)
+            runs.setdefault(method.title, {})[method.learning_rate] = read_table(file)
         else:
             say(f"{file} is missing: {name} is left out")
     return runs

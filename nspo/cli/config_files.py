@@ -45,7 +45,9 @@ def commented_yaml(config: Config) -> str:
 
 
 def _section(section: Section, indent: str, comments: bool) -> Iterator[str]:
-    for name, field in type(section).model_fields.items():
+    fields = type(section).model_fields
+    for name in sorted(fields, key=lambda name: name != "kind"):  # what the other keys depend on comes first
+        field = fields[name]
         if field.exclude:
             continue
         value = getattr(section, name)
@@ -82,7 +84,7 @@ def _comment(text: str, indent: str) -> Iterator[str]:
 def _choices(annotation: Any) -> str:
     """The allowed values of a setting with a fixed set of them."""
     values = [str(value) for value in get_args(annotation) if isinstance(value, str)]
-    return f" One of: {', '.join(values)}." if values and get_origin(annotation) is not None else ""
+    return f" One of: {', '.join(values)}." if len(values) > 1 and get_origin(annotation) is not None else ""
 
 
 def _scalar(value: Any) -> str:

@@ -22,7 +22,8 @@ from nspo.settings.evaluation import (
     MatchingSettings,
 )
 from nspo.settings.judges import JudgeSettings
-from nspo.settings.policy import MethodSettings, PairSettings, TrainingSettings
+from nspo.settings.policy.methods import MethodSettings
+from nspo.settings.policy.section import PairSettings, TrainingSettings
 from nspo.settings.preference import PreferenceSettings
 from nspo.settings.runtime import RuntimeSettings
 from nspo.settings.types import Section

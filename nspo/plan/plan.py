@@ -17,7 +17,7 @@ from nspo.errors import UserError
 from nspo.plan.shapes import Shape, shape_of
 from nspo.run.tables import table
 from nspo.settings.config import Config
-from nspo.settings.policy import MethodSettings
+from nspo.settings.policy.methods import MethodSettings
 from nspo.settings.reading import load_config
 
 FP32 = 4  # bytes
@@ -85,7 +85,7 @@ def stages(config: Config, shape: Shape, machine: Machine, devices: int | None =
     found += [plan.preference("cost"), plan.preference("reward"), plan.evaluate("base")]
     questions = [plan.benchmark] if config.benchmarks.tasks else []
     found += [benchmark("base") for benchmark in questions]
-    if any(method.preference for method in config.policy.methods.values()):
+    if any(method.loss.on_pairs for method in config.policy.methods.values()):
         found += [plan.pairs(f"seed {seed}") for seed in config.policy.seeds]
     locate = [plan.attribute] if config.attribution.enabled else []
     for name, method in config.policy.methods.items():
@@ -146,21 +146,21 @@ class _Plan:
         """Rollouts, their scores, forward and backward passes, the projection, and the probes."""
         settings, shape, flops = self.config.policy, self.shape, self.machine.flops * self.training
         answers = settings.prompts_per_step * settings.group_size
-        if method.preference:
+        if method.loss.on_pairs:
             answers = 2 * settings.pairs_per_update * settings.updates_per_step
         length = _prompt(settings.max_prompt_tokens) + settings.max_new_tokens
-        passes = 6 + (2 if method.kl or method.preference else 0)
+        passes = 6 + (2 if method.loss.on_pairs or method.kl else 0)
         step = answers * length * passes * shape.multiplied / flops
-        if not method.preference:
+        if not method.loss.on_pairs:
             step += answers * length * 2 * shape.trained * self._share("cost", "reward") / flops
             step += self._decode(answers, settings.max_new_tokens, self.training)
-        if method.needs_bases:  # the gradient and the weights: D U, and that times U^T
+        if method.constraint.needs_bases:  # the gradient and the weights: D U, and that times U^T
             columns = sum(out * width * KEPT * width for out, width in shape.layers) * shape.num_hidden_layers
             step += settings.updates_per_step * 2 * 4 * columns / flops
         probes = 1 + math.ceil(settings.steps / settings.probe_every)
         probing = probes * self._decode(2 * settings.probe_prompts, settings.max_new_tokens, self.training)
         whole: float = FP32 * shape.weights + (FP32 + ADAM) * shape.trained
-        if method.needs_bases:
+        if method.constraint.needs_bases:
             whole += FP32 * shape.trained + self._bases_bytes()
         if settings.sharding.startswith("zero"):
             whole += FP32 * shape.trained  # DeepSpeed's masters, apart from the weights

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 
 from nspo.policy.sharding import ZERO
-from nspo.settings.policy import MethodSettings, TrainingSettings
+from nspo.settings.policy.methods import MethodSettings
+from nspo.settings.policy.section import TrainingSettings
 from nspo.settings.runtime import RuntimeSettings
 
 

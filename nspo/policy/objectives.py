@@ -1,26 +1,21 @@
-"""What an objective makes of the model: how the bases act and what is trained.
+"""What a method makes of the model: which weights train, and how its constraint acts on them.
 
-| objective | constraint | KL | scored by |
-|---|---|---|---|
-| nspo | exact | no | safety reward |
-| grpo_no_kl | none: the same with P = I | no | safety reward |
-| grpo | none | yes | safety reward |
-| random_projector | exact, on random directions of equal rank | no | safety reward |
-| gradient_only | on gradients only | no | safety reward |
-| release | exact, on MLP layers; all else trains freely | no | safety reward |
-| nspo_lagrangian | exact | no | reward subject to cost (`nspo.policy.rollouts.lagrangian`) |
-| grpo_lagrangian | none | where set | reward subject to cost |
-| dpo, bfpo, wdoor | none | the losses know the base | the safety reward, or people, in pairs (`nspo.policy.pairs`) |
-| nspo_dpo, nspo_bfpo, nspo_wdoor | exact | as these | as these |
+| constraint | what it does |
+|---|---|
+| none | nothing: the same with P = I |
+| exact | keeps every layer of the bases to its null space |
+| gradient | projects gradients only |
+| random | as exact, on random directions, equally many of every input |
+| mlp | as exact, on MLP layers; all else trains freely |
 
-`random_projector` asks whether it matters which directions are free, `gradient_only` what the paper's text guarantees:
-AdamW's moments and decay carry the weights out of the null space, so nothing is verified and the leakage is logged.
+`random` asks whether it matters which directions are free, `gradient` what the paper's text guarantees: AdamW's moments
+and decay carry the weights out of the null space, so nothing is verified and the leakage is logged.
 
-`release` reproduces what the authors' code lets move: MLP layers in the null space of their inputs, attention,
-embeddings, norms and head free, so that later layers' inputs drift. It does not reproduce how the code writes: every
-fifth step, a write that FSDP1 discards, never before a checkpoint. Here it is re-anchored after every step, the method
-as it was meant. Nor does it take over the release's second moments (bf16, padding included), its threshold or its
-judge: bases and rewards are those of the other methods. The biases of MLP layers are frozen, since no basis holds them.
+`mlp` reproduces what the authors' code lets move: MLP layers in the null space of their inputs, attention, embeddings,
+norms and head free, so that later layers' inputs drift. It does not reproduce how the code writes: every fifth step, a
+write that FSDP1 discards, never before a checkpoint. Here it is re-anchored after every step, the method as it was
+meant. Nor does it take over the release's second moments (bf16, padding included), its threshold or its judge: bases
+and rewards are those of the other methods. The biases of MLP layers are frozen, since no basis holds them.
 """
 
 from pathlib import Path
@@ -33,20 +28,21 @@ from nspo.bases.file import NullSpaceBases
 from nspo.errors import UserError
 from nspo.models.sites import find_sites
 from nspo.policy.log import LoggedConstraint
-from nspo.settings.policy import MethodSettings
+from nspo.settings.policy.constraints import Exact, GradientOnly, MLPOnly, RandomDirections
+from nspo.settings.policy.methods import MethodSettings
 
 MLP = "mlp"  # in the names of MLP layers, as the release tells them
 
 
 def check_given(method: MethodSettings, name: str, what: str, path: Path | None, needed: bool) -> None:
-    """Refuse an input that is missing, or given although the objective has no use for it.
+    """Refuse an input that is missing, or given although the method has no use for it.
 
     Raises:
-        UserError: naming the objective and the flag.
+        UserError: naming the method and the flag.
     """
     if (path is not None) != needed:
         change = f"needs {what}: give the path" if needed else f"takes no {what}: leave it out"
-        raise UserError(f"objective {method.objective!r} of method {name!r} {change} (`--{what.replace(' ', '-')}`)")
+        raise UserError(f"method {name!r} ({method.title}) {change} (`--{what.replace(' ', '-')}`)")
 
 
 def load_bases(method: MethodSettings, name: str, path: Path | None, model: Path) -> NullSpaceBases | None:
@@ -55,7 +51,7 @@ def load_bases(method: MethodSettings, name: str, path: Path | None, model: Path
     Raises:
         UserError: bases missing or not asked for, or made for another model or tokenizer.
     """
-    check_given(method, name, "bases", path, method.needs_bases)
+    check_given(method, name, "bases", path, method.constraint.needs_bases)
     if path is None:
         return None
     bases = NullSpaceBases.load(path)
@@ -67,7 +63,7 @@ def prepare_layers(policy: PreTrainedModel, method: MethodSettings, layers: str,
     """Make trainable what the method trains, freeze the rest.
 
     That is the weights of the linear layers in the blocks whose full name matches `layers`, the same in every method;
-    for `release`, everything but the biases of MLP layers.
+    under the constraint `mlp`, everything but the biases of MLP layers.
 
     Raises:
         UserError: when the bases cover other layers than `layers` matches.
@@ -78,7 +74,7 @@ def prepare_layers(policy: PreTrainedModel, method: MethodSettings, layers: str,
             f"the bases cover {len(bases.layers)} layers, `activations.layers` {layers!r} matches {len(matching)} "
             f"(first difference {min(differing)}): expected the same ones, change `activations.layers`"
         )
-    policy.requires_grad_(method.constraint == "mlp")
+    policy.requires_grad_(isinstance(method.constraint, MLPOnly))
     for name in matching:
         module = policy.get_submodule(name)
         module.get_parameter("weight").requires_grad_(True)
@@ -92,14 +88,17 @@ def constraint_of(
     """The constraint of the method on `policy`, anchored at the folder `base`; None for a method without one.
 
     Raises:
-        UserError: when `release` finds no MLP layer in the bases.
+        UserError: when `mlp` finds no MLP layer in the bases.
     """
     if bases is None:
         return None
-    if method.constraint == "random":
-        return LoggedConstraint(policy, random_like(bases, seed), anchor=base)
-    if method.constraint == "gradient":
-        return LoggedConstraint(policy, bases, anchor=base, mode="gradient")
-    if method.constraint == "mlp":
-        return LoggedConstraint(policy, only_layers(bases, MLP), anchor=base, freeze_rest=False)
-    return LoggedConstraint(policy, bases, anchor=base)
+    match method.constraint:
+        case Exact(mode=mode):
+            return LoggedConstraint(policy, bases, anchor=base, mode=mode)
+        case GradientOnly():
+            return LoggedConstraint(policy, bases, anchor=base, mode="gradient")
+        case RandomDirections(mode=mode):
+            return LoggedConstraint(policy, random_like(bases, seed), anchor=base, mode=mode)
+        case MLPOnly(mode=mode):
+            return LoggedConstraint(policy, only_layers(bases, MLP), anchor=base, mode=mode, freeze_rest=False)
+    raise AssertionError(method.constraint)

@@ -14,7 +14,8 @@ from transformers import Trainer
 
 from nspo.constraint.zero import whole
 from nspo.errors import UserError
-from nspo.settings.policy import MethodSettings, TrainingSettings
+from nspo.settings.policy.methods import MethodSettings
+from nspo.settings.policy.section import TrainingSettings
 
 ZERO = ("zero2", "zero3")  # of policy.sharding: DeepSpeed
 
@@ -30,10 +31,10 @@ def check_processes(training: TrainingSettings, method: MethodSettings, processe
             f"policy.processes is {training.processes}, but {processes.num_processes} of them run: start the stage "
             f"with `accelerate launch --multi_gpu --num_processes {training.processes} -m nspo train-policy ...`"
         )
-    if method.preference and training.pairs_per_update % training.processes:
+    if method.loss.on_pairs and training.pairs_per_update % training.processes:
         raise UserError(
             f"minibatch_size / group_size ({training.pairs_per_update} pairs per update) must be divisible by "
-            f"policy.processes ({training.processes}) for objective {method.objective!r}: raise policy.minibatch_size"
+            f"policy.processes ({training.processes}) for the loss {method.loss.kind!r}: raise policy.minibatch_size"
         )
 
 

@@ -1,8 +1,8 @@
-"""Train one policy with one of the objectives of `nspo.policy.objectives`: GRPO (clip 0.2), or a preference loss.
+"""Train one policy: a loss (GRPO with clip 0.2, or one on pairs) under a constraint of `nspo.policy.objectives`.
 
 Constrained are the linear layers of every block that `activations.layers` matches; all else is frozen. The weights are
 re-anchored after every optimizer step, so decay acts inside the null space only. Unconstrained methods train the same
-layers with the same data order, seed and rollout budget: the objective is the only difference. docs/release.md compares
+layers with the same data order, seed and rollout budget: loss and constraint are the only difference. docs/release.md compares
 this with the authors' code.
 
 Command: `nspo train-policy --objective nspo --bases results/bases/bases.safetensors ... --out FOLDER`.
@@ -33,7 +33,9 @@ from nspo.policy.sharding import check_processes, prepare_engine, whole_weights
 from nspo.policy.trackers import TENSORBOARD_FOLDER, check_trackers, tracker_callbacks
 from nspo.run.processes import own_device, processes_of
 from nspo.run.progress import say, silence
-from nspo.settings.policy import MethodSettings, TrainingSettings
+from nspo.settings.policy.losses import WDOOR
+from nspo.settings.policy.methods import MethodSettings
+from nspo.settings.policy.section import TrainingSettings
 from nspo.settings.runtime import RuntimeSettings
 
 
@@ -69,8 +71,8 @@ def train_policy(
             layers than `layers` matches; a judge or tracker that is missing something; vLLM asked for where it
             cannot run; no prompt short enough; or other processes than `policy.processes` and `policy.sharding` say.
     """
-    check_given(method, name, "pairs", pairs, method.preference is not None)
-    check_given(method, name, "guide policy", guide_policy, method.preference == "wdoor")
+    check_given(method, name, "pairs", pairs, method.loss.on_pairs)
+    check_given(method, name, "guide policy", guide_policy, isinstance(method.loss, WDOOR))
     check_trackers(runtime.trackers)
     with processes_of(runtime.device, "policy.processes") as processes:
         check_processes(training, method, processes)

@@ -159,16 +159,15 @@ def compare(
 def comparisons(
     config: Config, responses: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], columns: Sequence[Measure]
 ) -> list[dict[str, Any]]:
-    """Every method against its unconstrained twin (`MethodSettings.twin`), constrained methods first.
+    """Every method against its unconstrained twin (`MethodSettings.twin_of`), constrained methods first.
 
     With several such methods the twin is the hardest to beat: among those at equal safety the one with the
     lowest KL per token; if none is, the one nearest in unsafe rate.
     """
     methods = {name: method for name, method in config.policy.methods.items() if name in responses}
     found = []
-    for name, method in sorted(methods.items(), key=lambda item: not item[1].constrained):
-        twins = [other for other in methods if methods[other].objective == method.twin]
-        if twins and method.objective != method.twin:
+    for name, method in sorted(methods.items(), key=lambda item: not item[1].constraint.exact):
+        if twins := [other for other in methods if methods[other].twin_of(method)]:
             found.append(min((compare(responses, name, twin, columns) for twin in twins), key=_hardest))
     return found
 

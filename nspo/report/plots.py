@@ -42,7 +42,7 @@ KNOWN = {
     "nspo_wdoor": "#004488",
 }
 SPARE = ("#cc79a7", "#56b4e9", "#b8860b", "#7a5195")
-LIGHTEST = 0.5  # how far the last of several methods of one objective is mixed with white
+LIGHTEST = 0.5  # how far the last of several methods of one title is mixed with white
 SEQUENCE = ("#7fbf9f", "#4fa58f", "#2f8582", "#1a5f6b", "#0c3547")  # first to last block
 SITES = ("#0072b2", "#cc79a7", "#009e73", "#d55e00", "#56b4e9", "#b8860b")
 OVERVIEW_BLOCKS = 5  # spectra drawn per kind of site
@@ -77,17 +77,17 @@ METADATA: dict[str, dict[str, Any]] = {"png": {"Software": None}, "svg": {"Date"
 Points = Sequence[tuple[float, float]]
 
 
-def colours(objectives: Mapping[str, str]) -> dict[str, str]:
-    """The colour of every method, given its objective: known objectives keep theirs, others take spare ones in order.
+def colours(titles: Mapping[str, str]) -> dict[str, str]:
+    """The colour of every method, given its title: known titles keep theirs, others take spare ones in order.
 
-    Several methods of one objective (say, at different learning rates) share its hue, the first darkest.
+    Several methods of one title (say, at different learning rates) share its hue, the first darkest.
     """
-    names = list(dict.fromkeys(objectives.values()))
+    names = list(dict.fromkeys(titles.values()))
     spare = [name for name in names if name not in KNOWN]
     hues = KNOWN | {name: SPARE[index % len(SPARE)] for index, name in enumerate(spare)}
     found = {}
     for name in names:
-        methods = [method for method, objective in objectives.items() if objective == name]
+        methods = [method for method, title in titles.items() if title == name]
         for place, method in enumerate(methods):
             found[method] = _lighter(hues[name], LIGHTEST * place / max(len(methods) - 1, 1))
     return found

@@ -79,8 +79,8 @@ def load_runs(
         raise UserError("no evaluation of the base model was given: run the evaluation for `base` and pass its folder")
     order = [BASE, *config.policy.methods]
     methods = dict.fromkeys(sorted((method for method, _ in metrics), key=lambda m: _place(m, order)))
-    objectives = {m: config.policy.methods[m].objective if m in config.policy.methods else m for m in methods}
-    colour = plots.colours(objectives)
+    titles = {m: config.policy.methods[m].title if m in config.policy.methods else m for m in methods}
+    colour = plots.colours(titles)
     runs = []
     for method, seed in sorted(metrics, key=lambda key: (_place(key[0], order), key)):
         folder, found = metrics[method, seed]

@@ -1,7 +1,6 @@
 """Typed settings of every stage: the one place where a key, its default, its meaning and its limits are written.
 
-The sections of data, policies, judges and benchmarks stand in `nspo/settings/data.py`, `nspo/settings/policy.py`,
-`nspo/settings/judges.py` and `nspo/settings/evaluation.py`, kinds of value in `nspo/settings/types.py`.
+Every section stands in a file of its own beside this one, kinds of value in `nspo/settings/types.py`.
 `config/config.yaml` and `workflow/schemas/config.schema.json` are generated from here (`nspo config write`), a test
 fails when they drift.
 How a violation is told stands in `nspo/settings/reading.py`.
@@ -16,7 +15,7 @@ from pydantic import Field, model_validator
 from nspo.settings.bases import ActivationSettings, BasesSettings
 from nspo.settings.data import DataSettings
 from nspo.settings.evaluation import AttributionSettings, BenchmarkSettings, EvaluationSettings, MatchingSettings
-from nspo.settings.policy import PolicySettings
+from nspo.settings.policy.section import PolicySettings
 from nspo.settings.preference import PreferenceSettings
 from nspo.settings.runtime import RuntimeSettings
 from nspo.settings.types import Section, source_of

@@ -22,6 +22,12 @@ from nspo.settings.types import Section
 S = TypeVar("S", bound=Section)
 SHOWN = 20  # faults told at once
 LONGEST = 400  # characters of a line
+# Keys that stand elsewhere now: what a user wrote, and where it belongs.
+MOVED = {
+    r"(policy\.methods\.[^.]+)\.(kl|cost_limit|multiplier_\w+|beta|token_temperature|safety_share|guide)": (
+        r"\1.loss.\2"
+    ),
+}
 BRIEF = reprlib.Repr()
 BRIEF.maxlevel, BRIEF.maxstring, BRIEF.maxother = 2, 80, 80
 
@@ -119,7 +125,9 @@ def _fault(section: type[BaseModel], fault: Any) -> str:
     parts, holder, place = _walk(section, fault["loc"])
     key = ".".join(str(part) for part in parts if part != "[key]")
     if fault["type"] == "extra_forbidden":
-        return f"{key}: unknown key{_nearest(holder, str(parts[-1]))}"
+        moved = (match.expand(new) for old, new in MOVED.items() if (match := re.fullmatch(old, key)))
+        said = next((f"moved to {place}" for place in moved), f"unknown key{_nearest(holder, str(parts[-1]))}")
+        return f"{key}: {said}"
     if fault["type"] in {"union_tag_invalid", "union_tag_not_found"}:
         kinds = place["discriminator"]
         return f"{key}.{kinds['propertyName']}: expected one of: {', '.join(kinds['mapping'])}"

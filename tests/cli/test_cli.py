@@ -19,7 +19,7 @@ from nspo.errors import UserError
 from nspo.settings.bases import BasesSettings
 from nspo.settings.config import Config
 from nspo.settings.data import PromptSettings
-from nspo.settings.policy import MethodSettings
+from nspo.settings.policy.methods import MethodSettings
 from nspo.settings.reading import load_config
 from nspo.settings.runtime import RuntimeSettings
 

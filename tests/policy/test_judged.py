@@ -18,7 +18,7 @@ from nspo.errors import UserError
 from nspo.policy import stage as stage
 from nspo.policy.rollouts import trainer as grpo
 from nspo.policy.rollouts.judged import JudgedCost
-from nspo.settings.policy import MethodSettings
+from nspo.settings.policy.methods import MethodSettings
 from nspo.settings.reading import check_config
 
 ENDPOINT = {"kind": "endpoint", "url": "http://127.0.0.1:9/v1", "model": "m"}
@@ -77,7 +77,7 @@ def test_benign_answers_are_scored_by_the_reward_model(inputs, tmp_path, monkeyp
 def test_the_limit_of_a_lagrangian_is_a_share(inputs, tmp_path, monkeypatch):
     """The multiplier follows the share of unsafe verdicts, failures aside; what failed has no part in either side."""
     plan(monkeypatch)
-    method = MethodSettings(objective="grpo_lagrangian", learning_rate=1e-2, cost_limit=0.25)
+    method = MethodSettings(objective="grpo_lagrangian", learning_rate=1e-2, loss={"cost_limit": 0.25})
     monkeypatch.setitem(METHODS, "grpo_lagrangian", method)
     out = run(inputs, tmp_path, "grpo_lagrangian", **ONE_STEP, benign_share=0.0)
     row = table(out, "training")[0]
@@ -184,8 +184,8 @@ def test_wrong_settings_are_refused(judge: dict[str, Any], message: str):
 @pytest.mark.parametrize("limit", [0.0, 1.0, -0.5])
 def test_a_limit_that_no_share_can_keep_is_refused(limit: float):
     """With verdicts for costs a limit outside (0, 1) would only ever raise or lower the multiplier."""
-    method = {"objective": "nspo_lagrangian", "learning_rate": 1e-4, "cost_limit": limit}
+    method = {"objective": "nspo_lagrangian", "learning_rate": 1e-4, "loss": {"cost_limit": limit}}
     policy = {"methods": {"mine": method}}
     check_config({"policy": policy})
-    with pytest.raises(UserError, match=r"methods\.mine\.cost_limit is .*share of unsafe answers"):
+    with pytest.raises(UserError, match=r"methods\.mine\.loss\.cost_limit is .*share of unsafe answers"):
         check_config({"policy": policy | {"judge": ENDPOINT}})

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nspo.policy.rollouts.lagrangian import LagrangianReward, Multiplier, MultiplierCallback, combined_advantage
 from nspo.policy.rollouts.reward import whole_rollout
-from nspo.settings.policy import MethodSettings
+from nspo.settings.policy.losses import Lagrangian
 
 REWARD = torch.tensor([1.0, 2.0, 3.0, 2.0, 5.0, 5.0, 5.0, 5.0])
 COST = torch.tensor([10.0, 30.0, 20.0, 20.0, -1.0, 1.0, -1.0, 1.0])
@@ -21,7 +21,7 @@ COST = torch.tensor([10.0, 30.0, 20.0, 20.0, -1.0, 1.0, -1.0, 1.0])
 
 def multiplier(**keys: float) -> Multiplier:
     """A multiplier with the defaults of the settings, but for `keys`."""
-    return Multiplier.of(MethodSettings(objective="grpo_lagrangian", learning_rate=1e-4, **keys))
+    return Multiplier.of(Lagrangian(**keys))
 
 
 def test_trajectory_by_hand():

@@ -31,7 +31,8 @@ from nspo.policy.pairs.stage import make_pairs
 from nspo.policy.pairs.trainer import PairMetrics, PairTrainer, trainer_arguments
 from nspo.policy.rollouts.prompts import rollout_prompts
 from nspo.preference.model import PreferenceModel
-from nspo.settings.policy import MethodSettings, PairSettings, TrainingSettings
+from nspo.settings.policy.losses import DPO
+from nspo.settings.policy.section import PairSettings, TrainingSettings
 from nspo.settings.runtime import RuntimeSettings
 
 ROLLOUTS = PairSettings(**{key: value for key, value in TRAINING.dump().items() if key in PairSettings.model_fields})
@@ -66,7 +67,7 @@ def dpo_run(given, tmp_path_factory) -> Path:
 
 def guided(given: dict[str, Path], guide: Path, name: str) -> dict[str, Path]:
     """`given`, with the guide where the objective takes one."""
-    return given | ({"guide_policy": guide} if METHODS[name].preference == "wdoor" else {})
+    return given | ({"guide_policy": guide} if METHODS[name].loss.kind == "wdoor" else {})
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
@@ -271,7 +272,7 @@ def test_dpo_is_trls(inputs, tmp_path):
         for index, pair in enumerate(ours)
     ]
     trainer = PairTrainer(
-        MethodSettings(objective="dpo", learning_rate=1e-3, beta=0.3),
+        DPO(beta=0.3),
         PairMetrics(),
         model=policy,
         args=TrainingArguments(**arguments),

@@ -49,7 +49,8 @@ from nspo.policy.rollouts.reward import SafetyReward, safety_reward
 from nspo.policy.rollouts.trainer import trainer_arguments
 from nspo.policy.stage import last_checkpoint
 from nspo.preference.model import PreferenceModel
-from nspo.settings.policy import MethodSettings, TrainingSettings
+from nspo.settings.policy.methods import MethodSettings
+from nspo.settings.policy.section import TrainingSettings
 from nspo.settings.runtime import RuntimeSettings
 
 # Inputs, made once
@@ -145,7 +146,7 @@ def test_trainer_arguments_are_written_out(monkeypatch, tmp_path):
         "delta": 2.5,
     }
     settings = TrainingSettings(**TRAINING.dump() | changes)
-    method = MethodSettings(objective="grpo", learning_rate=3e-5, kl=0.07)
+    method = MethodSettings(objective="grpo", learning_rate=3e-5, loss={"kl": 0.07})
     given = trainer_arguments(settings, method, 5, torch.device("cpu"), tmp_path, RuntimeSettings())
     expected = {
         "epsilon": 0.3,
@@ -368,7 +369,7 @@ def test_without_a_multiplier_the_reward_alone_trains(inputs, tmp_path, monkeypa
     """At 1e-30 advantages and weights are those of plain GRPO on the reward model's score of every answer."""
     monkeypatch.setattr(grpo, "GRPOTrainer", Recorder)
     same = {"autocast": "no", "micro_batch_size": 4, "steps": 1}
-    tiny = MethodSettings(objective="grpo_lagrangian", learning_rate=1e-2, multiplier_init=1e-30)
+    tiny = MethodSettings(objective="grpo_lagrangian", learning_rate=1e-2, loss={"multiplier_init": 1e-30})
     monkeypatch.setitem(METHODS, "grpo_lagrangian", tiny)
     found = weights(run(inputs, tmp_path / "lagrangian", "grpo_lagrangian", **same))
     advantages = Recorder.seen["rollouts"][0]["advantages"]

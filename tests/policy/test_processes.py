@@ -28,7 +28,8 @@ from nspo.models.linears import whole_shape
 from nspo.policy.log import LogCallback
 from nspo.policy.rollouts import trainer as grpo
 from nspo.policy.sharding import check_processes, prepare_engine
-from nspo.settings.policy import MethodSettings, TrainingSettings
+from nspo.settings.policy.methods import MethodSettings
+from nspo.settings.policy.section import TrainingSettings
 from nspo.settings.runtime import RuntimeSettings
 
 __all__ = ["inputs"]

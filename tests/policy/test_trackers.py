@@ -11,7 +11,7 @@ from nspo.errors import UserError
 from nspo.policy import stage as stage
 from nspo.policy import trackers
 from nspo.policy.stage import train_policy
-from nspo.settings.policy import TrainingSettings
+from nspo.settings.policy.section import TrainingSettings
 from nspo.settings.runtime import RuntimeSettings
 
 

@@ -13,7 +13,7 @@ from support.vllm_package import class_of, engine_parameters, field_names, vllm_
 from nspo.errors import UserError
 from nspo.models import vllm_engine
 from nspo.policy.rollouts.vllm_rollouts import check_rollout, vllm_arguments
-from nspo.settings.policy import TrainingSettings
+from nspo.settings.policy.section import TrainingSettings
 from nspo.settings.reading import check_config
 from nspo.settings.runtime import VLLMSettings
 

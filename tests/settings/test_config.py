@@ -3,7 +3,7 @@
 import difflib
 import json
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import jsonschema
 import pytest
@@ -12,7 +12,7 @@ import yaml
 from nspo.cli.config_files import CONFIG_FILE, HEADER, SCHEMA_FILE, commented_yaml, json_schema
 from nspo.errors import UserError
 from nspo.settings.config import Config
-from nspo.settings.policy import CONSTRAINTS, MethodSettings, Objective
+from nspo.settings.policy.methods import PRESETS, MethodSettings
 from nspo.settings.reading import check_config, load_config, typed
 
 ROOT = Path(__file__).parents[2]
@@ -93,16 +93,28 @@ METHOD = {"objective": "nspo", "learning_rate": 1e-4}
         ({"policy": {"methods": {"base": METHOD}}}, "policy: methods: found the name 'base', expected letters"),
         ({"policy": {"methods": {"a/b": METHOD}}}, "policy: methods: found the name 'a/b', expected letters"),
         (
+            {"policy": {"methods": {"a": METHOD | {"loss": {"cost_limit": 0.5}}}}},
+            "policy.methods.a.loss.cost_limit: unknown key, expected one of: kl, kind",
+        ),
+        (
             {"policy": {"methods": {"a": METHOD | {"cost_limit": 0.5}}}},
-            "policy.methods.a: cost_limit is 0.5 for objective 'nspo': only nspo_lagrangian and grpo_lagrangian have a",
+            "policy.methods.a.cost_limit: moved to policy.methods.a.loss.cost_limit",
         ),
         (
-            {"policy": {"methods": {"a": METHOD | {"objective": "nspo_lagrangian", "multiplier_init": 9.0}}}},
-            "policy.methods.a: multiplier_init (9.0) is above multiplier_max (5.0): lower it",
+            {"policy": {"methods": {"a": {"learning_rate": 1.0, "loss": {"kind": "dpo"}}}}},
+            "policy.methods.a: found no constraint, expected `loss` and `constraint`, or `objective`",
         ),
         (
-            {"policy": {"methods": {"a": METHOD | {"objective": "nspo_lagrangian", "kl": 0.1}}}},
-            "policy.methods.a: kl is 0.1 for objective 'nspo_lagrangian': grpo needs kl > 0, grpo_lagrangian may have",
+            {"policy": {"methods": {"a": METHOD | {"objective": "nspoo"}}}},
+            "policy.methods.a.objective: found 'nspoo', expected 'nspo', 'grpo_no_kl'",
+        ),
+        (
+            {"policy": {"methods": {"a": METHOD | {"loss": {"kind": "gpro"}}}}},
+            "policy.methods.a.loss.kind: expected one of: bfpo, dpo, grpo, lagrangian, wdoor",
+        ),
+        (
+            {"policy": {"methods": {"a": METHOD | {"loss": {"kind": "lagrangian", "multiplier_init": 9.0}}}}},
+            "policy.methods.a.loss: multiplier_init (9.0) is above multiplier_max (5.0): lower it",
         ),
         (
             {"bases": {"rule": "energy", "threshold": 1.5}},
@@ -124,18 +136,47 @@ def test_mistakes_name_the_key(raw: Any, message: str) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_one_table_says_what_is_constrained() -> None:
-    """Which objectives train with bases, which keep every layer to them, and what each is compared with."""
-    kl = {"grpo": 0.1}
-    methods = {o: MethodSettings(objective=o, learning_rate=1.0, kl=kl.get(o, 0.0)) for o in get_args(Objective)}
-    assert {name for name, method in methods.items() if method.needs_bases} == set(CONSTRAINTS)
-    constrained = {"nspo", "nspo_lagrangian", "nspo_dpo", "nspo_bfpo", "nspo_wdoor"}
-    assert {name for name, method in methods.items() if method.constrained} == constrained
-    assert {name for name, method in methods.items() if method.lagrangian} == {"nspo_lagrangian", "grpo_lagrangian"}
-    free = {"grpo_no_kl", "grpo_lagrangian", "dpo", "bfpo", "wdoor"}
-    assert {name for name, method in methods.items() if method.twin == name} == free
-    for name in ("dpo", "bfpo", "wdoor"):
-        assert (methods[f"nspo_{name}"].twin, methods[f"nspo_{name}"].preference) == (name, name)
+METHODS = {name: MethodSettings(objective=name, learning_rate=1.0) for name in PRESETS}
+
+
+def test_a_known_name_is_a_loss_and_a_constraint() -> None:
+    """What each name stands for, what keeps to the null space, and what each is compared with."""
+    assert {name: method.title for name, method in METHODS.items()} == {name: name for name in PRESETS}
+    exact = {"nspo", "nspo_lagrangian", "nspo_dpo", "nspo_bfpo", "nspo_wdoor"}
+    assert {name for name, method in METHODS.items() if method.constraint.exact} == exact
+    needing = exact | {"random_projector", "gradient_only", "release"}
+    assert {name for name, method in METHODS.items() if method.constraint.needs_bases} == needing
+    twins = {name: {other for other in PRESETS if METHODS[other].twin_of(method)} for name, method in METHODS.items()}
+    compared = {name: {"grpo_no_kl"} for name in ("nspo", "grpo", "random_projector", "gradient_only", "release")}
+    compared |= {"nspo_lagrangian": {"grpo_lagrangian"}}
+    compared |= {f"nspo_{name}": {name} for name in ("dpo", "bfpo", "wdoor")}
+    assert {name: found for name, found in twins.items() if found} == compared
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"objective": "nspo"}, ({"kind": "grpo", "kl": 0.0}, {"kind": "exact", "mode": "both"}, "nspo")),
+        ({"objective": "grpo"}, ({"kind": "grpo", "kl": 0.04}, {"kind": "none"}, "grpo")),
+        ({"objective": "grpo", "loss": {"kl": 0.2}}, ({"kind": "grpo", "kl": 0.2}, {"kind": "none"}, "grpo")),
+        ({"objective": "grpo", "loss": {"kind": "dpo"}}, ({"kind": "dpo", "beta": 0.1}, {"kind": "none"}, "dpo")),
+        (
+            {"objective": "nspo_dpo", "constraint": {"kind": "mlp", "mode": "anchor"}},
+            ({"kind": "dpo", "beta": 0.1}, {"kind": "mlp", "mode": "anchor"}, "dpo+mlp"),
+        ),
+        (
+            {"loss": {"kind": "bfpo", "beta": 0.5}, "constraint": {"kind": "none"}},
+            ({"kind": "bfpo", "beta": 0.5}, {"kind": "none"}, "bfpo"),
+        ),
+    ],
+)
+def test_axes_spell_out_and_override_a_known_name(given: dict[str, Any], expected: Any) -> None:
+    """Keys beside the name count instead of its own; the name itself is not kept, so equal axes are equal settings."""
+    raw = {"policy": {"methods": {"a": given | {"learning_rate": 1e-4}}}}
+    method = check_config(raw).policy.methods["a"]
+    assert (method.loss.dump(), method.constraint.dump(), method.title) == expected
+    assert MethodSettings.model_validate(method.dump()) == method
+    jsonschema.validate(raw, json.loads(json_schema()))
 
 
 def test_conda_environment_follows_the_lock() -> None:

@@ -34,7 +34,8 @@ from nspo.models.tiny import tiny_tokenizer
 from nspo.policy.rollouts.trainer import trainer_arguments
 from nspo.policy.stage import train_policy
 from nspo.preference.stage import train_preference
-from nspo.settings.policy import MethodSettings, TrainingSettings
+from nspo.settings.policy.methods import MethodSettings
+from nspo.settings.policy.section import TrainingSettings
 from nspo.settings.reading import check_config, load_config, read_yaml
 from nspo.settings.types import Section
 from nspo.sources import Source
@@ -52,7 +53,6 @@ LLAMA_TEMPLATE = (
     "<|end_header_id|>\n\n{{ message['content'] | trim }}<|eot_id|>{% endfor %}"
     "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
 )
-METHOD_KEYS = ("objective", "learning_rate", "kl")
 SPECIALS = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|end_of_text|>"]
 # What a CPU and a minute ask for. Everything else is the file's.
 SMALLER: dict[str, Any] = {
@@ -76,8 +76,8 @@ def unwritten(section: Section, given: Any, place: str = "") -> list[str]:
     """Fields that shape the result and that the mapping `given` does not hold, by their full key."""
     missing = []
     for name in type(section).model_fields:
-        if name == "runtime" or (isinstance(section, MethodSettings) and name not in METHOD_KEYS):
-            continue  # how, not what; keys that other objectives have
+        if name == "runtime" or (isinstance(section, MethodSettings) and name == "objective"):
+            continue  # how, not what; a name for two keys that are written out
         if name not in given:
             missing.append(place + name)
             continue

@@ -5,7 +5,7 @@ import random
 import shlex
 import signal
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -27,7 +27,8 @@ from nspo.policy.log import LogCallback
 from nspo.policy.rollouts import trainer as grpo
 from nspo.policy.stage import train_policy
 from nspo.preference.stage import train_preference
-from nspo.settings.policy import MethodSettings, Objective, TrainingSettings
+from nspo.settings.policy.methods import PRESETS, MethodSettings
+from nspo.settings.policy.section import TrainingSettings
 from nspo.settings.preference import PreferenceSettings
 from nspo.settings.runtime import RequestSettings, RuntimeSettings
 
@@ -55,16 +56,7 @@ TRAINING = TrainingSettings(
 UPDATES = 8
 
 
-METHODS = {
-    "nspo": MethodSettings(objective="nspo", learning_rate=1e-2),
-    "grpo_no_kl": MethodSettings(objective="grpo_no_kl", learning_rate=1e-2),
-    "grpo": MethodSettings(objective="grpo", learning_rate=1e-2, kl=0.04),
-    **{
-        name: MethodSettings(objective=name, learning_rate=1e-2)
-        for name in get_args(Objective)
-        if name not in ("nspo", "grpo_no_kl", "grpo")
-    },
-}
+METHODS = {name: MethodSettings(objective=name, learning_rate=1e-2) for name in PRESETS}
 
 
 def prompt_rows() -> list[dict[str, str]]:
@@ -152,7 +144,7 @@ def run(
 ) -> Path:
     """Train the method `name` in `folder` with other `paths` (or `layers`) and `changes` to the settings."""
     given = {"pairs": None, "guide_policy": None, "layers": ".*"} | inputs
-    given |= {"bases": inputs["bases"] if METHODS[name].needs_bases else None} | (paths or {})
+    given |= {"bases": inputs["bases"] if METHODS[name].constraint.needs_bases else None} | (paths or {})
     settings = TrainingSettings(**TRAINING.dump() | changes)
     runtime = RuntimeSettings(device="cpu", workdir=str(folder / "work"), recompute_activations=recompute)
     train_policy(settings, METHODS[name], name, 0, **given, out=folder / "out", runtime=runtime)
@@ -166,7 +158,8 @@ def command(
     settings = TrainingSettings(**TRAINING.dump() | changes)
     runtime = RuntimeSettings(device="cpu", workdir=str(folder / "work"), requests=requests or RequestSettings())
     flags = to_flags(settings), to_flags(METHODS[name]), to_flags(runtime, RUNTIME_FLAGS)
-    paths = inputs if METHODS[name].needs_bases else {key: path for key, path in inputs.items() if key != "bases"}
+    without = [] if METHODS[name].constraint.needs_bases else ["bases"]
+    paths = {key: path for key, path in inputs.items() if key not in without}
     words = [word for key, path in paths.items() for word in (f"--{key}", str(path))]
     words += ["--name", name, "--seed", "0", "--layers", ".*", "--out", str(folder / "out")]
     return ["train-policy", *shlex.split(" ".join(flags)), *words]

@@ -113,7 +113,7 @@ def write_policy(folder: Path, method: str, seed: int, does: Behaviour) -> Path:
     ]
     pq.write_table(pa.Table.from_pylist(steps), out / "training.parquet")
     pq.write_table(pa.Table.from_pylist(probes), out / "probes.parquet")
-    settings = {"objective": method, "learning_rate": 1e-4, "kl": 0.0}
+    settings = {"learning_rate": 1e-4, "loss": {"kind": "grpo", "kl": 0.0}, "constraint": {"kind": "exact"}}
     theory = {"updates": 30, "descending": 0.9, "least_step_descent": -2.1e-4, "most_leakage": 3.3e-8}
     theory |= {"least_descent": 0.0321, "least_kept": 0.3, "most_kept": 0.3}
     found = {"nspo": settings, "trainer": {"beta": 0.0}, "theory": theory if method == "nspo" else None}

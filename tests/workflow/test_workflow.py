@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import psutil
 import pytest
@@ -22,7 +22,7 @@ import yaml
 from support.workflow_project import ROOT, contents, snakemake, snakemake_command
 
 from nspo.evaluation.benchmarks.registry import TASKS
-from nspo.settings.policy import MethodSettings, Objective
+from nspo.settings.policy.methods import PRESETS, MethodSettings
 
 pytestmark = pytest.mark.workflow
 
@@ -315,10 +315,7 @@ def test_default_configuration_plans() -> None:
 
 def test_bases_and_certificates_follow_the_objective(tmp_path: Path) -> None:
     """A method trains with bases, pairs and a guide, and is certified as constrained, where its settings say so."""
-    methods = {
-        name: MethodSettings(objective=name, learning_rate=1e-4, kl=0.1 if name == "grpo" else 0.0)
-        for name in get_args(Objective)
-    }
+    methods = {name: MethodSettings(objective=name, learning_rate=1e-4) for name in PRESETS}
     raw = yaml.safe_load((ROOT / "config/smoke.yaml").read_text())
     raw["policy"]["methods"] = {name: method.dump() for name, method in methods.items()}
     raw["runtime"]["results"] = str(tmp_path / "results")
@@ -328,11 +325,11 @@ def test_bases_and_certificates_follow_the_objective(tmp_path: Path) -> None:
     for name, method in methods.items():
         train = re.findall(rf"nspo train-policy .*--name {name} .*", run.stdout)
         verify = re.findall(rf'nspo verify .*"method": "{name}".*', run.stdout)
-        assert [" --bases " in command for command in train] == [method.needs_bases]
-        assert [" --pairs " in command for command in train] == [method.preference is not None]
+        assert [" --bases " in command for command in train] == [method.constraint.needs_bases]
+        assert [" --pairs " in command for command in train] == [method.loss.on_pairs]
         guided = [bool(re.search(r" --guide-policy \S+/policy/dpo/seed0 ", command)) for command in train]
-        assert guided == [method.preference == "wdoor"]
-        assert [f'"constrained": {str(method.constrained).lower()}' in command for command in verify] == [True]
+        assert guided == [method.loss.kind == "wdoor"]
+        assert [f'"constrained": {str(method.constraint.exact).lower()}' in command for command in verify] == [True]
     assert len(re.findall(r"nspo make-pairs .*--seed 0 ", run.stdout)) == 1
 
 

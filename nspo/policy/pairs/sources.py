@@ -16,7 +16,7 @@ from nspo.models.generation import chat_ids, generate
 from nspo.policy.rollouts.reward import Scorer, safety_reward, score_where
 from nspo.run.devices import has_bf16
 from nspo.run.progress import say, track
-from nspo.settings.policy import PairSettings
+from nspo.settings.policy.section import PairSettings
 
 SIDES = ("chosen", "rejected")
 BATCH = 64  # answers that are sampled at once

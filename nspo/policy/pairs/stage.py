@@ -36,7 +36,7 @@ from nspo.policy.rollouts.judged import JudgedCost
 from nspo.policy.rollouts.prompts import rollout_prompts
 from nspo.preference.model import PreferenceModel
 from nspo.run.devices import device_of
-from nspo.settings.policy import PairSettings
+from nspo.settings.policy.section import PairSettings
 from nspo.settings.runtime import RuntimeSettings
 
 KIND = "pairs"

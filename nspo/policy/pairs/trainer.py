@@ -34,7 +34,9 @@ from nspo.policy.pairs.batches import Collator, Pair, answer_logps, every_logps,
 from nspo.policy.pairs.losses import bfpo_label, bfpo_loss, dpo_loss, role_weights, token_weights, wdoor_loss
 from nspo.policy.pairs.stage import load_pairs
 from nspo.preference.model import PreferenceModel
-from nspo.settings.policy import MethodSettings, TrainingSettings
+from nspo.settings.policy.losses import BFPO, DPO, WDOOR, AnyLoss
+from nspo.settings.policy.methods import MethodSettings
+from nspo.settings.policy.section import TrainingSettings
 from nspo.settings.runtime import RuntimeSettings
 
 
@@ -74,12 +76,12 @@ class PairLearner:
     ) -> "PairTrainer":
         """The trainer, which keeps its checkpoints in `work`; `policy` still is the base model."""
         disable_dropout_in_model(policy)
-        pairs = with_prefixes(self.pairs, seed) if self.method.preference == "wdoor" else self.pairs
+        pairs = with_prefixes(self.pairs, seed) if isinstance(self.method.loss, WDOOR) else self.pairs
         self.per_update = training.pairs_per_update
         count = training.steps * training.updates_per_step * self.per_update
         self.order = in_order(self._measured(pairs, training, policy, tokenizer), count, seed)
         return PairTrainer(
-            self.method,
+            self.method.loss,
             self.metrics,
             model=policy,
             args=trainer_arguments(training, self.method, seed, self.device, work, runtime),
@@ -111,12 +113,12 @@ class PairLearner:
         weights = [torch.ones_like(logps) for logps in base_chosen]
         counts = torch.ones(len(pairs))
         harmful = torch.tensor([pair.role == "harmful" for pair in pairs])
-        if self.guide is not None:
+        if isinstance(loss := self.method.loss, WDOOR) and self.guide is not None:
             guide = every_logps(load_model(self.guide, self.device), chosen, *how, "log-probabilities of the guide")
             for index, logps in enumerate(guide):
                 if harmful[index]:
-                    weights[index] = token_weights(logps, base_chosen[index], self.method.token_temperature)
-            counts = role_weights(harmful, self.method.safety_share)
+                    weights[index] = token_weights(logps, base_chosen[index], loss.token_temperature)
+            counts = role_weights(harmful, loss.safety_share)
         labels = bfpo_label(
             torch.tensor([side.safe for side in chosen]),
             torch.tensor([side.safe for side in rejected]),
@@ -138,9 +140,9 @@ class PairLearner:
 class PairTrainer(Trainer):
     """transformers' trainer with the loss of a preference objective."""
 
-    def __init__(self, method: MethodSettings, metrics: "PairMetrics", **kwargs: Any) -> None:
+    def __init__(self, loss: AnyLoss, metrics: "PairMetrics", **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.method, self.metrics = method, metrics
+        self.loss, self.metrics = loss, metrics
         self.loss_is_scaled_for_ga = False  # it is a mean over the pairs of a micro-batch
 
     def compute_loss(
@@ -154,12 +156,14 @@ class PairTrainer(Trainer):
 
     def _losses(self, logps: Tensor, chosen: Tensor, rejected: Tensor, inputs: dict[str, Tensor]) -> Tensor:
         """(B,)"""
-        beta = self.method.beta
-        if self.method.preference == "dpo":
-            return dpo_loss(chosen - rejected, beta)
-        if self.method.preference == "bfpo":
-            return bfpo_loss(chosen - rejected, inputs["label"], beta)
-        return wdoor_loss(logps.chunk(2)[0], inputs["token_weights"], rejected, inputs["harmful"], beta)
+        match self.loss:
+            case DPO(beta=beta):
+                return dpo_loss(chosen - rejected, beta)
+            case BFPO(beta=beta):
+                return bfpo_loss(chosen - rejected, inputs["label"], beta)
+            case WDOOR(beta=beta):
+                return wdoor_loss(logps.chunk(2)[0], inputs["token_weights"], rejected, inputs["harmful"], beta)
+        raise AssertionError(self.loss)
 
 
 class PairMetrics(LoggedCallback):

@@ -32,7 +32,7 @@ from trl.trainer.utils import nanstd
 from nspo.policy.log import LoggedCallback
 from nspo.policy.rollouts.reward import SafetyReward, Scorer, score_where
 from nspo.run.progress import say
-from nspo.settings.policy import MethodSettings
+from nspo.settings.policy.losses import Lagrangian
 
 STD_EPSILON = 1e-4  # TRL's, so that a multiplier near zero gives the advantages of the reward alone
 
@@ -56,10 +56,9 @@ class Multiplier:
     lowest_cost: float = math.inf
 
     @classmethod
-    def of(cls, method: MethodSettings) -> "Multiplier":
-        """The multiplier of a Lagrangian method before its first rollout."""
-        start = math.log(method.multiplier_init)
-        return cls(method.cost_limit, method.multiplier_lr, method.multiplier_max, start)
+    def of(cls, loss: Lagrangian) -> "Multiplier":
+        """The multiplier before its first rollout."""
+        return cls(loss.cost_limit, loss.multiplier_lr, loss.multiplier_max, math.log(loss.multiplier_init))
 
     @property
     def value(self) -> float:

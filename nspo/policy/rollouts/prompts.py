@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from nspo.data.tables import load_prompts
 from nspo.errors import UserError
 from nspo.models.generation import chat_ids
-from nspo.settings.policy import RolloutSettings
+from nspo.settings.policy.section import RolloutSettings
 
 
 def rollout_prompts(rollouts: RolloutSettings, prompts: Path, tokenizer: PreTrainedTokenizerBase, seed: int) -> Dataset:

@@ -19,7 +19,9 @@ from nspo.policy.rollouts.prompts import rollout_prompts
 from nspo.policy.rollouts.reward import SafetyReward, Scorer
 from nspo.policy.rollouts.vllm_rollouts import vllm_arguments
 from nspo.preference.model import PreferenceModel
-from nspo.settings.policy import MethodSettings, TrainingSettings
+from nspo.settings.policy.losses import AnyLoss, Lagrangian, RolloutLoss
+from nspo.settings.policy.methods import MethodSettings
+from nspo.settings.policy.section import TrainingSettings
 from nspo.settings.runtime import RuntimeSettings
 
 
@@ -49,7 +51,7 @@ class RolloutLearner:
         self.method, self.prompts, self.device = method, prompts, device
         self.cost = PreferenceModel.load(cost, "cost", device)
         reward_model = PreferenceModel.load(reward, "reward", device)
-        self.scorer, multiplier = reward_of(training, method, judge or self.cost, reward_model)
+        self.scorer, multiplier = reward_of(training, method.loss, judge or self.cost, reward_model)
         self.parts: list[LoggedCallback] = [Clock(self.scorer.scored), *([] if multiplier is None else [multiplier])]
 
     def trainer(
@@ -84,12 +86,12 @@ class RolloutLearner:
 
 
 def reward_of(
-    training: TrainingSettings, method: MethodSettings, cost: Scorer, reward: Scorer
+    training: TrainingSettings, loss: AnyLoss, cost: Scorer, reward: Scorer
 ) -> tuple[SafetyReward, MultiplierCallback | None]:
-    """The reward function, and for a Lagrangian method the callback that keeps its multiplier."""
-    if not method.lagrangian:
+    """The reward function, and for a Lagrangian loss the callback that keeps its multiplier."""
+    if not isinstance(loss, Lagrangian):
         return SafetyReward(cost, reward, training.margin), None
-    multiplier = Multiplier.of(method)
+    multiplier = Multiplier.of(loss)
     return LagrangianReward(cost, reward, multiplier, training.group_size), MultiplierCallback(multiplier)
 
 
@@ -102,6 +104,8 @@ def trainer_arguments(
     runtime: RuntimeSettings,
 ) -> GRPOConfig:
     """TRL's configuration with every field that shapes the result written out."""
+    loss = method.loss
+    assert isinstance(loss, RolloutLoss)
     return GRPOConfig(
         **shared_arguments(training, method, seed, device, work, runtime),
         **vllm_arguments(training, runtime.vllm),
@@ -119,10 +123,10 @@ def trainer_arguments(
         epsilon=training.clip,
         epsilon_high=training.clip,
         delta=training.delta,
-        beta=method.kl,
+        beta=loss.kl,
         use_bias_correction_kl=True,
         loss_type="bnpo",
-        scale_rewards="none" if method.lagrangian else "group",  # combined advantages are scaled already
+        scale_rewards="none" if isinstance(loss, Lagrangian) else "group",  # combined advantages are scaled already
         importance_sampling_level="token",
         mask_truncated_completions=False,
         disable_dropout=True,

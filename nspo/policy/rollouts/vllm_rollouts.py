@@ -17,7 +17,7 @@ from transformers import Trainer
 
 from nspo.errors import UserError
 from nspo.models.vllm_engine import check_engine
-from nspo.settings.policy import TrainingSettings
+from nspo.settings.policy.section import TrainingSettings
 from nspo.settings.runtime import VLLMSettings
 
 RATIO_LIMIT = 3.0

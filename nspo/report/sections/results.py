@@ -42,7 +42,7 @@ def results(config: Config, runs: Sequence[Run]) -> dict[str, Any]:
     columns = comparison.measures(config)
     responses = {method: [run.responses for run in of] for method, of in by_method(runs).items()}
     pairs = comparison.comparisons(config, responses, columns)
-    main = next((pair for pair in pairs if config.policy.methods[pair["ours"]].constrained), None)
+    main = next((pair for pair in pairs if config.policy.methods[pair["ours"]].constraint.exact), None)
     against_base = (
         [comparison.compare(responses, main[side], BASE, columns) for side in ("ours", "theirs")] if main else []
     )

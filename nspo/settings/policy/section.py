@@ -1,4 +1,4 @@
-"""Settings of the policy stage: objectives, shared training, the comparison."""
+"""Settings of the policy stage: rollouts, pairs, training, the comparison."""
 
 import re
 from typing import Annotated, Literal, Self
@@ -6,152 +6,9 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, PositiveFloat, model_validator
 
 from nspo.settings.judges import AnyJudge
+from nspo.settings.policy.losses import DPO, WDOOR, Lagrangian
+from nspo.settings.policy.methods import MethodSettings
 from nspo.settings.types import MOST, Count, Engine, Section, Whole
-
-Objective = Literal[
-    "nspo",
-    "grpo_no_kl",
-    "grpo",
-    "random_projector",
-    "gradient_only",
-    "release",
-    "nspo_lagrangian",
-    "grpo_lagrangian",
-    "dpo",
-    "bfpo",
-    "wdoor",
-    "nspo_dpo",
-    "nspo_bfpo",
-    "nspo_wdoor",
-]
-Preference = Literal["dpo", "bfpo", "wdoor"]
-Constrains = Literal["exact", "random", "gradient", "mlp"]
-CONSTRAINTS: dict[Objective, Constrains] = {
-    "nspo": "exact",
-    "random_projector": "random",
-    "gradient_only": "gradient",
-    "release": "mlp",
-    "nspo_lagrangian": "exact",
-    "nspo_dpo": "exact",
-    "nspo_bfpo": "exact",
-    "nspo_wdoor": "exact",
-}
-PREFERENCES: dict[Objective, Preference] = {
-    "dpo": "dpo",
-    "bfpo": "bfpo",
-    "wdoor": "wdoor",
-    "nspo_dpo": "dpo",
-    "nspo_bfpo": "bfpo",
-    "nspo_wdoor": "wdoor",
-}
-MULTIPLIER_KEYS = ("cost_limit", "multiplier_init", "multiplier_lr", "multiplier_max")
-WDOOR_KEYS = ("token_temperature", "safety_share", "guide")
-
-
-class MethodSettings(Section):
-    """One line of the comparison."""
-
-    objective: Objective = Field(
-        description="nspo: constrained, no KL; grpo_no_kl: the same without the constraint; grpo: with the KL term; "
-        "config/README.md says what each of the others is."
-    )
-    learning_rate: PositiveFloat = Field(
-        description="AdamW learning rate. Projection shrinks the step, so tune per method."
-    )
-    kl: float = Field(
-        0.0,
-        ge=0,
-        description="Weight of the KL term; for objective grpo (the usual value is 0.04), and grpo_lagrangian may have "
-        "one.",
-    )
-    cost_limit: float = Field(
-        0.0,
-        description="The mean cost of all answers that a Lagrangian objective allows; answers above 0 are harmful. "
-        "This and the multiplier's keys are for nspo_lagrangian and grpo_lagrangian only.",
-    )
-    multiplier_init: PositiveFloat = Field(1.0, description="The multiplier of the cost at the start.")
-    multiplier_lr: PositiveFloat = Field(
-        0.1, description="How fast the logarithm of the multiplier follows the mean cost, once per rollout."
-    )
-    multiplier_max: PositiveFloat = Field(5.0, description="The largest multiplier; reaching it is reported.")
-    beta: PositiveFloat = Field(
-        0.1,
-        description="How closely dpo, bfpo and wdoor, with or without nspo_ before them, hold to the base model.",
-    )
-    token_temperature: PositiveFloat = Field(
-        1.0,
-        description="How evenly the tokens of a safe answer count; lower stresses those that decide a refusal. This "
-        "and the keys below are for wdoor and nspo_wdoor only.",
-    )
-    safety_share: float = Field(
-        0.2, gt=0, lt=1, description="Weight of the loss on harmful prompts; the rest keeps answers to benign ones."
-    )
-    guide: str = Field(
-        "dpo", description="The method, of objective dpo or nspo_dpo, whose policy says how much each token counts."
-    )
-
-    @property
-    def constraint(self) -> Constrains | None:
-        """How the bases act, the one place that says so; None: not at all.
-
-        "exact": as they are, on every layer of theirs. "random": random directions of equal rank. "gradient": on
-        gradients only, which leaks. "mlp": on MLP layers only, while all else trains freely.
-        """
-        return CONSTRAINTS.get(self.objective)
-
-    @property
-    def needs_bases(self) -> bool:
-        """Whether the method trains with bases."""
-        return self.constraint is not None
-
-    @property
-    def constrained(self) -> bool:
-        """Whether the method keeps every layer that the bases list to their null space."""
-        return self.constraint == "exact"
-
-    @property
-    def lagrangian(self) -> bool:
-        """Whether the cost is a constraint with a multiplier, and not a part of the reward."""
-        return self.objective.endswith("_lagrangian")
-
-    @property
-    def preference(self) -> Preference | None:
-        """The loss on pairs of answers that the method trains with; None: it trains on rollouts of its own."""
-        return PREFERENCES.get(self.objective)
-
-    @property
-    def twin(self) -> Objective:
-        """The objective that this one is compared with: the same without the constraint and without KL."""
-        return "grpo_lagrangian" if self.lagrangian else self.preference or "grpo_no_kl"
-
-    @model_validator(mode="after")
-    def _kl_fits_objective(self) -> Self:
-        if self.objective != "grpo_lagrangian" and (self.kl > 0) != (self.objective == "grpo"):
-            raise ValueError(
-                f"kl is {self.kl} for objective {self.objective!r}: grpo needs kl > 0, grpo_lagrangian may have it, "
-                "the others need kl = 0"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _keys_fit_objective(self) -> Self:
-        owners = (
-            (MULTIPLIER_KEYS, self.lagrangian, "nspo_lagrangian and grpo_lagrangian have a multiplier"),
-            (("beta",), self.preference is not None, "the preference objectives (dpo, bfpo, wdoor) have it"),
-            (WDOOR_KEYS, self.preference == "wdoor", "wdoor and nspo_wdoor weigh tokens"),
-        )
-        for keys, fits, who in owners:
-            changed = [key for key in keys if getattr(self, key) != type(self).model_fields[key].default]
-            if changed and not fits:
-                raise ValueError(
-                    f"{changed[0]} is {getattr(self, changed[0])} for objective {self.objective!r}: only {who}, leave "
-                    "the key out"
-                )
-        if self.multiplier_init > self.multiplier_max:
-            raise ValueError(
-                f"multiplier_init ({self.multiplier_init}) is above multiplier_max ({self.multiplier_max}): lower it"
-            )
-        return self
 
 
 class RolloutSettings(Section):
@@ -167,7 +24,7 @@ class RolloutSettings(Section):
         1.0,
         ge=0,
         description="Scores beyond zero by this much earn no more reward: safe and helpful enough is left alone. "
-        "Lagrangian objectives take the scores as they are.",
+        "The loss lagrangian takes the scores as they are.",
     )
     judge: Annotated[AnyJudge, Field(discriminator="kind")] | None = Field(
         None,
@@ -290,17 +147,19 @@ class PolicySettings(TrainingSettings, PairSettings):
             "grpo_no_kl": MethodSettings(objective="grpo_no_kl", learning_rate=1.0e-4),
         },
         min_length=1,
-        description="Methods to compare, by name.",
+        description="Methods to compare, by name: what is minimised, and where the update may go. `objective: NAME` "
+        "stands for both; config/README.md lists the names.",
     )
     seeds: list[Whole] = Field([0], min_length=1, description="Each method is trained once per seed.")
 
     @model_validator(mode="after")
     def _limits_fit_judge(self) -> Self:
         for name, method in self.methods.items():
-            if self.judge is not None and method.lagrangian and not 0 < method.cost_limit < 1:
+            loss = method.loss
+            if self.judge is not None and isinstance(loss, Lagrangian) and not 0 < loss.cost_limit < 1:
                 raise ValueError(
-                    f"methods.{name}.cost_limit is {method.cost_limit}: with policy.judge a cost is 1 (unsafe) or 0, "
-                    "expected the share of unsafe answers that is allowed, above 0 and below 1"
+                    f"methods.{name}.loss.cost_limit is {loss.cost_limit}: with policy.judge a cost is 1 (unsafe) or "
+                    "0, expected the share of unsafe answers that is allowed, above 0 and below 1"
                 )
         return self
 
@@ -313,11 +172,13 @@ class PolicySettings(TrainingSettings, PairSettings):
     @model_validator(mode="after")
     def _guides_are_trained(self) -> Self:
         for name, method in self.methods.items():
-            guide = self.methods.get(method.guide)
-            if method.preference == "wdoor" and (guide is None or guide.preference != "dpo"):
+            if not isinstance(method.loss, WDOOR):
+                continue
+            guide = self.methods.get(method.loss.guide)
+            if guide is None or not isinstance(guide.loss, DPO):
                 raise ValueError(
-                    f"methods.{name}: found the guide {method.guide!r}, expected the name of a method with objective "
-                    "dpo or nspo_dpo, which is trained first: add one, or name it as the guide"
+                    f"methods.{name}.loss.guide: found {method.loss.guide!r}, expected the name of a method with loss "
+                    "dpo, which is trained first: add one, or name it as the guide"
                 )
         return self
 
