@@ -55,7 +55,7 @@ def _section(section: Section, indent: str, comments: bool) -> Iterator[str]:
             yield ""
         if comments:
             meaning = field.description or type(value).__doc__ or ""
-            yield from _comment(meaning + _choices(field.annotation), indent)
+            yield from _comment(" ".join(meaning.split()) + _choices(field.annotation), indent)
         yield from _entry(name, value, indent, comments)
 
 

@@ -78,6 +78,9 @@ def _code(path: Path, name: str) -> str:
 def _computing(node: ast.Module | ast.ClassDef) -> Iterator[ast.stmt]:
     """What of a module or class of settings may change a result: no fields, no texts, no checks, no imports."""
     for part in node.body:
+        if isinstance(part, ast.AnnAssign) and ast.unparse(part.annotation).startswith("ClassVar"):
+            yield part  # a fact about a class, not a field
+            continue
         if isinstance(part, (ast.AnnAssign, ast.Import, ast.ImportFrom)):
             continue
         if isinstance(part, ast.Assign) and isinstance(part.value, (ast.Constant, ast.Subscript)):

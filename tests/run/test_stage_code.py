@@ -66,6 +66,7 @@ def test_an_edit_reruns_the_stages_that_it_may_change(file: str, tmp_path: Path)
 SETTINGS = '''"""Settings."""
 class Method(Section):
     """A method."""
+    exact: ClassVar[bool] = True
     rate: float = Field(1.0, description="how fast")
     @property
     def constrained(self) -> bool:
@@ -85,6 +86,7 @@ class Method(Section):
         ("return self\n", "return self or None\n", False),  # a check
         ('"""Whether."""', '"""If."""', False),
         ('== "exact"', '!= "none"', True),  # what is constrained
+        ("= True", "= False", True),  # the same, as a fact about the class
     ],
 )
 def test_of_settings_only_what_computes_counts(old: str, new: str, counts: bool, tmp_path: Path) -> None:
