@@ -34,7 +34,7 @@ from nspo.settings.policy.methods import MethodSettings
 MLP = "mlp"  # in the names of MLP layers, as the release tells them
 
 
-def check_given(method: MethodSettings, name: str, what: str, path: Path | None, needed: bool) -> None:
+def check_given(name: str, what: str, path: Path | None, needed: bool) -> None:
     """Refuse an input that is missing, or given although the method has no use for it.
 
     Raises:
@@ -42,7 +42,7 @@ def check_given(method: MethodSettings, name: str, what: str, path: Path | None,
     """
     if (path is not None) != needed:
         change = f"needs {what}: give the path" if needed else f"takes no {what}: leave it out"
-        raise UserError(f"method {name!r} ({method.title}) {change} (`--{what.replace(' ', '-')}`)")
+        raise UserError(f"method {name!r} {change} (`--{what.replace(' ', '-')}`)")
 
 
 def load_bases(method: MethodSettings, name: str, path: Path | None, model: Path) -> NullSpaceBases | None:
@@ -51,7 +51,7 @@ def load_bases(method: MethodSettings, name: str, path: Path | None, model: Path
     Raises:
         UserError: bases missing or not asked for, or made for another model or tokenizer.
     """
-    check_given(method, name, "bases", path, method.constraint.needs_bases)
+    check_given(name, "bases", path, method.constraint.needs_bases)
     if path is None:
         return None
     bases = NullSpaceBases.load(path)

@@ -71,8 +71,8 @@ def train_policy(
             layers than `layers` matches; a judge or tracker that is missing something; vLLM asked for where it
             cannot run; no prompt short enough; or other processes than `policy.processes` and `policy.sharding` say.
     """
-    check_given(method, name, "pairs", pairs, method.loss.on_pairs)
-    check_given(method, name, "guide policy", guide_policy, isinstance(method.loss, WDOOR))
+    check_given(name, "pairs", pairs, method.loss.on_pairs)
+    check_given(name, "guide policy", guide_policy, isinstance(method.loss, WDOOR))
     check_trackers(runtime.trackers)
     with processes_of(runtime.device, "policy.processes") as processes:
         check_processes(training, method, processes)
