@@ -11,11 +11,8 @@
 `random` asks whether it matters which directions are free, `gradient` what the paper's text guarantees: AdamW's moments
 and decay carry the weights out of the null space, so nothing is verified and the leakage is logged.
 
-`mlp` reproduces what the authors' code lets move: MLP layers in the null space of their inputs, attention, embeddings,
-norms and head free, so that later layers' inputs drift. It does not reproduce how the code writes: every fifth step, a
-write that FSDP1 discards, never before a checkpoint. Here it is re-anchored after every step, the method as it was
-meant. Nor does it take over the release's second moments (bf16, padding included), its threshold or its judge: bases
-and rewards are those of the other methods. The biases of MLP layers are frozen, since no basis holds them.
+Under `mlp` the biases of MLP layers are frozen, since no basis holds them; later layers' inputs drift all the same, since
+attention, embeddings, norms and head are free. docs/release.md compares it with the authors' code.
 """
 
 from pathlib import Path

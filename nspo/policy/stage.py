@@ -2,8 +2,8 @@
 
 Constrained are the linear layers of every block that `activations.layers` matches; all else is frozen. The weights are
 re-anchored after every optimizer step, so decay acts inside the null space only. Unconstrained methods train the same
-layers with the same data order, seed and rollout budget: loss and constraint are the only difference. docs/release.md compares
-this with the authors' code.
+layers with the same data order, seed and rollout budget: loss and constraint are the only difference. docs/release.md
+compares this with the authors' code.
 
 Command: `nspo train-policy --objective nspo --bases results/bases/bases.safetensors ... --out FOLDER`.
 """

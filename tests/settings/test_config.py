@@ -156,13 +156,13 @@ def test_a_known_name_is_a_loss_and_a_constraint() -> None:
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ({"objective": "nspo"}, ({"kind": "grpo", "kl": 0.0}, {"kind": "exact", "mode": "both"}, "nspo")),
+        ({"objective": "nspo"}, ({"kind": "grpo", "kl": 0.0}, {"kind": "exact", "mode": "anchor"}, "nspo")),
         ({"objective": "grpo"}, ({"kind": "grpo", "kl": 0.04}, {"kind": "none"}, "grpo")),
         ({"objective": "grpo", "loss": {"kl": 0.2}}, ({"kind": "grpo", "kl": 0.2}, {"kind": "none"}, "grpo")),
         ({"objective": "grpo", "loss": {"kind": "dpo"}}, ({"kind": "dpo", "beta": 0.1}, {"kind": "none"}, "dpo")),
         (
-            {"objective": "nspo_dpo", "constraint": {"kind": "mlp", "mode": "anchor"}},
-            ({"kind": "dpo", "beta": 0.1}, {"kind": "mlp", "mode": "anchor"}, "dpo+mlp"),
+            {"objective": "nspo_dpo", "constraint": {"kind": "mlp", "mode": "both"}},
+            ({"kind": "dpo", "beta": 0.1}, {"kind": "mlp", "mode": "both"}, "dpo+mlp"),
         ),
         (
             {"loss": {"kind": "bfpo", "beta": 0.5}, "constraint": {"kind": "none"}},

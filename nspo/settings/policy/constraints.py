@@ -25,10 +25,10 @@ class Constraint(Section):
 class Anchored(Constraint):
     """A constraint that brings the weights themselves back into a subspace."""
 
-    mode: Literal["both", "anchor"] = Field(
-        "both",
-        description="both: project the gradient, and after the optimizer's step what it did to the weights; anchor: "
-        "the second alone.",
+    mode: Literal["anchor", "both"] = Field(
+        "anchor",
+        description="anchor: after the optimizer's step, project what it did to the weights; both: the gradient before "
+        "the step too.",
     )
 
 
