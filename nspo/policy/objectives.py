@@ -11,8 +11,8 @@
 `random` asks whether it matters which directions are free, `gradient` what the paper's text guarantees: AdamW's moments
 and decay carry the weights out of the null space, so nothing is verified and the leakage is logged.
 
-Under `mlp` the biases of MLP layers are frozen, since no basis holds them; later layers' inputs drift all the same, since
-attention, embeddings, norms and head are free. docs/release.md compares it with the authors' code.
+Under `mlp` the biases of MLP layers are frozen, since no basis holds them; later layers' inputs drift all the same,
+since attention, embeddings, norms and head are free. docs/release.md compares it with the authors' code.
 """
 
 from pathlib import Path

@@ -32,8 +32,8 @@ def tracked(
         section: the settings, or a function from wildcards to those of a job, of the class `kind`.
         keep_order: leave mappings in the order in which they were written (see `to_flags`).
     """
-    fields = list((kind or type(section)).model_fields)  # type: ignore[union-attr]
-    chosen = [name for name in fields if names is None or name in names]
+    fields = (kind or type(section)).model_fields  # type: ignore[union-attr]
+    chosen = [name for name in fields if not fields[name].exclude and (names is None or name in names)]
     return {f"{prefix}_{name}": _value(section, name, keep_order) for name in chosen}
 
 

@@ -4,7 +4,8 @@ from types import SimpleNamespace
 
 from nspo.settings.config import Config
 from nspo.settings.data import PromptSettings
-from nspo.settings.policy import MethodSettings, TrainingSettings
+from nspo.settings.policy.methods import MethodSettings
+from nspo.settings.policy.section import TrainingSettings
 from nspo.workflow.parameters import benchmark_of, flags, optional, part_of, tracked, with_own_wheels
 
 
@@ -35,7 +36,8 @@ def test_settings_may_depend_on_the_job() -> None:
     """A function of the wildcards chooses the settings, as of a method."""
     methods = Config().policy.methods
     found = values(tracked("method", lambda wildcards: methods[wildcards.method], kind=MethodSettings))
-    assert found["method_objective"] == "--objective nspo"
+    assert set(found) == {"method_learning_rate", "method_loss", "method_constraint"}
+    assert found["method_loss"] == """--loss '{"kind": "grpo", "kl": 0.0}'"""
 
 
 def test_only_what_a_section_names_is_part_of_it() -> None:

@@ -23,7 +23,9 @@ from nspo.run.stage_code import code_hash as code
 from nspo.settings.data import LabelSettings, PromptSettings
 from nspo.settings.evaluation import BenchmarkSettings
 from nspo.settings.judges import JudgeSettings
-from nspo.settings.policy import MethodSettings, PairSettings, TrainingSettings
+from nspo.settings.policy.losses import WDOOR
+from nspo.settings.policy.methods import MethodSettings
+from nspo.settings.policy.section import PairSettings, TrainingSettings
 from nspo.sources import Source, wheel_folder
 from nspo.workflow import inputs, launch
 from nspo.workflow.configuration import settings_of
@@ -133,25 +135,25 @@ def bases_file(wildcards):
 
 def bases_of_method(wildcards):
     """The bases, for a method that trains with them."""
-    return bases_file(wildcards) if method_of(wildcards).needs_bases else []
+    return bases_file(wildcards) if method_of(wildcards).constraint.needs_bases else []
 
 
 def pairs_of_method(wildcards):
     """The pairs of answers, for a method that learns from them."""
-    return rules.make_pairs.output.pairs if method_of(wildcards).preference else []
+    return rules.make_pairs.output.pairs if method_of(wildcards).loss.on_pairs else []
 
 
 def guide_of_method(wildcards):
     """The policy whose token rewards a method takes, of the same seed."""
-    method = method_of(wildcards)
-    if method.preference != "wdoor":
+    loss = method_of(wildcards).loss
+    if not isinstance(loss, WDOOR):
         return []
-    return expand(rules.train_policy.output.policy, method=method.guide, seed=wildcards.seed)
+    return expand(rules.train_policy.output.policy, method=loss.guide, seed=wildcards.seed)
 
 
 def facts_of(wildcards):
     """What a certificate says of a policy beside its figures."""
-    constrained = method_of(wildcards).constrained
+    constrained = method_of(wildcards).constraint.exact
     facts = {"method": wildcards.method, "seed": int(wildcards.seed), "constrained": constrained}
     return shlex.quote(json.dumps(facts))
 
