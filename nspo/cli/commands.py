@@ -32,7 +32,7 @@ def write_config(config: Config, out: Path | None) -> None:
         write_files(Path())
         return
     with atomic_path(out) as scratch:
-        scratch.write_text(commented_yaml(config))
+        scratch.write_text(commented_yaml(config), encoding="utf-8")
 
 
 def check_file(file: Path) -> None:

@@ -8,6 +8,7 @@ Command: `nspo --help`.
 import argparse
 import difflib
 import errno
+import io
 import json
 import os
 import shlex
@@ -51,8 +52,9 @@ def _assignment(name: str, value: str) -> str:
 
 
 def format_value(value: Any) -> str:
-    """JSON, or the plain text of a string that could not be taken for JSON."""
-    return value if isinstance(value, str) and parse_value(value) == value else json.dumps(value, ensure_ascii=False)
+    """JSON, or the plain text of a string that could not be taken for JSON; ASCII, which every locale can write."""
+    plain = isinstance(value, str) and value.isascii() and parse_value(value) == value
+    return value if plain else json.dumps(value)
 
 
 def parse_value(text: str) -> Any:
@@ -159,6 +161,8 @@ def _run(argv: Sequence[str]) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0, 2 for a mistake the user can mend, 130 when interrupted."""
     end_with_workflow()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as standard error: no locale ends a stage
     try:
         _run(sys.argv[1:] if argv is None else argv)
     except UserError as error:

@@ -37,7 +37,7 @@ def hold(folder: Path, local: bool) -> IO[str] | None:
     """
     try:
         folder.mkdir(exist_ok=True)
-        file = (folder / "nspo.lock").open("a+")
+        file = (folder / "nspo.lock").open("a+", encoding="utf-8")
         if _alone(file):
             _remove_left_over(folder / "locks", file)
         fcntl.flock(file, fcntl.LOCK_SH)
