@@ -258,6 +258,7 @@ STAGES = {
             "bases": BASES,
             "activations": Argument("folder of the activations, for figures on held-out inputs", required=False),
             "facts": Argument("JSON to add to the certificate, such as the method", type=json.loads, required=False),
+            "workdir": Argument("folder from which an interrupted certificate goes on", required=False),
             "out": Argument("JSON file to write"),
         },
     ),

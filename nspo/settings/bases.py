@@ -58,8 +58,10 @@ class BasesSettings(Section):
     jobs: Count = Field(
         1, description="Jobs that share out the sites; the file is the same. On a cluster each is submitted alone."
     )
-    precomputed: Annotated[str, source_of("path", "hub")] | None = Field(
-        None, description="Bases to use instead: a file or hub:ORG/NAME@REVISION. Skips collection and bases."
+    precomputed: Annotated[str, source_of("path", "hub", "storage")] | None = Field(
+        None,
+        description="Bases to use instead: a file, hub:ORG/NAME@REVISION, or what a storage plugin of Snakemake fetches "
+        "(s3://..., https://...). Skips collection and bases.",
     )
 
     @model_validator(mode="after")

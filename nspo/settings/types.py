@@ -62,7 +62,7 @@ def source_of(*kinds: str) -> AfterValidator:
             raise ValueError(str(error)) from error
         if kind not in kinds or not text:
             raise ValueError(f"found {text!r}, expected a source of one of the kinds {', '.join(kinds)}")
-        return _path(text) if kind == "path" else text
+        return _path(text) if kind in ("path", "storage") else text
 
     return AfterValidator(check)
 

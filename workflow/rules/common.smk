@@ -63,10 +63,14 @@ wildcard_constraints:
     parts=r"\d+",
 
 
+def scratch(wildcards, threads):
+    """Where an interrupted stage goes on from. Naming `threads` makes the value derived: it never causes a rerun."""
+    return "--workdir " + shlex.quote(str(Path(rules.write_config.output.config).parent / ".work"))
+
+
 def runtime(wildcards, threads):
-    """How to run, not what to make. Naming `threads` makes the value derived: it never causes a rerun."""
-    scratch = Path(rules.write_config.output.config).parent / ".work"
-    return f"{to_flags(settings.runtime, RUNTIME_FLAGS)} --workdir {shlex.quote(str(scratch))}"
+    """How to run, not what to make."""
+    return f"{to_flags(settings.runtime, RUNTIME_FLAGS)} {scratch(wildcards, threads)}"
 
 
 def device(wildcards, threads):
@@ -124,13 +128,24 @@ def method_of(wildcards):
     return settings.policy.methods[wildcards.method]
 
 
+def given_bases():
+    """The bases that `bases.precomputed` names: a file on disk, or one that a storage plugin fetches; else None."""
+    if precomputed is None or precomputed.kind == "hub":
+        return None
+    if precomputed.kind == "storage":
+        return storage(precomputed.location)
+    (file,) = source_files("bases", inputs.bases_source(precomputed))
+    return file
+
+
+bases_given = given_bases()  # now, so that a file which is not there is told before any work
+
+
 def bases_file(wildcards):
-    """The run's own bases, or those of `bases.precomputed`: a file, or fetched from the hub or by a storage plugin."""
+    """The run's own bases, or those of `bases.precomputed`."""
     if precomputed is None:
         return rules.compute_bases.output.bases
-    if precomputed.kind == "hub":
-        return rules.fetch_bases.output.bases
-    return source_files("bases", {"precomputed": [precomputed]})
+    return bases_given or rules.fetch_bases.output.bases
 
 
 def bases_of_method(wildcards):

@@ -101,9 +101,10 @@ rule certify:
         code=code("nspo.certify.stage"),
         facts=facts_of,
         activations=optional("--activations", "activations"),
+        scratch=scratch,
     shell:
         "python -m nspo verify --facts {params.facts} --base {input.model:q} --tuned {input.policy:q}"
-        " --bases {input.bases:q} {params.activations} --out {output.certificate:q} 2>&1 | tee {log:q}"
+        " --bases {input.bases:q} {params.activations} {params.scratch} --out {output.certificate:q} 2>&1 | tee {log:q}"
 
 
 # Training alone, as `performance/trajectories.py` wants it: `snakemake all_policies --cores all`.
