@@ -18,7 +18,7 @@ from importlib import import_module
 from typing import Any, NoReturn, get_origin
 
 from nspo.cli.stages import POSITIONAL, STAGES, Stage
-from nspo.errors import UserError, first_line
+from nspo.errors import Paused, UserError, first_line
 from nspo.run.workflow_lock import end_with_workflow
 from nspo.settings.reading import validate
 from nspo.settings.runtime import RuntimeSettings
@@ -159,7 +159,8 @@ def _run(argv: Sequence[str]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0, 2 for a mistake the user can mend, 130 when interrupted."""
+    """Run the command line and return its exit code: 0, 2 for a mistake the user can mend, 130 when interrupted, 143 when a
+    signal asked it to stop and it did so cleanly."""
     end_with_workflow()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as standard error: no locale ends a stage
@@ -169,6 +170,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         for line in str(error).splitlines():
             sys.stderr.write(f"nspo: error: {line}\n")
         return 2
+    except Paused as pause:
+        sys.stderr.write(f"nspo: {pause}; the same command goes on from there\n")
+        return 143
     except KeyboardInterrupt:
         sys.stderr.write("nspo: interrupted; the same command goes on from what is done\n")
         return 130

@@ -15,7 +15,7 @@ from typing import Any
 from transformers import Trainer, set_seed
 from transformers.trainer_callback import PrinterCallback
 
-from nspo.errors import UserError
+from nspo.errors import Paused, UserError
 from nspo.files.atomic import atomic_path
 from nspo.files.journal import JsonLines
 from nspo.files.manifest import MANIFEST_NAME, fingerprint, fingerprint_files, make_manifest, read_json, write_json
@@ -31,6 +31,7 @@ from nspo.policy.rollouts.trainer import RolloutLearner
 from nspo.policy.rollouts.vllm_rollouts import check_rollout, end_rollouts
 from nspo.policy.sharding import check_processes, prepare_engine, whole_weights
 from nspo.policy.trackers import TENSORBOARD_FOLDER, check_trackers, tracker_callbacks
+from nspo.run.pause import PauseCallback
 from nspo.run.processes import own_device, processes_of
 from nspo.run.progress import say, silence
 from nspo.settings.policy.losses import WDOOR
@@ -70,6 +71,7 @@ def train_policy(
         UserError: bases or pairs missing or not asked for, made for another model or tokenizer; bases for other
             layers than `layers` matches; a judge or tracker that is missing something; vLLM asked for where it
             cannot run; no prompt short enough; or other processes than `policy.processes` and `policy.sharding` say.
+        Paused: after SIGTERM or SIGUSR1, with a checkpoint written.
     """
     check_given(name, "pairs", pairs, method.loss.on_pairs)
     check_given(name, "guide policy", guide_policy, isinstance(method.loss, WDOOR))
@@ -127,13 +129,16 @@ def train_policy(
         parts: list[LoggedCallback] = [*([] if constraint is None else [constraint]), *learner.parts]
         log = LogCallback(work, learner.samples, [part.columns for part in (*parts, probes)], runtime.log_every)
         watched = tracker_callbacks(runtime.trackers, work, step_of(checkpoint) if checkpoint else 0)
-        callbacks = [*parts, log, probes, *watched]
+        pause = PauseCallback(updates)
+        callbacks = [*parts, log, probes, pause, *watched]
         trainer = learner.trainer(training, policy, tokenizer, seed, work, runtime, callbacks)
         trainer.remove_callback(PrinterCallback)
         prepare_engine(trainer, training.sharding, training.autocast)
         if checkpoint is not None:
             say(f"resuming {name} (seed {seed}) from {checkpoint.name}")
         learn(trainer, checkpoint, name)
+        if pause.paused:
+            raise Paused(f"{name} (seed {seed}): stopped after update {trainer.state.global_step}, as a signal asked")
         state = whole_weights(trainer)
         processes.wait_for_everyone()  # nobody writes to the work folder any more
         if processes.is_main_process:

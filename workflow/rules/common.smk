@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import sys
 from pathlib import Path
 
@@ -33,6 +34,7 @@ from nspo.workflow.parameters import benchmark_of, flags, folders, optional, par
 from nspo.workflow.resources import requests
 from nspo.workflow.whole import lacking
 
+signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # a cluster's warning is for the stages, which save and end
 os.environ[workflow_lock.PARENT] = workflow_lock.this_process()
 if workflow.is_main_process and not imported:
     running = workflow_lock.hold(Path(".snakemake"), workflow.local_exec)  # until this process ends
