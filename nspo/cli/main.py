@@ -159,8 +159,11 @@ def _run(argv: Sequence[str]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0, 2 for a mistake the user can mend, 130 when interrupted, 143 when a
-    signal asked it to stop and it did so cleanly."""
+    """Run the command line and return its exit code.
+
+    0; 2 for a mistake the user can mend; 130 when interrupted; 143 when a signal asked training to stop, which it did
+    with a checkpoint.
+    """
     end_with_workflow()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as standard error: no locale ends a stage

@@ -1,5 +1,5 @@
-"""Training that is asked to stop, by SIGTERM or SIGUSR1, writes a checkpoint first: what a cluster sends before it takes
-the machine away. The same command goes on from there.
+"""Training that is asked to stop, by SIGTERM or SIGUSR1, writes a checkpoint first: as a cluster does before it takes the
+machine away. The same command goes on from there.
 """
 
 import signal

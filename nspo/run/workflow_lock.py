@@ -85,7 +85,7 @@ def end_with_workflow() -> None:
     try:
         workflow = os.pidfd_open(int(pid))
     except ProcessLookupError:
-        say("the workflow that started this stage has ended: so does the stage, and a new run goes on from what is done")
+        say("the workflow that started this stage has ended: so does the stage, and a new run goes on")
         os._exit(ENDED)
     except OSError:
         return

@@ -60,7 +60,7 @@ class BasesSettings(Section):
     )
     precomputed: Annotated[str, source_of("path", "hub", "storage")] | None = Field(
         None,
-        description="Bases to use instead: a file, hub:ORG/NAME@REVISION, or what a storage plugin of Snakemake fetches "
+        description="Bases to use instead: a file, hub:ORG/NAME@REVISION, or what a plugin of Snakemake fetches "
         "(s3://..., https://...). Skips collection and bases.",
     )
 
