@@ -1,4 +1,4 @@
-"""Training that is asked to stop, by SIGTERM or SIGUSR1, writes a checkpoint first: as a cluster does before it takes the
+"""Training that is asked to stop, by SIGTERM or SIGUSR1, writes a checkpoint first: a cluster asks before it takes the
 machine away. The same command goes on from there.
 """
 
