@@ -36,12 +36,16 @@ NO_MEMORY = (  # torch's CPU, the system, CUDA, Python for the stack of a thread
 RUNTIME_FLAGS = ("device", "log_every", "recompute_activations", "requests", "vllm", "trackers", "workdir")
 
 
-def to_flags(settings: Section, names: Iterable[str] | None = None, keep_order: bool = False) -> str:
+def to_flags(
+    settings: Section, names: Iterable[str] | None = None, keep_order: bool = False, identity: bool = False
+) -> str:
     """The settings (all, or those of `names`) as shell-quoted flags in a fixed order, as `parse_value` reads them.
 
     Mappings are sorted by key, so that equal settings give equal flags; `keep_order` leaves them as they were written.
+    `identity` leaves out what changes no result (`Section.identity`), to compare and not to run.
     """
-    values = settings.dump() if keep_order else json.loads(json.dumps(settings.dump(), sort_keys=True))
+    values = settings.identity() if identity else settings.dump()
+    values = values if keep_order else json.loads(json.dumps(values, sort_keys=True))
     chosen = [name for name in type(settings).model_fields if name in values and (names is None or name in names)]
     return " ".join(_assignment(name, format_value(values[name])) for name in chosen)
 

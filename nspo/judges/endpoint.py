@@ -46,7 +46,7 @@ class Endpoint:
         self.key, self.name = key, key.rpartition(".")[2]
         self.settings = settings
         self.requests = requests
-        self.identity: dict[str, Any] = settings.model_dump(mode="json", exclude={"api_key_env"})
+        self.identity: dict[str, Any] = settings.identity()
         if not self._key().isascii() or not self._key().isprintable():
             raise UserError(
                 f"{key}: the environment variable {settings.api_key_env} holds characters that no "

@@ -91,7 +91,7 @@ def train_policy(
             "policy",
             method=name,
             seed=seed,
-            settings={**training.dump(), **method.dump()},
+            settings={**training.identity(), **method.identity()},
             layers=layers,
             base=model_identity(model),
             bases=fingerprint_files([bases]) if bases else None,

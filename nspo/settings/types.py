@@ -28,6 +28,10 @@ class Section(BaseModel):
         """The settings as plain JSON values, defaults filled in."""
         return self.model_dump(mode="json")
 
+    def identity(self) -> dict[str, Any]:
+        """As `dump`, without what changes no result, such as the address at which a judge is asked."""
+        return self.model_dump(mode="json", context={"identity": True})
+
 
 def path_fault(text: str) -> str | None:
     """Why the workflow cannot carry a path, None where it can: Snakemake gives braces and angle brackets a meaning of

@@ -192,3 +192,19 @@ def test_text_from_the_command_line_is_typed_as_yaml():
     }
     expected = {"steps": 4, "judge": None, "rate": 1e-4, "seeds": [0, 1], "a": "hub:A/B@c", "b": "[1"}
     assert typed(given) == {"policy": expected}
+
+
+def test_a_judge_that_moves_stays_who_it_is():
+    """Address and key are told to stages and are no part of what shapes a result; model and template are."""
+
+    def at(url, **judge):
+        net = {"url": url, "model": "m", **judge}
+        asked = {"kind": "endpoint", **net}
+        sections = {"evaluation": {"judges": {"net": asked}}, "policy": {"judge": asked}}
+        return check_config(sections | {"benchmarks": {"comparison": {"url": url, "model": "m"}}})
+
+    here, there = at("http://a/v1"), at("http://b/v1", api_key_env="OTHER")
+    assert here.identity() == there.identity()
+    assert here.dump() != there.dump()
+    assert "http" not in str(here.identity()["evaluation"]) + str(here.identity()["benchmarks"]["comparison"])
+    assert here.identity() != at("http://a/v1", model="n").identity()

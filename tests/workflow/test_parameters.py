@@ -32,6 +32,18 @@ def test_parameters_and_flags_say_the_same() -> None:
         assert " ".join(values(tracked("x", section, names)).values()) == flags(section, names)(None, 1)
 
 
+def test_a_judge_that_moves_reruns_nothing() -> None:
+    """Its address reaches the command and no parameter that is watched."""
+
+    def at(url: str) -> EvaluationSettings:
+        judge = EndpointJudge(kind="endpoint", url=url, model="m")
+        return EvaluationSettings(judges={"net": judge})
+
+    here, there = at("http://a/v1"), at("http://b/v1")
+    assert values(tracked("evaluation", here)) == values(tracked("evaluation", there))
+    assert "http://b/v1" in flags(there)(None, 1)
+
+
 def test_settings_may_depend_on_the_job() -> None:
     """A function of the wildcards chooses the settings, as of a method."""
     methods = Config().policy.methods

@@ -67,7 +67,7 @@ def make_pairs(
     identity = make_manifest(
         KIND,
         seed=seed,
-        settings=settings.dump(),
+        settings=settings.identity(),
         base=model_identity(model),
         reward=read_json(reward / MANIFEST_NAME),
         cost=read_json(cost / MANIFEST_NAME),
