@@ -4,6 +4,8 @@ from types import SimpleNamespace
 
 from nspo.settings.config import Config
 from nspo.settings.data import PromptSettings
+from nspo.settings.evaluation import EvaluationSettings
+from nspo.settings.judges import EndpointJudge
 from nspo.settings.policy.methods import MethodSettings
 from nspo.settings.policy.section import TrainingSettings
 from nspo.workflow.parameters import benchmark_of, flags, optional, part_of, tracked, with_own_wheels
