@@ -21,7 +21,7 @@ from nspo.files.journal import JsonLines
 from nspo.files.manifest import MANIFEST_NAME, fingerprint, fingerprint_files, make_manifest, read_json, write_json
 from nspo.files.tables import write_table
 from nspo.judges.make import judge_of
-from nspo.models.loading import load_model, load_tokenizer, model_identity
+from nspo.models.loading import load_model, load_tokenizer, model_identity, save_model
 from nspo.policy.log import REMEDY, LogCallback, LoggedCallback, theory
 from nspo.policy.objectives import check_given, constraint_of, load_bases, prepare_layers
 from nspo.policy.pairs.trainer import PairLearner
@@ -147,7 +147,7 @@ def train_policy(
             if logs is not None:
                 write_logs(work, settings, logs)
             with atomic_path(out) as scratch:
-                policy.save_pretrained(scratch, state_dict=state)
+                save_model(policy, scratch, model, state_dict=state)
                 tokenizer.save_pretrained(scratch)
                 if logs is None:
                     write_logs(work, settings, scratch)

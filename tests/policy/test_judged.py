@@ -15,9 +15,9 @@ from support.policy_runs import METHODS, Recorder, run, table, without_time
 from support.policy_runs import inputs as inputs
 
 from nspo.errors import UserError
+from nspo.judges.judge import Failures
 from nspo.policy import stage as stage
 from nspo.policy.rollouts import trainer as grpo
-from nspo.judges.judge import Failures
 from nspo.policy.rollouts.judged import JudgedCost
 from nspo.settings.policy.methods import MethodSettings
 from nspo.settings.reading import check_config
@@ -122,9 +122,7 @@ def test_a_rollout_without_a_verdict_ends_the_run_and_the_rest_is_asked_later(
 
     seen.clear()
     limit = 8
-    with pytest.raises(
-        UserError, match=r"policy\.judge: none of the 4 answers got a verdict"
-    ) as caught:
+    with pytest.raises(UserError, match=r"policy\.judge: none of the 4 answers got a verdict") as caught:
         run(inputs, tmp_path, "nspo", judge=judge)
     assert KEY not in str(caught.value)
     assert not (tmp_path / "out").exists()

@@ -25,7 +25,7 @@ from nspo.files.atomic import atomic_path
 from nspo.files.manifest import MANIFEST_NAME, fingerprint, fingerprint_files, make_manifest, read_json, write_json
 from nspo.models.drift import FIGURES
 from nspo.models.line import Line
-from nspo.models.loading import model_identity
+from nspo.models.loading import model_identity, save_model
 from nspo.run.devices import device_of
 from nspo.run.progress import say
 from nspo.settings.evaluation import AnsweringSettings, MatchingSettings
