@@ -93,7 +93,7 @@ def match_safety(
     say(f"{name} (seed {seed}): {told(found, report, settings.target_unsafe)}")
     line = Line(walker.model, base, policy).to(found.scale)
     with atomic_path(out) as scratch:
-        line.model.save_pretrained(scratch)
+        save_model(line.model, scratch, base)
         walker.tokenizer.save_pretrained(scratch)
         table = [row for rows in stops.values() for row in rows]
         pq.write_table(
