@@ -39,7 +39,7 @@ class ActivationSettings(Section):
     )
 
 
-class BasesSettings(Section):
+class SelectionSettings(Section):
     """Which directions of each site's input are protected."""
 
     rule: Literal["energy", "relative", "absolute", "rank", "fraction", "leakage", "contrast"] = Field(
@@ -55,14 +55,12 @@ class BasesSettings(Section):
     weights: dict[str, float] = Field(
         {}, description="How much a token of a domain counts among the protected inputs, by name; 1 where not named."
     )
-    jobs: Count = Field(
-        1, description="Jobs that share out the sites; the file is the same. On a cluster each is submitted alone."
-    )
-    precomputed: Annotated[str, source_of("path", "hub", "storage")] | None = Field(
-        None,
-        description="Bases to use instead: a file, hub:ORG/NAME@REVISION, or what a plugin of Snakemake fetches "
-        "(s3://..., https://...). Skips collection and bases.",
-    )
+
+    @property
+    def name(self) -> str:
+        """The choice as a file name: `relative-0.0005-benign0`."""
+        weights = "".join(f"-{domain}{weight:g}" for domain, weight in sorted(self.weights.items()))
+        return f"{self.rule}-{self.threshold:g}{weights}"
 
     @model_validator(mode="after")
     def _threshold_fits_rule(self) -> Self:
@@ -73,3 +71,16 @@ class BasesSettings(Section):
         if negative := [name for name, weight in self.weights.items() if weight < 0]:
             raise ValueError(f"weights: {negative[0]} is {self.weights[negative[0]]}, expected at least 0")
         return self
+
+
+class BasesSettings(SelectionSettings):
+    """Which directions of each site's input are protected, and how they are computed."""
+
+    jobs: Count = Field(
+        1, description="Jobs that share out the sites; the file is the same. On a cluster each is submitted alone."
+    )
+    precomputed: Annotated[str, source_of("path", "hub", "storage")] | None = Field(
+        None,
+        description="Bases to use instead: a file, hub:ORG/NAME@REVISION, or what a plugin of Snakemake fetches "
+        "(s3://..., https://...). Skips collection and bases.",
+    )

@@ -21,6 +21,7 @@ from nspo.evaluation.benchmarks.registry import TASKS
 from nspo.run import workflow_lock
 from nspo.run.gpus import devices
 from nspo.run.stage_code import code_hash as code
+from nspo.settings.bases import SelectionSettings
 from nspo.settings.data import LabelSettings, PromptSettings
 from nspo.settings.evaluation import BenchmarkSettings
 from nspo.settings.judges import JudgeSettings
@@ -53,6 +54,7 @@ precomputed = Source.parse(settings.bases.precomputed) if settings.bases.precomp
 claimed = workflow.is_main_process and workflow.local_exec and bool(devices())
 BASES_FLAGS = ("rule", "threshold", "weights")
 SHOWN = [name for name in type(settings).model_fields if name != "runtime"]
+own_bases = {it.name: it for it in (method.own_bases for method in settings.policy.methods.values()) if it}
 HEAVY_THREADS = 8  # capped to the cores there are, so on a small machine heavy stages run one by one
 
 
@@ -62,6 +64,7 @@ wildcard_constraints:
     seed="|".join(map(str, {0, *settings.policy.seeds})),
     task="|".join(settings.benchmarks.tasks) or "none",
     part=r"\d+",
+    selection="|".join(map(re.escape, own_bases)) or "none",
     parts=r"\d+",
 
 
@@ -151,8 +154,21 @@ def bases_file(wildcards):
 
 
 def bases_of_method(wildcards):
-    """The bases, for a method that trains with them."""
-    return bases_file(wildcards) if method_of(wildcards).constraint.needs_bases else []
+    """The bases that a method trains with: its own, or those of all."""
+    method = method_of(wildcards)
+    if method.own_bases:
+        return expand(rules.compute_own_bases.output.bases, selection=method.own_bases.name)
+    return bases_file(wildcards) if method.constraint.needs_bases else []
+
+
+def own_selection(wildcards):
+    """The rule, threshold and weights of bases that methods have of their own."""
+    return own_bases[wildcards.selection]
+
+
+def certified_bases(wildcards):
+    """The bases that a certificate measures on: the method's, or those of all for a method without."""
+    return bases_of_method(wildcards) or bases_file(wildcards)
 
 
 def pairs_of_method(wildcards):

@@ -87,7 +87,7 @@ rule certify:
     input:
         model=rules.prepare_model.output.model,
         policy=rules.train_policy.output.policy,
-        bases=bases_file,
+        bases=certified_bases,
         activations=[] if precomputed else rules.collect_activations.output.activations,
     output:
         certificate="<results>/certificates/{method}/seed{seed}.json",
