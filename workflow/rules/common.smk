@@ -21,13 +21,13 @@ from nspo.evaluation.benchmarks.registry import TASKS
 from nspo.run import workflow_lock
 from nspo.run.gpus import devices
 from nspo.run.stage_code import code_hash as code
-from nspo.settings.bases import SelectionSettings
+from nspo.settings.bases import ScreenSettings, SelectionSettings
 from nspo.settings.data import LabelSettings, PromptSettings
 from nspo.settings.evaluation import BenchmarkSettings
 from nspo.settings.judges import JudgeSettings
 from nspo.settings.policy.losses import WDOOR
 from nspo.settings.policy.methods import MethodSettings
-from nspo.settings.policy.section import PairSettings, TrainingSettings
+from nspo.settings.policy.section import PairSettings, RolloutSettings, TrainingSettings
 from nspo.sources import Source, wheel_folder
 from nspo.workflow import inputs, launch
 from nspo.workflow.configuration import settings_of
@@ -53,6 +53,8 @@ resources = requests(settings)
 precomputed = Source.parse(settings.bases.precomputed) if settings.bases.precomputed else None
 claimed = workflow.is_main_process and workflow.local_exec and bool(devices())
 BASES_FLAGS = ("rule", "threshold", "weights")
+SAMPLING = [name for name in RolloutSettings.model_fields if name not in ("steps", "judge")]
+SCREEN_FLAGS = [name for name in ScreenSettings.model_fields if name != "enabled"]
 SHOWN = [name for name in type(settings).model_fields if name != "runtime"]
 own_bases = {it.name: it for it in (method.own_bases for method in settings.policy.methods.values()) if it}
 HEAVY_THREADS = 8  # capped to the cores there are, so on a small machine heavy stages run one by one

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 
-def lora(policy: PreTrainedModel, layers: Iterable[str], rank: int, alpha: float) -> "PeftModel":
+def lora(policy: PreTrainedModel, layers: Iterable[str], rank: int, alpha: int) -> "PeftModel":
     """`policy` with a LoRA adapter of `rank` on each of the linear `layers`; all else is frozen.
 
     Raises:
@@ -62,7 +62,7 @@ def project_after(policy: PreTrainedModel, bases: NullSpaceBases, base: Path) ->
     modules = find_linears(policy, bases.layers)
 
     def projected() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        for name, anchor in saved_weights(base, modules):
+        for name, anchor in saved_weights(base, policy, modules):
             site, weight = bases.for_layer(name), modules[name].weight
             update = weight - anchor
             before = squared_norm(update)

@@ -30,10 +30,10 @@ def pull_(gradient: Tensor, weight: Tensor, anchor: Tensor, strength: float) -> 
 class L2SP(LoggedCallback):
     """Adds the gradient of the squared distance from the base."""
 
-    def __init__(self, strength: float, base: Path, modules: dict[str, nn.Linear]) -> None:
-        """Read the base weights of the trained layers `modules`, by name."""
+    def __init__(self, strength: float, base: Path, policy: nn.Module, modules: dict[str, nn.Linear]) -> None:
+        """Read from the folder `base` the weights of the trained layers `modules` of `policy`, by name."""
         self.strength, self.modules = strength, modules
-        self.anchors = {name: narrow(value) for name, value in saved_weights(base, modules)}
+        self.anchors = {name: narrow(value) for name, value in saved_weights(base, policy, modules)}
         self.distance = 0.0
 
     @torch.no_grad()

@@ -5,7 +5,7 @@ How each acts on a model stands in `nspo/policy/methods/objectives.py`.
 
 from typing import ClassVar, Literal
 
-from pydantic import Field, PositiveFloat
+from pydantic import Field
 
 from nspo.settings.bases import SelectionSettings
 from nspo.settings.types import Count, Section
@@ -88,7 +88,7 @@ class LoRA(Constraint):
     needs_bases: ClassVar[bool] = False
     kind: Literal["lora"] = Field("lora", description="LoRA on every linear layer, merged at the end.")
     rank: Count = Field(8, description="Rank of every adapter.")
-    alpha: PositiveFloat = Field(16.0, description="LoRA's alpha: the adapter counts alpha / rank times.")
+    alpha: Count = Field(16, description="LoRA's alpha: the adapter counts alpha / rank times.")
 
 
 class NullSpaceAdapter(WithBases):
