@@ -39,7 +39,7 @@ from nspo.data.tables import domains, load_prompts
 from nspo.files.atomic import atomic_path
 from nspo.models.drift import FIGURES, Remembered, drift, token_weights
 from nspo.models.generation import chat_ids, generate
-from nspo.models.linears import find_linears, is_transposed
+from nspo.models.linears import find_weights
 from nspo.models.loading import load_model, load_tokenizer
 from nspo.nullspace.basis import Kind, SiteBasis
 from nspo.nullspace.projection import project_
@@ -148,17 +148,18 @@ class Trial:
             How many layers could move.
         """
         generator = torch.Generator().manual_seed(seed)
-        before, after = find_linears(self.model, bases), find_linears(self.tuned, bases)
+        before, after = find_weights(self.model, bases), find_weights(self.tuned, bases)
         moved = 0
         for layer, basis in bases.items():
-            weight = before[layer].weight.detach()
+            place = before[layer]
+            weight = place.parameter.detach()
             delta = torch.randn(weight.shape, generator=generator)
-            rows = delta.T if is_transposed(before[layer]) else delta
+            rows = place.rows(delta)
             if basis is not None:
                 project_(rows, *basis)
             norm = float(delta.norm())
             moved += norm > 0
-            after[layer].weight.data.copy_(weight).add_(delta, alpha=size * float(weight.norm()) / (norm or 1.0))
+            after[layer].parameter.data.copy_(weight).add_(delta, alpha=size * float(weight.norm()) / (norm or 1.0))
         return moved
 
     def measure(self, description: str) -> dict[str, float]:
@@ -286,7 +287,7 @@ def draw(rows: Sequence[Mapping[str, Any]]) -> Figure:
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """One line per row, atomically."""
-    with atomic_path(path) as scratch, scratch.open("w", newline="", encoding="utf-8") as file:
+    with atomic_path(path) as scratch, scratch.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)

@@ -26,7 +26,7 @@ from transformers import Qwen2Config, Qwen2Model
 
 from nspo import NullSpaceBases, constrain
 from nspo.constraint.constrain import Mode, freeze_uncovered
-from nspo.models.linears import find_linears, layer_norms
+from nspo.models.linears import find_weights, layer_norms
 from nspo.models.loading import load_model
 from nspo.models.sites import find_sites
 from nspo.nullspace.basis import Kind, SiteBasis
@@ -121,7 +121,7 @@ def backward(model: nn.Module, batches: Tensor) -> None:
 
 def projections(model: nn.Module, bases: NullSpaceBases) -> tuple[Callable[[], None], Callable[[], None], int]:
     """Two ways to project all covered weights, ours and the release's, and the bytes of the latter's projectors."""
-    weights = {name: module.weight.detach() for name, module in find_linears(model, bases.layers).items()}
+    weights = {name: place.rows(place.parameter) for name, place in find_weights(model, bases.layers).items()}
     anchors = {name: weight.clone() for name, weight in weights.items()}
     dense = {site.site: dense_projector(site.basis, site.kind) for site in bases.values()}
 

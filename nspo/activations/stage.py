@@ -18,6 +18,7 @@ one process only).
 """
 
 import errno
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -48,6 +49,7 @@ __all__ = ["ActivationStore", "collect"]
 GENERATION_BATCH = 32  # prompts
 BATCH_TOKENS = 2048  # tokens of one forward pass, padding included; also how many products float32 sums up
 ACCUMULATOR_BYTES = 4 * 2**30  # float64 moments held at once; sites beyond it take a further pass over the same tokens
+OPEN_FILES = 512  # sites of a pass, for a process may have 1024 files open; experts are the most of many sites
 POLL_SECONDS = 0.2  # between two looks whether the other processes have finished
 
 
@@ -92,7 +94,13 @@ def _collect(
         "settings": settings.dump(),
         "dtype": "float32",
         "sites": {
-            site.name: {"layers": site.layers, "width": site.width, "storage": storage[site.name], "place": place}
+            site.name: {
+                "layers": site.layers,
+                "width": site.width,
+                "storage": storage[site.name],
+                "place": place,
+                **({"share": site.share} if site.share < 1 else {}),
+            }
             for place, site in enumerate(sites)
         },
     }
@@ -176,24 +184,29 @@ def choose_storage(settings: ActivationSettings, sites: Sequence[Site], chunks: 
 def stored_bytes(
     settings: ActivationSettings, sites: Sequence[Site], chunks: Sequence[Chunk], storage: Mapping[str, str]
 ) -> int:
-    """The most bytes the store can take, before compression: 4 d per raw token, 2 d (d + 1) per chunk of moments."""
+    """The most bytes the store can take, before compression: 4 d per raw token, 2 d (d + 1) per chunk of moments.
+
+    Exact for the experts of one block together, however tokens are shared out among them.
+    """
     longest = [chunk.most_tokens(settings.max_new_tokens) for chunk in chunks]
     tokens = sum(
         most if chunk.budget is None else min(chunk.budget, most) for most, chunk in zip(longest, chunks, strict=True)
     )
     return sum(
-        4 * tokens * site.width if storage[site.name] == "raw" else 2 * len(chunks) * site.width * (site.width + 1)
+        math.ceil(4 * tokens * site.share * site.width)
+        if storage[site.name] == "raw"
+        else 2 * len(chunks) * site.width * (site.width + 1)
         for site in sites
     )
 
 
 def _groups(sites: Sequence[Site], storage: Mapping[str, str], budget: int) -> Iterator[list[Site]]:
-    """Sites in model order, in groups whose float64 moments fit `budget` bytes (or of one site)."""
+    """Sites in model order, in groups of few files whose float64 moments fit `budget` bytes (or of one site)."""
     group: list[Site] = []
     used = 0
     for site in sites:
         need = 8 * site.width**2 if storage[site.name] == "moments" else 0
-        if group and used + need > budget:
+        if group and (used + need > budget or len(group) == OPEN_FILES):
             yield group
             group, used = [], 0
         group.append(site)
@@ -254,18 +267,27 @@ def forward(
             "is_answer": position >= torch.tensor([sequence.prompt_length for sequence in batch])[row],
         }
         select = (row * ids.shape[1] + position).to(model.device)
+        kept_at = torch.full((ids.numel(),), -1, device=model.device)  # of every token: its place among the kept ones
+        kept_at[select] = torch.arange(len(select), device=model.device)
         sums: dict[str, Tensor] = {}
 
         def keep(
             site: Site,
             tensor: Tensor,
+            tokens: Tensor | None,
             select: Tensor = select,
+            kept_at: Tensor = kept_at,
             about: dict[str, Tensor] = about,
             sums: dict[str, Tensor] = sums,
         ) -> None:
-            rows = tensor.reshape(-1, site.width).index_select(0, select).float()
+            if tokens is None:
+                rows, of = tensor.reshape(-1, site.width).index_select(0, select).float(), about
+            else:
+                places = kept_at[tokens]
+                rows, places = tensor[places >= 0].float(), places[places >= 0].cpu()
+                of = {name: column[places] for name, column in about.items()}
             sums[site.name] = rows.sum()
-            receive(site, rows, about)
+            receive(site, rows, of)
 
         with watch(model, sites, keep):
             model.base_model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False)

@@ -85,6 +85,8 @@ class PartWriter:
             about: `sample`, `position`, `token` (integers) and `is_answer` (bool) of every row, (n,) each, on the CPU.
         """
         self.tokens[site.name] += len(rows)
+        if not len(rows):
+            return
         if site.name in self.moments:
             add_second_moment(self.moments[site.name], rows)
             return
@@ -152,7 +154,10 @@ class ActivationStore:
         sites = self.manifest["sites"]
         # JSON sorts its keys, so every site carries its place in the model.
         names = sorted(sites, key=lambda name: sites[name]["place"])
-        self.sites = {name: Site(name, tuple(sites[name]["layers"]), sites[name]["width"]) for name in names}
+        self.sites = {
+            name: Site(name, tuple(sites[name]["layers"]), sites[name]["width"], sites[name].get("share", 1.0))
+            for name in names
+        }
         self._parts: dict[tuple[str, str], list[int]] = {}  # domain and split -> places in the manifest
         for index, part in enumerate(self.manifest["parts"]):
             self._parts.setdefault((part["domain"], part["split"]), []).append(index)
@@ -189,7 +194,8 @@ class ActivationStore:
             weights: w_d, how much every token of a domain counts; 1 where none is given.
 
         Returns:
-            G (d, d) float64, symmetric, on the CPU; and the number of tokens behind it, unweighted.
+            G (d, d) float64, symmetric, on the CPU; and the number of tokens behind it, unweighted: for an expert those
+            that were routed to it (none: G is zero).
 
         Raises:
             UserError: an unknown site, domain or split, weights that are all zero, or a damaged file.
@@ -202,40 +208,42 @@ class ActivationStore:
         weight = dict.fromkeys(names, 1.0) | dict(weights or {})
         if unknown := sorted(weight.keys() - set(names)):
             raise UserError(f"{self.path}: weights name {', '.join(unknown)}, expected only {', '.join(names)}")
-        count = {domain: self.tokens(domain, split) for domain in names}
-        weighted = sum(weight[domain] * count[domain] for domain in names)
-        if weighted == 0:
+        if all(weight[domain] * self.tokens(domain, split) == 0 for domain in names):
             raise UserError(f"bases.weights: all of {', '.join(names)} weigh 0, expected one above 0: raise one")
         parts = [(index, weight[domain]) for domain in names for index in self._indices(domain, split)]
-        total = self._sum_rows(site, parts) if self._storage(site) == "raw" else self._sum_moments(site, parts)
+        add = self._sum_rows if self._storage(site) == "raw" else self._sum_moments
+        total, counts = add(site, parts)
         mirror(total)
-        return total.div_(weighted), sum(count.values())
+        weighted = sum(count * weight for count, (_, weight) in zip(counts, parts, strict=True))
+        return total.div_(weighted or 1.0), sum(counts)
 
-    def _sum_rows(self, site: str, parts: Iterable[tuple[int, float]]) -> Tensor:
-        """sum w S over parts (place, w) of a raw site, on and above the diagonal: (d, d) float64."""
+    def _sum_rows(self, site: str, parts: Sequence[tuple[int, float]]) -> tuple[Tensor, list[int]]:
+        """sum w S over parts (place, w) of a raw site, on and above the diagonal: (d, d) float64; and their tokens."""
         width = self.sites[site].width
-        total = torch.zeros(width, width, dtype=torch.float64)
+        total, counts = torch.zeros(width, width, dtype=torch.float64), []
         for index, weight in parts:
-            with self._reading(site, index, "activation") as batches:
+            with self._reading(site, index, "activation") as (file, batches):
                 for values in batches:
                     add_second_moment(total, values.view(-1, width).double(), weight)
-        return total
+                counts.append(file.metadata.num_rows)
+        return total, counts
 
-    def _sum_moments(self, site: str, parts: Iterable[tuple[int, float]]) -> Tensor:
+    def _sum_moments(self, site: str, parts: Sequence[tuple[int, float]]) -> tuple[Tensor, list[int]]:
         """The same for a site of moments."""
         width = self.sites[site].width
-        packed = torch.zeros(width * (width + 1) // 2, dtype=torch.float64)
+        packed, counts = torch.zeros(width * (width + 1) // 2, dtype=torch.float64), []
         for index, weight in parts:
-            with self._reading(site, index, "values") as batches:
+            with self._reading(site, index, "values") as (file, batches):
                 start = 0
                 for values in batches:
                     packed[start : start + len(values)].add_(values, alpha=weight)
                     start += len(values)
                 if start != len(packed):
                     raise ValueError(f"{start} values, expected {len(packed)}")
+                counts.append(file.read_row_group(0, columns=["tokens"])["tokens"][0].as_py())
         total = torch.zeros(width, width, dtype=torch.float64)
         unpack(packed, total)
-        return total
+        return total, counts
 
     def _indices(self, domain: str, split: str) -> list[int]:
         if (domain, split) not in self._parts:
@@ -250,13 +258,13 @@ class ActivationStore:
         return part_file(self.path, site, self._storage(site), index)
 
     @contextmanager
-    def _reading(self, site: str, index: int, column: str) -> Iterator[Iterator[Tensor]]:
-        """The numbers in a column of lists of one part, float32, a bounded number at a time."""
+    def _reading(self, site: str, index: int, column: str) -> Iterator[tuple[pq.ParquetFile, Iterator[Tensor]]]:
+        """The file of one part, and the numbers in a column of lists, float32, a bounded number at a time."""
         path, rows = self._file(site, index), max(1, READ_VALUES // self.sites[site].width)
         try:
             with pq.ParquetFile(path, page_checksum_verification=True) as file:
                 batches = file.iter_batches(batch_size=rows, columns=[column])
-                yield (torch.tensor(batch[column].flatten().to_numpy()) for batch in batches)
+                yield file, (torch.tensor(batch[column].flatten().to_numpy()) for batch in batches)
         except (pa.ArrowException, OSError, RuntimeError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"{path} is damaged ({reason}): delete {self.path} and collect again") from error

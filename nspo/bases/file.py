@@ -14,7 +14,7 @@ from torch import nn
 from nspo.errors import UserError
 from nspo.files.manifest import check_made_with, fingerprint_model, make_manifest
 from nspo.files.tensors import load_tensors, save_tensors
-from nspo.models.linears import canonical_name, find_linears, input_width, layer_norms
+from nspo.models.linears import Weight, canonical_name, find_weights, layer_norms
 from nspo.nullspace.basis import Kind, SiteBasis
 
 __all__ = ["Kind", "NullSpaceBases", "SiteBasis"]
@@ -148,8 +148,8 @@ class NullSpaceBases(Mapping[str, SiteBasis]):
         """Refuse a model that these bases were not computed on.
 
         Its class must be the architecture that the bases name. Every listed layer must exist, be an `nn.Linear` (or
-        transformers' `Conv1D`) of the site's width, and have a weight whose Frobenius norm agrees with the base
-        weight's to 1%.
+        `Conv1D`, or experts of a 3-D parameter) of the site's width, and have a weight whose Frobenius norm agrees with
+        the base weight's to 1%.
 
         Raises:
             UserError: naming the layer and both sides.
@@ -157,8 +157,8 @@ class NullSpaceBases(Mapping[str, SiteBasis]):
         self.check_layers(model)
         self.check_norms(layer_norms(model, self.layers))
 
-    def check_layers(self, model: nn.Module) -> dict[str, nn.Linear]:
-        """The part of `check_model` that needs no weights' values; returns the modules by layer name.
+    def check_layers(self, model: nn.Module) -> dict[str, Weight]:
+        """The part of `check_model` that needs no weights' values; returns the weights by layer name.
 
         Raises:
             UserError: naming the layer or the architecture, and both sides.
@@ -167,15 +167,15 @@ class NullSpaceBases(Mapping[str, SiteBasis]):
         classes = _architecture(model)
         if made_for and classes and made_for not in classes:
             raise UserError(f"the bases are of a {made_for}, the model is a {classes[0]}: use the bases of this model")
-        modules = find_linears(model, self.layers)
-        for layer, module in modules.items():
-            found, expected = input_width(module), self.for_layer(layer).width
+        weights = find_weights(model, self.layers)
+        for layer, weight in weights.items():
+            found, expected = weight.width, self.for_layer(layer).width
             if found != expected:
                 raise UserError(
                     f"layer {layer} reads width {found}, the bases were computed for width {expected}: "
                     "use the bases of this model"
                 )
-        return modules
+        return weights
 
     def check_folder(self, folder: Path | str) -> None:
         """Refuse a model folder with other weights, or another tokenizer or chat template, than the bases' model.

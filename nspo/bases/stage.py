@@ -41,6 +41,7 @@ from nspo.settings.bases import BasesSettings
 from nspo.settings.runtime import RuntimeSettings
 
 TOKENS_PER_DIRECTION = 4  # below this many tokens per direction the small eigenvalues are mostly sampling noise
+FROZEN = "frozen"  # rule of an expert that saw fewer: all its directions are protected
 
 
 def compute_bases(
@@ -87,6 +88,13 @@ def compute_bases(
             bar.update(1)
     for message in dict.fromkeys(str(warning.message) for warning in caught):
         say(f"warning: {message}")
+    if idle := [site for site in wanted if ready[site.name].rule == FROZEN]:
+        names = ", ".join(f"{site.name} with {ready[site.name].tokens} tokens" for site in idle[:3])
+        say(
+            f"bases: {len(idle)} of {sum(site.share < 1 for site in wanted)} experts saw fewer than "
+            f"{TOKENS_PER_DIRECTION} tokens per direction and stay frozen ({names}{', ...' * (len(idle) > 3)}; "
+            "`nspo bases info` names all)"
+        )
     bases = NullSpaceBases([ready[site.name] for site in wanted], norms, **identity, domains=_domains(store))
     if part is None:
         bases.check_free()
@@ -163,10 +171,32 @@ def _compute_site(store: ActivationStore, site: Site, settings: BasesSettings) -
         weights = _counted(store, settings, split)
         return store.gram(site.name, split, weights, weights)
 
+    def seen(gram: Tensor) -> Tensor | None:
+        return gram if site.share == 1 or gram.trace() > 0 else None  # an expert may have had no such token
+
     gram, tokens = protected("basis")
-    heldout = protected("heldout")[0] if _counted(store, settings, "heldout") else None
-    harmful = store.gram(site.name, "basis", [HARMFUL])[0] if HARMFUL in store.domains("basis") else None
+    heldout = seen(protected("heldout")[0]) if _counted(store, settings, "heldout") else None
+    harmful = seen(store.gram(site.name, "basis", [HARMFUL])[0]) if HARMFUL in store.domains("basis") else None
+    needed = {"leakage": heldout, "contrast": harmful}.get(settings.rule, gram)
+    if site.share < 1 and (tokens < TOKENS_PER_DIRECTION * site.width or needed is None or seen(gram) is None):
+        return frozen_basis(site.name, site.layers, site.width, tokens)
     return compute_basis(site.name, site.layers, gram, tokens, settings.rule, settings.threshold, heldout, harmful)
+
+
+def frozen_basis(site: str, layers: Iterable[str], width: int, tokens: int) -> SiteBasis:
+    """The basis that leaves nothing free: of an expert whose few tokens say too little of what it would read."""
+    return SiteBasis(
+        site=site,
+        layers=tuple(layers),
+        width=width,
+        kind="null",
+        basis=torch.empty(width, 0),
+        eigenvalues=torch.empty(0),
+        rank=width,
+        rule=FROZEN,
+        threshold=float(TOKENS_PER_DIRECTION),
+        tokens=tokens,
+    )
 
 
 def compute_basis(

@@ -130,19 +130,28 @@ def attribute(
 
 def changed_tensors(certificate: Mapping[str, Any]) -> dict[str, Row]:
     """Every tensor that training changed: `block` (None outside the blocks), `part`, `update_norm`, and the relative
-    change of its layer's output on held-out `general` and `harmful` inputs (None where no certificate has it)."""
+    change of its layer's output on held-out `general` and `harmful` inputs (None where no certificate has it; of a
+    tensor of experts the root mean square of theirs)."""
+    rows: dict[str, list[Row]] = {}
+    for layer, row in certificate["layers"].items():
+        if row["update_norm"]:
+            rows.setdefault(row.get("tensor", f"{layer}.weight"), []).append(row)  # experts share a tensor
     found: dict[str, Row] = {
-        f"{layer}.weight": {
-            "update_norm": row["update_norm"],
-            "general": row["leakage_heldout"].get("all"),
-            "harmful": row.get("harmful"),
+        name: {
+            "update_norm": math.hypot(*(row["update_norm"] for row in several)),
+            "general": _root_mean_square([row["leakage_heldout"].get("all") for row in several]),
+            "harmful": _root_mean_square([row.get("harmful") for row in several]),
         }
-        for layer, row in certificate["layers"].items()
-        if row["update_norm"]
+        for name, several in rows.items()
     }
     for name, row in certificate["unconstrained"].items():
         found[name] = {"update_norm": row["update_norm"], "general": None, "harmful": None}
     return {name: {"block": find_block(name), "part": part_of(name), **row} for name, row in found.items()}
+
+
+def _root_mean_square(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return math.hypot(*known) / math.sqrt(len(known)) if known else None
 
 
 def part_of(tensor: str) -> str:

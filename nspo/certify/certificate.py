@@ -28,16 +28,16 @@ import torch
 from torch import Tensor
 
 from nspo.activations.store import HARMFUL, ActivationStore
+from nspo.bases.coverage import block_weights, coverage
 from nspo.bases.file import NullSpaceBases
 from nspo.certify.checkpoints import CheckpointPair
 from nspo.errors import UserError
-from nspo.files.journal import JsonLines
 from nspo.files.manifest import check_made_with, fingerprint, make_manifest
 from nspo.models.loading import load_config, model_identity
 from nspo.nullspace.basis import SiteBasis
 from nspo.nullspace.moments import add_second_moment
 from nspo.nullspace.projection import protected_part
-from nspo.run.progress import say, track
+from nspo.run.progress import track
 
 PRODUCT_BYTES = 7e9  # of A^T A in memory at a time: one at width 28672, all of a site's at 8192
 BLOCK = 256  # rows of G and A^T A multiplied at a time
@@ -66,11 +66,7 @@ class Heldout:
 
 
 def verify(
-    base: Path | str,
-    tuned: Path | str,
-    bases: NullSpaceBases | Path | str,
-    store: ActivationStore | None = None,
-    workdir: Path | None = None,
+    base: Path | str, tuned: Path | str, bases: NullSpaceBases | Path | str, store: ActivationStore | None = None
 ) -> dict[str, Any]:
     """Compare two model folders layer by layer; shows progress.
 
@@ -78,13 +74,12 @@ def verify(
         base, tuned: folders with safetensors weights, sharded or not.
         bases: computed on `base`, or their file.
         store: activations of `base`, for held-out inputs; without it the figures on held-out inputs are left out.
-        workdir: folder in which the layers that are done are kept until all are, so that an interrupted call goes on.
 
     Returns:
-        JSON-like: identities; `layers`, {layer: site, leakage_basis, leakage_heldout {domain and "all": value},
-        update_norm, relative_update, random_basis, random_equal_norm (on all held-out inputs), harmful (the change on
-        harmful inputs, where it is meant to be)}; `unconstrained`, {tensor: update_norm, relative_update} of every
-        other tensor that changed; `summary`.
+        JSON-like: identities; `layers`, {layer: site, tensor (the parameter it lies in), leakage_basis,
+        leakage_heldout {domain and "all": value}, update_norm, relative_update, random_basis, random_equal_norm (on all
+        held-out inputs), harmful (the change on harmful inputs, where it is meant to be)}; `unconstrained`, {tensor:
+        update_norm, relative_update} of every other tensor that changed; `coverage` of the blocks; `summary`.
 
     Raises:
         UserError: another architecture, tensors that differ in name or shape, weights that are not finite, or bases or
@@ -98,71 +93,41 @@ def verify(
     base, tuned = Path(base), Path(tuned)
     bases = bases if isinstance(bases, NullSpaceBases) else NullSpaceBases.load(bases)
     pair = CheckpointPair(base, tuned)
-    if lacking := [layer for layer in bases.layers if f"{layer}.weight" not in pair.names]:
-        raise UserError(
-            f"the models have no tensor {lacking[0]}.weight, the bases expect it: use the bases of this model"
-        )
+    places = pair.places(bases.layers)
+    if lacking := [place.key for place in places.values() if place.key not in pair.names]:
+        raise UserError(f"the models have no tensor {lacking[0]}, the bases expect it: use the bases of this model")
     found = model_identity(base)
     _check_made_with(bases.manifest, "bases", found, base)
     if store is not None:
         _check_made_with(store.manifest, "activations", found, base)
     layers: dict[str, dict[str, Any]] = {}
     unconstrained: dict[str, dict[str, float]] = {}
-    transposed = pair.transposed_layers()
-    after = model_identity(tuned)
-    kept = _Kept(workdir, [found, after, bases.manifest, store and store.manifest])
-    with track("certificate", len(pair.names), "tensor") as bar:
+    keys = {place.key for place in places.values()}
+    with track("certificate", len(places) + len(set(pair.names) - keys), "tensor") as bar:
         for site in bases.values():
-            if known := kept.sites.get(site.site):
-                layers |= known
-                bar.update(len(known))
-                continue
-            weights = {layer: partial(pair.slices, f"{layer}.weight", layer in transposed) for layer in site.layers}
+            weights = {layer: partial(pair.slices, places[layer].key, places[layer]) for layer in site.layers}
             heldout = heldout_answers(list(weights.values()), site, store) if store is not None else [{}] * len(weights)
             for (layer, slices), answers in zip(weights.items(), heldout, strict=True):
-                layers[layer] = layer_report(slices, site, answers)
+                layers[layer] = {"tensor": places[layer].key, **layer_report(slices, site, answers)}
                 bar.update(1)
-            kept.add(site.site, {layer: layers[layer] for layer in weights})
         for name in pair.names:
-            if name.removesuffix(".weight") not in layers:
+            if name not in keys:
                 sizes = _sizes(*_norms(pair.slices(name)))
                 if sizes["update_norm"]:
                     unconstrained[name] = sizes
                 bar.update(1)
-    kept.remove()
+    moving = sum(place.size for layer, place in places.items() if bases.for_layer(layer).null_dim)
+    covered = coverage(block_weights(pair.sizes(), places), moving, unconstrained)
     return make_manifest(
         "certificate",
         base=found,
-        tuned=after,
+        tuned=model_identity(tuned),
         bases=fingerprint(bases.manifest),
         layers=layers,
         unconstrained=unconstrained,
+        coverage={**covered, "unprotected_inputs": pair.unprotected_inputs()},
         summary=_summary(layers, unconstrained),
     )
-
-
-class _Kept:
-    """The layers of finished sites in a file, where there is a folder for it."""
-
-    def __init__(self, workdir: Path | None, identity: Any) -> None:
-        self.sites: dict[str, dict[str, Any]] = {}
-        self.file = None
-        if workdir is not None:
-            workdir.mkdir(parents=True, exist_ok=True)
-            self.file = JsonLines(workdir / f"certificate-{fingerprint(identity)}.jsonl")
-            self.sites = {row["site"]: row["layers"] for row in self.file.rows()}
-        if self.sites:
-            say(f"certificate: continuing after {len(self.sites)} sites")
-
-    def add(self, site: str, layers: dict[str, Any]) -> None:
-        """Keep a finished site."""
-        if self.file is not None:
-            self.file.append([{"site": site, "layers": layers}])
-
-    def remove(self) -> None:
-        """Everything is done: nothing is left behind."""
-        if self.file is not None:
-            self.file.path.unlink(missing_ok=True)
 
 
 def layer_report(slices: Slices, site: SiteBasis, heldout: Mapping[str, Heldout]) -> dict[str, Any]:
@@ -184,9 +149,12 @@ def layer_report(slices: Slices, site: SiteBasis, heldout: Mapping[str, Heldout]
     }
     if not heldout:
         return report
-    general = {domain: answers for domain, answers in heldout.items() if domain != HARMFUL}
-    if HARMFUL in heldout:
-        report["harmful"] = heldout[HARMFUL].change
+    seen = {domain: answers for domain, answers in heldout.items() if answers.tokens}  # an expert may have seen none
+    general = {domain: answers for domain, answers in seen.items() if domain != HARMFUL}
+    if HARMFUL in seen:
+        report["harmful"] = seen[HARMFUL].change
+    if not general:
+        return report
     pooled = _pool(general.values())
     report["leakage_heldout"] = {**{name: answers.change for name, answers in general.items()}, "all": pooled.change}
     random = update * math.sqrt(pooled.trace / site.width)
@@ -273,8 +241,8 @@ def _summary(layers: Mapping[str, Any], unconstrained: Mapping[str, Any]) -> dic
         "relative_update": {name: row["relative_update"] for name, row in layers.items()},
     }
     summary: dict[str, Any] = {}
-    for key, values in series.items():
-        if None not in values.values():
+    for key, found in series.items():
+        if values := {name: value for name, value in found.items() if value is not None}:
             worst = max(values, key=values.__getitem__)
             summary[key] = {"max": values[worst], "mean": sum(values.values()) / len(values), "worst_layer": worst}
     inside, outside = (

@@ -7,7 +7,7 @@ float32.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from nspo.errors import UserError
-from nspo.models.classes import empty_model, model_class
-from nspo.models.linears import is_transposed
+from nspo.models.classes import empty_model, model_class, unprotected_inputs
+from nspo.models.linears import Weight, locate
 from nspo.models.loading import load_config
 from nspo.models.weights import Weights, open_weights
 
@@ -58,23 +58,37 @@ class CheckpointPair:
                     "checkpoints of one architecture"
                 )
 
-    def transposed_layers(self) -> set[str]:
-        """Names of the modules that store their weight as (input, output); no weight is loaded."""
-        return {name for name, module in empty_model(self._config).named_modules() if is_transposed(module)}
+    def places(self, layers: Iterable[str]) -> dict[str, Weight]:
+        """Where the model keeps the weights of these layers, experts too; no weight is loaded.
 
-    def slices(self, name: str, transposed: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
+        Raises:
+            UserError: for a layer that it lacks.
+        """
+        return locate(empty_model(self._config), layers)
+
+    def sizes(self) -> dict[str, int]:
+        """How many numbers each weight has."""
+        return {name: math.prod(self._base.shape(name)) for name in self.names}
+
+    def unprotected_inputs(self) -> list[str]:
+        """Kinds of input beside text that the model reads."""
+        return unprotected_inputs(self._config)
+
+    def slices(self, name: str, place: Weight | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """W and dW = W_tuned - W of a tensor, (n, ...) float32 each, a few rows at a time.
 
         The difference is taken before anything else, so equal weights give exact zeros.
 
         Args:
-            transposed: for a matrix stored as (input, output): slices of its transpose.
+            place: of the weight in the tensor that is wanted, whose slices are then (n, d).
 
         Raises:
             UserError: NaN or Inf, with the tensor's name.
         """
+        shape, expert = self._base.shape(name), None if place is None else place.expert
+        transposed = place is not None and place.transposed
         with self._base.open(name) as weights, self._tuned.open(name) as tuned:
-            for part in _parts(self._base.shape(name), int(transposed)):
+            for part in _parts(shape, int(transposed and len(shape) == 2), expert):
                 weight, update = weights[part].float(), tuned[part].float()
                 for side, values in (("base", weight), ("tuned", update)):
                     if not torch.isfinite(values).all():
@@ -82,17 +96,20 @@ class CheckpointPair:
                             f"tensor {name} of the {side} model holds NaN or Inf, expected finite weights: train again"
                         )
                 update = update - weight
-                yield (weight.T, update.T) if transposed else (weight, update)
+                if transposed:
+                    weight, update = weight.mT, update.mT
+                yield (weight, update) if place is None else (weight.flatten(0, -2), update.flatten(0, -2))
 
 
-def _parts(shape: tuple[int, ...], dim: int) -> Iterator[Any]:
-    """Indices that cut a tensor along `dim` into slices of at most `SLICE` values (or of one row)."""
+def _parts(shape: tuple[int, ...], dim: int, only: int | None = None) -> Iterator[Any]:
+    """Indices that cut a tensor along `dim` into slices of at most `SLICE` values (or of one row, or of row `only`)."""
     if not shape:
         yield ...
         return
     step = max(1, SLICE // max(1, math.prod(shape) // max(1, shape[dim])))
-    for start in range(0, shape[dim], step):
-        yield (*[slice(None)] * dim, slice(start, min(start + step, shape[dim])))
+    first, end = (0, shape[dim]) if only is None else (only, only + 1)
+    for start in range(first, end, step):
+        yield (*[slice(None)] * dim, slice(start, min(start + step, end)))
 
 
 def _common_names(base: Weights, tuned: Weights) -> list[str]:

@@ -12,13 +12,7 @@ from nspo.settings.reading import load_config
 
 
 def verify(
-    base: Path,
-    tuned: Path,
-    bases: Path,
-    activations: Path | None,
-    facts: Mapping[str, Any] | None,
-    out: Path,
-    workdir: Path | None = None,
+    base: Path, tuned: Path, bases: Path, activations: Path | None, facts: Mapping[str, Any] | None, out: Path
 ) -> None:
     """Write the certificate of `tuned` (see `nspo.certify.certificate`)."""
     from nspo.activations.store import ActivationStore
@@ -26,7 +20,7 @@ def verify(
     from nspo.certify.stage import write_certificate
 
     store = ActivationStore(activations) if activations else None
-    write_certificate(out, base, tuned, NullSpaceBases.load(bases), store, workdir, **(facts or {}))
+    write_certificate(out, base, tuned, NullSpaceBases.load(bases), store, **(facts or {}))
 
 
 def write_config(config: Config, out: Path | None) -> None:
@@ -38,7 +32,7 @@ def write_config(config: Config, out: Path | None) -> None:
         write_files(Path())
         return
     with atomic_path(out) as scratch:
-        scratch.write_text(commented_yaml(config), encoding="utf-8")
+        scratch.write_text(commented_yaml(config))
 
 
 def check_file(file: Path) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from nspo.bases.file import NullSpaceBases
 from nspo.constraint.constrain import VERIFY_TOLERANCE
 from nspo.errors import UserError
-from nspo.models.linears import canonical_name, is_transposed
+from nspo.models.linears import canonical_name, is_transposed, locate
 from nspo.nullspace.basis import SiteBasis
 from nspo.nullspace.projection import protected_part, squared_norm
 
@@ -55,6 +55,11 @@ def null_space_adapter(model: nn.Module, bases: NullSpaceBases, rank: int | None
         raise UserError("the model has an adapter already, expected a bare model: merge or unload the adapter first")
     bases.check_free()
     bases.check_model(model)
+    if experts := [name for name, weight in locate(model, bases.layers).items() if weight.experts]:
+        raise UserError(
+            f"the bases hold {experts[0]} and more experts of 3-D parameters, which no LoRA adapter of ours can hold: "
+            "compute them without (`activations.layers`), or train the weights with constrain()"
+        )
     most = max(site.null_dim for site in bases.values())
     if rank is not None and not 1 <= rank <= most:
         raise UserError(f"rank {rank}, expected 1 to {most}, the most free directions of an input: change `rank`")

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from nspo.bases.coverage import block_weights, coverage, coverage_line
 from nspo.bases.file import NullSpaceBases
-from nspo.constraint.anchors import given_weights, narrow, own_weights, saved_weights
+from nspo.constraint.anchors import given_weights, holders, narrow, own_weights, saved_weights
 from nspo.constraint.layers import Layer
 from nspo.constraint.refusals import refuse_engines, refuse_late_freeze, refuse_weights
 from nspo.constraint.zero import Partition, ZeroLayer, own_rows, partitions, zero_optimizer
 from nspo.errors import UserError
-from nspo.models.linears import canonical_name, find_linears, frobenius, is_transposed, local, whole_shape
+from nspo.models.linears import Weight, canonical_name, find_weights, frobenius, matrices, whole_shape
 from nspo.nullspace.projection import inner_product, project_, reanchor_, squared_norm
 
 Mode = Literal["both", "anchor", "gradient"]
@@ -35,12 +36,21 @@ class Constraint:
         mode: "both", "anchor" or "gradient".
         frozen_names: canonical names of the parameters that `constrain` froze.
         unprotected_share: share of the trainable weights that no basis covers.
+        coverage: shares of the blocks' weights that are constrained, frozen and unprotected (`nspo.bases.coverage`).
 
     Nothing here belongs in a checkpoint: a resumed run calls `constrain` again with the base folder as anchor.
     """
 
-    def __init__(self, layers: list[Layer], frozen: list[str], rest: int, optimizer: torch.optim.Optimizer, mode: Mode):
-        self._layers, self.mode, self.frozen_names = layers, mode, frozen
+    def __init__(
+        self,
+        layers: list[Layer],
+        frozen: list[str],
+        rest: int,
+        covered: dict[str, Any],
+        optimizer: torch.optim.Optimizer,
+        mode: Mode,
+    ):
+        self._layers, self.mode, self.frozen_names, self.coverage = layers, mode, frozen, covered
         self.unprotected_share = rest / (rest + self._weights())
         self._stats: dict[str, Tensor] = {}  # of the last gradient of each layer
         self._along: dict[str, Tensor] = {}  # <g, W> of each layer when its last gradient came
@@ -54,7 +64,7 @@ class Constraint:
         ]
 
     def _weights(self) -> int:
-        return sum(whole_shape(layer.parameter).numel() for layer in self._layers)
+        return sum(layer.place.size for layer in self._layers)
 
     def _before_step(self, optimizer: Any, args: Any, kwargs: Any) -> Any:
         """Meet the gradients there are, or have the optimizer's closure show those it makes inside the step."""
@@ -89,10 +99,12 @@ class Constraint:
             if gradient is None:
                 self._stats.pop(layer.name, None)
                 return
-            raw = gradient.clone()
-            project_(gradient, layer.basis, layer.kind)
-            products = [squared_norm(raw), squared_norm(gradient), inner_product(raw, gradient)]
-            self._stats[layer.name] = torch.stack(products)
+            products = torch.zeros(3, device=gradient.device)
+            for matrix in matrices(gradient):
+                raw = matrix.clone()
+                project_(matrix, layer.basis, layer.kind)
+                products += torch.stack([squared_norm(raw), squared_norm(matrix), inner_product(raw, matrix)])
+            self._stats[layer.name] = products
 
     def _after_step(self, *_: Any) -> None:
         """Take the weights back to the null space; what is left of the step is measured along its gradient."""
@@ -113,10 +125,13 @@ class Constraint:
     def _reanchor(self, layer: Layer) -> None:
         first = layer.name not in self._first
         with layer.stepped() as rows:
-            norms = [squared_norm(rows - layer.anchor)] if first else []
-            reanchor_(rows, layer.anchor, layer.basis, layer.kind)
+            norms = torch.zeros(2, device=rows.device)
+            for weight, anchor in zip(matrices(rows), matrices(layer.anchor), strict=True):
+                norms[0] += squared_norm(weight - anchor) if first else 0
+                reanchor_(weight, anchor, layer.basis, layer.kind)
+                norms[1] += squared_norm(weight - anchor) if first else 0
             if first:
-                self._first[layer.name] = torch.stack([*norms, squared_norm(rows - layer.anchor)])
+                self._first[layer.name] = norms
 
     def leakage(self) -> dict[str, float]:
         """{layer: ||(W - W0) Q||_F / ||W0 Q||_F}, Q the protected range. A collective for sharded weights."""
@@ -132,7 +147,7 @@ class Constraint:
         """
         for layer in self._layers:
             # FSDP2 shows gathered weights between forward and backward; everything else must still be what we bound.
-            if layer.module.weight is not layer.parameter and not isinstance(layer.parameter, DTensor):
+            if layer.place.parameter is not layer.parameter and not isinstance(layer.parameter, DTensor):
                 raise UserError(
                     f"layer {layer.name} got a new weight after constrain(): call constrain() once it is final"
                 )
@@ -192,10 +207,12 @@ class Constraint:
     def describe(self) -> str:
         """One line: how much is constrained, frozen and unprotected, and the memory that costs."""
         memory = ", ".join(f"{name} {size / 2**20:.1f} MiB" for name, size in self.memory().items())
+        idle = [layer.name for layer in self._layers if layer.kind == "null" and not layer.basis.shape[1]]
+        stuck = f", {len(idle)} layers without a free direction ({', '.join(idle[:3])}{', ...' * (len(idle) > 3)})"
         return (
-            f"null-space constraint ({self.mode}): {len(self._layers)} layers with {self._weights()} weights, "
-            f"{len(self.frozen_names)} parameters frozen, {self.unprotected_share:.1%} of the trainable weights "
-            f"unprotected, {memory}"
+            f"null-space constraint ({self.mode}): {len(self._layers)} layers with {self._weights()} weights"
+            f"{stuck if idle else ''}, {len(self.frozen_names)} parameters frozen, {self.unprotected_share:.1%} of the "
+            f"trainable weights unprotected; {coverage_line(self.coverage)}; {memory}"
         )
 
     def remove(self) -> None:
@@ -214,7 +231,7 @@ def freeze_uncovered(model: nn.Module, bases: NullSpaceBases) -> list[str]:
         >>> frozen = freeze_uncovered(model, bases)
         >>> optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     """
-    covered = {id(module.weight) for module in find_linears(model, bases.layers).values()}
+    covered = {id(weight.parameter) for weight in find_weights(model, bases.layers).values()}
     names = []
     for name, parameter in model.named_parameters():
         if id(parameter) not in covered:
@@ -244,7 +261,7 @@ def constrain(
         optimizer: any torch optimizer that holds them, or the wrapper of it that accelerate or DeepSpeed returned.
         bases: their bases, checked against the model.
         anchor: the anchor W0, needed when a run resumes: folder of the base checkpoint (safetensors), or whole base
-            weights by layer. Default: the weights as they are now.
+            weights by layer (all experts of a parameter by its name). Default: the weights as they are now.
         mode: "anchor" projects what the optimizer did; "both" the gradients before the step too, as exact but with more
             drift under Adam (docs/mathematics.md); "gradient" only the gradients, the paper's text, which leaks under
             Adam, momentum and decay. Clipping before the step, as trainers do it, acts on the raw gradient: in mode
@@ -269,19 +286,19 @@ def constrain(
     optimizer = innermost(optimizer)
     refuse_engines(model, optimizer, zero)
     bases.check_free()
-    modules = bases.check_layers(model)
+    weights = bases.check_layers(model)
     if freeze_rest:
-        refuse_late_freeze(model, modules, zero)
+        refuse_late_freeze(model, weights, zero)
     parts = partitions(zero) if zero else None
     held = parts or {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    refuse_weights(model, modules, held, freeze_rest)
+    refuse_weights(model, weights, held, freeze_rest, zero)
     if anchor is None:
-        base = own_weights(modules)
+        base = own_weights(holders(weights))
     elif isinstance(anchor, Mapping):
-        base, anchor = given_weights(anchor, modules), "the base"
+        base, anchor = given_weights(anchor, holders(weights)), "the base"
     else:
-        base = saved_weights(Path(anchor), model, modules)
-    layers = _layers(modules, bases, base, parts)
+        base = saved_weights(Path(anchor), model, holders(weights))
+    layers = _layers(weights, bases, base, parts)
 
     if anchor is not None and mode != "gradient":
         worst = max((layer.leakage(), layer.name) for layer in layers)
@@ -293,34 +310,41 @@ def constrain(
 
     frozen = freeze_uncovered(model, bases) if freeze_rest else []
     covered = {id(layer.parameter) for layer in layers}
-    rest = sum(whole_shape(p).numel() for p in model.parameters() if p.requires_grad and id(p) not in covered)
-    return Constraint(layers, frozen, rest, optimizer, mode)
+    free = {canonical_name(n): p for n, p in model.named_parameters() if p.requires_grad and id(p) not in covered}
+    rest = sum(whole_shape(parameter).numel() for parameter in free.values())
+    sizes = {canonical_name(name): whole_shape(p).numel() for name, p in model.named_parameters()}
+    moving = sum(weight.size for name, weight in weights.items() if bases.for_layer(name).null_dim)
+    found = coverage(block_weights(sizes, weights), moving, free)
+    return Constraint(layers, frozen, rest, found, optimizer, mode)
 
 
 def _layers(
-    modules: Mapping[str, nn.Linear],
+    weights: Mapping[str, Weight],
     bases: NullSpaceBases,
-    weights: Iterable[tuple[str, Tensor]],
+    anchors: Iterable[tuple[str, Tensor]],
     parts: Mapping[int, Partition] | None,
 ) -> list[Layer]:
-    """The constrained layers with the `weights` as anchor, of which each rank keeps its rows; `parts` under ZeRO.
+    """The constrained weights with their `anchors` by holder, of which each rank keeps its rows; `parts` under ZeRO.
 
     Raises:
-        UserError: when the weights are not those that the bases were computed for.
+        UserError: when the anchors are not the weights that the bases were computed for.
     """
+    held: dict[str, list[str]] = {}
+    for name, weight in weights.items():
+        held.setdefault(weight.holder, []).append(name)
     norms, layers = {}, []
     on_device: dict[tuple[str, torch.device], Tensor] = {}  # layers of one site share one copy of its basis
-    for name, value in weights:
-        norms[name] = frobenius(value)
-        module, site = modules[name], bases.for_layer(name)
-        transposed = is_transposed(module)
-        rows = local(value).T if transposed else local(value)
-        key = (site.site, rows.device)
-        if key not in on_device:
-            on_device[key] = site.basis.to(key[1], torch.float32)
-        kept = narrow((own_rows(rows) if parts else rows).clone())
-        given = (name, module, module.weight, transposed, kept, on_device[key], site.kind)
-        layers.append(ZeroLayer(*given, parts[id(module.weight)]) if parts else Layer(*given))
+    for holder, value in anchors:
+        for name in held[holder]:
+            place, site = weights[name], bases.for_layer(name)
+            norms[name] = frobenius(place, value)
+            rows = place.rows(value)
+            key = (site.site, rows.device)
+            if key not in on_device:
+                on_device[key] = site.basis.to(key[1], torch.float32)
+            kept = narrow((own_rows(rows) if parts else rows).clone())
+            given = (name, place, place.parameter, kept, on_device[key], site.kind)
+            layers.append(ZeroLayer(*given, parts[id(place.parameter)]) if parts else Layer(*given))
     bases.check_norms(norms)
     return layers
 

@@ -5,28 +5,27 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from nspo.models.linears import local, sum_over_shards
+from nspo.models.linears import Weight, matrices, sum_over_shards
 from nspo.nullspace.basis import Kind
 from nspo.nullspace.projection import exact_inner_product, protected_part, squared_norm
 
 
 @dataclass
 class Layer:
-    """One constrained weight, all tensors as this rank holds them and oriented (out, d)."""
+    """One constrained weight, tensors as this rank holds them, oriented (out, d), of several experts (n, out, d)."""
 
     name: str
-    module: nn.Linear
+    place: Weight
     parameter: Tensor
-    transposed: bool
     anchor: Tensor
     basis: Tensor
     kind: Kind
 
     def rows(self, tensor: Tensor) -> Tensor:
-        """This rank's part of a weight-shaped tensor as (out, d), sharing memory."""
-        return local(tensor).T if self.transposed else local(tensor)
+        """This rank's part of a tensor like the parameter, sharing memory."""
+        return self.place.rows(tensor)
 
     @property
     def steps(self) -> bool:
@@ -51,7 +50,7 @@ class Layer:
     def along_gradient(self) -> Tensor | None:
         """<g, W> of this rank's part as both are now, () float64; None without a gradient."""
         gradient = self.parameter.grad
-        return None if gradient is None else exact_inner_product(local(gradient), local(self.parameter))
+        return None if gradient is None else exact_inner_product(self.rows(gradient), self.rows(self.parameter))
 
     def total(self, value: Tensor) -> Tensor:
         """The sum of a `value` over the ranks that hold different rows. A collective for sharded weights."""
@@ -59,9 +58,11 @@ class Layer:
 
     def leakage(self) -> float:
         """||(W - W0) Q||_F / ||W0 Q||_F over all shards; 0 when nothing is protected."""
-        anchor = self.anchor.float()
+        both = torch.zeros(2, device=self.anchor.device)
         with self.weight() as rows:
-            moved = squared_norm(protected_part(rows - anchor, self.basis, self.kind))
-        base = squared_norm(protected_part(anchor, self.basis, self.kind))
-        both = self.total(torch.stack([moved, base])).double()
+            for weight, narrow in zip(matrices(rows), matrices(self.anchor), strict=True):
+                anchor = narrow.float()
+                moved, base = (protected_part(part, self.basis, self.kind) for part in (weight - anchor, anchor))
+                both += torch.stack([squared_norm(moved), squared_norm(base)])
+        both = self.total(both).double()
         return float((both[0] / both[1]).sqrt()) if both[0] > 0 else 0.0

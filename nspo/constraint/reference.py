@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from nspo.bases.file import NullSpaceBases
-from nspo.models.linears import find_linears, is_transposed
+from nspo.models.linears import find_weights
 
 
 @torch.no_grad()
@@ -15,10 +15,10 @@ def reanchor(model: nn.Module, bases: NullSpaceBases, base: Mapping[str, Tensor]
 
     Args:
         model: unwrapped, on one device.
-        base: W0 by layer, (out, d), as `nn.Linear` holds it.
+        base: W0 by layer, (out, d), as `nn.Linear` holds it; of the experts that one name stands for (n, out, d).
     """
-    for name, module in find_linears(model, bases.layers).items():
-        site, weight = bases.for_layer(name), module.weight.T if is_transposed(module) else module.weight
+    for name, place in find_weights(model, bases.layers).items():
+        site, weight = bases.for_layer(name), place.rows(place.parameter)
         dense = site.basis.double() @ site.basis.double().T
         free = dense if site.kind == "null" else torch.eye(site.width, dtype=torch.float64) - dense
         weight.copy_(base[name].double() + (weight.double() - base[name].double()) @ free)

@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from nspo.errors import UserError
-from nspo.models.linears import canonical_name, is_transposed
+from nspo.models.linears import Weight, canonical_name
 
 _UNSUPPORTED_OPTIMIZERS = re.compile(r"schedulefree|lomo|layerwise", re.IGNORECASE)
 
@@ -84,16 +84,16 @@ def refuse_zero(zero: Any) -> None:
         raise UserError("DeepSpeed shares out among a part of the processes, expected data parallelism over all")
 
 
-def refuse_late_freeze(model: nn.Module, modules: Mapping[str, nn.Linear], zero: Any = None) -> None:
+def refuse_late_freeze(model: nn.Module, weights: Mapping[str, Weight], zero: Any = None) -> None:
     """Refuse to freeze what DDP, or DeepSpeed's `zero`, already expects gradients of.
 
     Args:
-        modules: the constrained layers by name.
+        weights: the constrained weights by name.
 
     Raises:
         UserError: other trainable parameters inside `DistributedDataParallel` or DeepSpeed.
     """
-    covered = {id(module.weight) for module in modules.values()}
+    covered = {id(weight.parameter) for weight in weights.values()}
     trainable = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in covered]
     replicas = any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules())
     if trainable and (replicas or zero is not None):
@@ -105,48 +105,66 @@ def refuse_late_freeze(model: nn.Module, modules: Mapping[str, nn.Linear], zero:
         )
 
 
-def refuse_weights(model: nn.Module, modules: Mapping[str, nn.Linear], held: Container[int], freeze_rest: bool) -> None:
-    """Refuse constrained layers, `modules` by name, whose weight could not be kept in place or exact.
+def refuse_weights(
+    model: nn.Module, weights: Mapping[str, Weight], held: Container[int], freeze_rest: bool, zero: Any = None
+) -> None:
+    """Refuse constrained `weights`, by name, that could not be kept in place or exact.
 
     Args:
-        held: the ids of the weights that the optimizer steps.
+        held: the ids of the parameters that the optimizer steps.
+        zero: DeepSpeed's own optimizer, where there is one.
 
     Raises:
-        UserError: a weight that is shared, not float32, frozen, sharded by columns or unknown to the optimizer, or a
-            bias that stays trainable.
+        UserError: a weight that is shared, not float32, frozen, sharded by columns or unknown to the optimizer, a bias
+            that stays trainable, or experts under DeepSpeed or cut through by the sharding.
     """
     names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(canonical_name(name))
-    for name, module in modules.items():
-        weight, bias = module.weight, getattr(module, "bias", None)
-        others = sorted({other for other in names.get(id(weight), []) if other != f"{name}.weight"})
+    for full, own in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(own), []).append(canonical_name(full))
+    for name, weight in weights.items():
+        parameter, bias = weight.parameter, weight.bias
+        others = sorted({other for other in names.get(id(parameter), []) if other != weight.key})
         if others:
             raise UserError(
                 f"layer {name} shares its weight with {others[0]}, expected its own: untie them or leave it out"
             )
-        if weight.dtype != torch.float32:
+        if parameter.dtype != torch.float32:
             raise UserError(
-                f"layer {name} has {str(weight.dtype).removeprefix('torch.')} weights, expected float32 master "
+                f"layer {name} has {str(parameter.dtype).removeprefix('torch.')} weights, expected float32 master "
                 "weights: load the model in float32 and use autocast (bf16=True) for speed"
             )
-        if not weight.requires_grad:
+        if not parameter.requires_grad:
             raise UserError(
                 f"layer {name} is frozen, expected a trainable weight: unfreeze it or leave it out of the bases"
             )
-        if isinstance(weight, DTensor):
-            for dim, placement in enumerate(weight.placements):
-                columns = placement.is_shard(0 if is_transposed(module) else 1)
-                if weight.device_mesh.size(dim) > 1 and (columns or placement.is_partial()):
-                    raise UserError(
-                        f"layer {name} is sharded as {placement} on its input dimension, expected whole rows per rank: "
-                        "shard the output dimension (the default of fully_shard) or replicate"
-                    )
-        if id(weight) not in held:
+        if zero is not None and weight.experts:
+            raise UserError(
+                f"layer {name} is in a 3-D parameter of {weight.experts} experts, which DeepSpeed would gather for "
+                "each: use FSDP2 (`fully_shard`, fsdp_version: 2), or leave the experts out of the bases"
+            )
+        if isinstance(parameter, DTensor):
+            _refuse_sharding(name, weight, parameter)
+        if id(parameter) not in held:
             raise UserError(
                 f"the optimizer does not hold the weight of layer {name}: build it from the prepared model's parameters"
             )
         if bias is not None and bias.requires_grad and not freeze_rest:
             raise UserError(
                 f"layer {name} has a trainable bias, which no basis can constrain: freeze it or pass freeze_rest=True"
+            )
+
+
+def _refuse_sharding(name: str, weight: Weight, parameter: DTensor) -> None:
+    for dim, placement in enumerate(parameter.placements):
+        if parameter.device_mesh.size(dim) == 1 or placement.is_replicate():
+            continue
+        if weight.experts and not placement.is_shard(0):
+            raise UserError(
+                f"layer {name} is sharded as {placement} through its experts, expected whole experts per rank: shard "
+                "dimension 0 (the default of fully_shard) or replicate"
+            )
+        if (placement.is_shard(0 if weight.transposed else 1) and not weight.experts) or placement.is_partial():
+            raise UserError(
+                f"layer {name} is sharded as {placement} on its input dimension, expected whole rows per rank: "
+                "shard the output dimension (the default of fully_shard) or replicate"
             )

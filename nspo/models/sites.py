@@ -1,12 +1,13 @@
-"""Sites: the distinct inputs that the linear layers of a model's blocks read, found by watching one short forward pass.
+"""Sites: the distinct inputs that the weights of a model's blocks read, found by watching one short forward pass.
 
 Layers that read the very same tensor (q, k and v; gate and up) share one second moment and one basis, so they form one
 site, whatever the architecture calls them. A site is named after its first listed layer, in the order of the model's
-modules.
+modules. Experts share the site of what their block feeds them all, and each has one more for its own down projection.
+Routers have none: they stay frozen, because a router that moves sends general tokens to other experts.
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from nspo.errors import UserError
-from nspo.models.linears import input_width, is_transposed
+from nspo.models.experts import Experts, find_experts, is_router, unknown_experts
+from nspo.models.linears import is_transposed, locate
 
 PROBE_SHAPE = (2, 5)  # sequences and tokens of the forward pass that is watched
 
@@ -27,50 +29,97 @@ class Site:
 
     Attributes:
         name: the first of `layers`, for instance "model.layers.0.self_attn.q_proj".
-        layers: full names of the linear layers that read it.
+        layers: full names of the weights that read it (see `nspo.models.linears`).
         width: d, the length of one token's input vector.
+        share: the share of all tokens that reach it if every expert is asked as often; 1 where each token does.
     """
 
     name: str
     layers: tuple[str, ...]
     width: int
+    share: float = 1.0
+
+
+Receive = Callable[[Site, Tensor, Tensor | None], None]  # a site, its vectors, of which tokens (n,); None: of each
 
 
 def find_sites(model: PreTrainedModel, pattern: str = ".*") -> list[Site]:
-    """The sites of all `nn.Linear` and `Conv1D` layers inside the decoder blocks whose full name matches `pattern`.
+    """The sites of all linear layers (`Conv1D` too) and experts in the decoder blocks whose name matches `pattern`.
 
+    Experts match by the name of their parameter, such as "model.layers.0.mlp.experts.down_proj", all or none.
     Embeddings and the language-model head lie outside the blocks and are never included.
 
     Raises:
-        UserError: `pattern` is no regular expression or matches nothing; or a layer it matches holds fused experts, is
-            not used exactly once per forward pass, or does not read one vector per token.
+        UserError: `pattern` is no regular expression or matches nothing; or a layer it matches holds experts of an
+            unknown form, is not used exactly once per forward pass, or does not read one vector per token.
     """
     blocks = _modules_in_blocks(model)
-    linears = {n: m for n, m in blocks.items() if isinstance(m, nn.Linear) or is_transposed(m)}
-    layers = _matching(linears, pattern)
-    if fused := [name for name, module in blocks.items() if _is_fused(module) and re.fullmatch(pattern, name)]:
+    experts = find_experts(blocks)
+    by_module, own = {one.name: one for one in experts}, {one.own: one for one in experts}
+    names: list[str] = []
+    for name, module in blocks.items():
+        if name in by_module:
+            names += [by_module[name].shared, by_module[name].own]
+        elif (isinstance(module, nn.Linear) or is_transposed(module)) and not is_router(name, module, experts):
+            names.append(name)
+    matching = _matching(names, pattern)
+    if unknown := [name for name in unknown_experts(blocks) if re.fullmatch(pattern, name)]:
         raise UserError(
-            f"{len(fused)} layers ({', '.join(fused[:3])}, ...) hold fused 3-D experts, "
-            "expected nn.Linear, because inputs that are routed cannot be collected: leave them out with "
+            f"{len(unknown)} layers ({', '.join(unknown[:3])}, ...) hold experts in a form whose inputs cannot be "
+            "collected, expected linear layers or the experts of transformers' mixtures: leave them out with "
             "`activations.layers`, for instance '.*attn.*'"
         )
+    places = locate(model, [name for name in matching if name not in own])
+    read = [Site(name, (name,), place.width) for name, place in places.items()]
+    inputs, calls = _probe(model, read, [own[name] for name in matching if name in own])
     groups: dict[tuple[int, ...], list[str]] = {}
-    for name, (tensor, version) in _inputs(model, layers).items():
+    for name, (tensor, version) in inputs.items():
         groups.setdefault((tensor.data_ptr(), tensor.numel(), version), []).append(name)
-    return [Site(names[0], tuple(names), input_width(layers[names[0]])) for names in groups.values()]
+    shared = {names[0]: Site(names[0], tuple(names), places[names[0]].width) for names in groups.values()}
+    sites: list[Site] = []
+    for name in matching:
+        if name in shared:
+            sites.append(shared[name])
+        elif name in own:
+            sites += _own_sites(own[name], calls[name])
+    return sites
 
 
 @contextmanager
-def watch(model: PreTrainedModel, sites: Iterable[Site], receive: Callable[[Site, Tensor], None]) -> Iterator[None]:
-    """While open, every forward pass hands each site's input to `receive` once: (..., d), in the model's own dtype."""
+def watch(model: PreTrainedModel, sites: Iterable[Site], receive: Receive) -> Iterator[None]:
+    """While open, every forward pass hands each site's input to `receive` once: (..., d), in the model's own dtype.
+
+    With it come None where each token has a vector, in order; for an expert the places of its tokens, (n,) int64.
+    """
+    modules = dict(model.named_modules())
+    experts = find_experts(modules)
+    fed = {one.shared: one for one in experts}
+    routed = {f"{one.own}.{number}": (one, number) for one in experts for number in range(one.count)}
+    wanted: dict[str, list[tuple[Site, int]]] = {}
     hooks = []
     try:
         for site in sites:
+            if site.name in routed:
+                asked, number = routed[site.name]
+                wanted.setdefault(asked.name, []).append((site, number))
+                continue
+            one = fed.get(site.name)
 
-            def hook(_module: nn.Module, inputs: tuple[Tensor, ...], site: Site = site) -> None:
-                receive(site, inputs[0].detach())
+            def hook(_module: nn.Module, args: Any, kwargs: Any, site: Site = site, one: Experts | None = one) -> None:
+                receive(site, (args[0] if one is None else one.fed(one.called(args, kwargs))).detach(), None)
 
-            hooks.append(model.get_submodule(site.name).register_forward_pre_hook(hook))
+            module = modules[site.name] if one is None else one.module
+            hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        for asked in experts:
+
+            def hand_out(_module: nn.Module, args: Any, kwargs: Any, asked: Experts = asked) -> None:
+                given = asked.called(args, kwargs)
+                for site, number in wanted[asked.name]:
+                    vectors, tokens, _ = asked.routed(given, number)
+                    receive(site, vectors.detach(), tokens)
+
+            if asked.name in wanted:
+                hooks.append(asked.module.register_forward_pre_hook(hand_out, with_kwargs=True))
         yield
     finally:
         for handle in hooks:
@@ -93,42 +142,60 @@ def _modules_in_blocks(model: PreTrainedModel) -> dict[str, nn.Module]:
     )
 
 
-def _is_fused(module: nn.Module) -> bool:
-    """Whether `module` keeps the weights of several experts in one 3-D parameter, as transformers 5 does."""
-    return any(p.ndim == 3 for p in module.parameters(recurse=False)) and not isinstance(module, nn.Conv1d)
+def _own_sites(one: Experts, chosen: int) -> list[Site]:
+    """The sites of the down projections of all experts, of which every token asks `chosen`."""
+    names = [f"{one.own}.{number}" for number in range(one.count)]
+    return [Site(name, (name,), one.own_width, chosen / one.count) for name in names]
 
 
-def _matching(linears: dict[str, Any], pattern: str) -> dict[str, nn.Linear]:
+def _matching(names: Sequence[str], pattern: str) -> list[str]:
     try:
-        found = {name: module for name, module in linears.items() if re.fullmatch(pattern, name)}
+        found = [name for name in names if re.fullmatch(pattern, name)]
     except re.error as error:
         raise UserError(f"activations.layers: {pattern!r} is not a regular expression ({error})") from error
     if not found:
         raise UserError(
-            f"activations.layers: {pattern!r} matches none of the {len(linears)} linear layers, expected a pattern "
-            f"for full names such as {', '.join(list(linears)[:7])}"
+            f"activations.layers: {pattern!r} matches none of the {len(names)} linear layers, expected a pattern "
+            f"for full names such as {', '.join(names[:7])}"
         )
     return found
 
 
 @torch.no_grad()
-def _inputs(model: PreTrainedModel, layers: dict[str, nn.Linear]) -> dict[str, tuple[Tensor, int]]:
-    """What each layer reads in one forward pass, with the tensor's version at that moment.
+def _probe(
+    model: PreTrainedModel, sites: Sequence[Site], experts: Sequence[Experts]
+) -> tuple[dict[str, tuple[Tensor, int]], dict[str, int]]:
+    """One forward pass: what each site reads, with the tensor's version at that moment; and by the name of the down
+    projections of `experts`, which are checked, how many of them every token asks.
 
     The tensors are kept alive together, so an address stands for one tensor; the version tells an in-place change.
     """
-    seen: dict[str, list[tuple[Tensor, int]]] = {name: [] for name in layers}
-    sites = [Site(name, (name,), input_width(module)) for name, module in layers.items()]
+    seen: dict[str, list[tuple[Tensor, int]]] = {site.name: [] for site in sites}
+    chosen: dict[str, int] = {}
     tokens = PROBE_SHAPE[0] * PROBE_SHAPE[1]
     ids = (torch.arange(tokens, device=model.device) % model.config.get_text_config().vocab_size).view(PROBE_SHAPE)
-    with watch(model, sites, lambda site, tensor: seen[site.name].append((tensor, tensor._version))):
-        model.base_model(input_ids=ids, use_cache=False)
+    hooks = []
+    for one in experts:
+
+        def check(_module: nn.Module, args: Any, kwargs: Any, output: Tensor, one: Experts = one) -> None:
+            given = one.called(args, kwargs)
+            one.check(given, output)
+            chosen[one.own] = one.asked(given)
+
+        hooks.append(one.module.register_forward_hook(check, with_kwargs=True))
+    try:
+        with watch(model, sites, lambda site, tensor, _: seen[site.name].append((tensor, tensor._version))):
+            model.base_model(input_ids=ids, use_cache=False)
+    finally:
+        for handle in hooks:
+            handle.remove()
     for site in sites:
         shapes = [tuple(tensor.shape) for tensor, _ in seen[site.name]]
-        if shapes not in ([(*PROBE_SHAPE, site.width)], [(tokens, site.width)]):
+        # Some attention gives its vectors a dimension of one head.
+        bare = [tuple(size for size in shape[:-1] if size != 1) + shape[-1:] for shape in shapes]
+        if bare not in ([(*PROBE_SHAPE, site.width)], [(tokens, site.width)]):
             raise UserError(
                 f"layer {site.name} read inputs of shapes {shapes} in a forward pass over {PROBE_SHAPE} tokens, "
-                f"expected one of width {site.width} per token, once (routed experts are not supported): leave it out "
-                "with `activations.layers`"
+                f"expected one of width {site.width} per token, once: leave it out with `activations.layers`"
             )
-    return {name: calls[0] for name, calls in seen.items()}
+    return {name: calls[0] for name, calls in seen.items()}, chosen

@@ -14,8 +14,7 @@ from nspo.errors import UserError
 from nspo.files.atomic import atomic_path
 from nspo.files.manifest import MANIFEST_NAME, fingerprint_model, make_manifest, write_json
 from nspo.models.files import check_model_files
-from nspo.models.loading import hub_folder, load_whole, read_tokenizer, save_model
-from nspo.models.template import date_of
+from nspo.models.loading import hub_folder, load_whole, read_tokenizer
 from nspo.sources import Source
 
 
@@ -28,7 +27,7 @@ def prepare_model(source: Source, wheels_dir: Path, out: Path) -> None:
     if source.kind == "tiny":
         from nspo.models.tiny import tiny_model, tiny_tokenizer
 
-        _write_model(tiny_model(), tiny_tokenizer(), source, out, out)
+        _write_model(tiny_model(), tiny_tokenizer(), source, out)
         return
     location = hub_folder("model.source", source) if source.kind == "hub" else resolve(source, wheels_dir)
     named = f"model.source: {location}"
@@ -42,18 +41,15 @@ def prepare_model(source: Source, wheels_dir: Path, out: Path) -> None:
     loaded = load_whole(AutoModelForCausalLM, location, named, dtype=torch.float32, **options)
     if "gguf_file" in options:
         loaded = _dequantized(loaded)
-    _write_model(loaded, tokenizer, source, location, out)
+    _write_model(loaded, tokenizer, source, out)
 
 
-def _write_model(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: Source, location: Path, out: Path
-) -> None:
+def _write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: Source, out: Path) -> None:
     with atomic_path(out) as scratch:
-        save_model(model, scratch, location)
+        model.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
         identity = {"source": source.published, "revision": source.revision, **fingerprint_model(scratch)}
-        date = date_of(tokenizer.chat_template)
-        write_json(scratch / MANIFEST_NAME, make_manifest("model", model=identity, template_date=date))
+        write_json(scratch / MANIFEST_NAME, make_manifest("model", model=identity))
 
 
 def _dequantized(model: PreTrainedModel) -> PreTrainedModel:

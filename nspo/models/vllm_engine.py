@@ -80,7 +80,6 @@ def engine_arguments(folder: Path, dtype: torch.dtype, vllm: VLLMSettings) -> di
         "max_model_len": -1,
         "gpu_memory_utilization": vllm.gpu_memory,
         "tensor_parallel_size": vllm.tensor_parallel,
-        "generation_config": "vllm",  # not the folder's own
         "seed": 0,
     }
 

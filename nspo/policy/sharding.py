@@ -18,7 +18,6 @@ from nspo.settings.policy.methods import MethodSettings
 from nspo.settings.policy.section import TrainingSettings
 
 ZERO = ("zero2", "zero3")  # of policy.sharding: DeepSpeed
-WHOLE_ONLY = ("after", "lora", "adapter", "ogpsa")  # constraints that read or write whole weights
 
 
 def check_processes(training: TrainingSettings, method: MethodSettings, processes: PartialState) -> None:
@@ -31,11 +30,6 @@ def check_processes(training: TrainingSettings, method: MethodSettings, processe
         raise UserError(
             f"policy.processes is {training.processes}, but {processes.num_processes} of them run: start the stage "
             f"with `accelerate launch --multi_gpu --num_processes {training.processes} -m nspo train-policy ...`"
-        )
-    if training.sharding != "none" and (method.pulls or method.constraint.kind in WHOLE_ONLY):
-        raise UserError(
-            f"policy.sharding is {training.sharding!r}, but this method ({method.title}) needs whole weights on every "
-            "process: expected 'none'"
         )
     if method.loss.on_pairs and training.pairs_per_update % training.processes:
         raise UserError(

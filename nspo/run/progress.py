@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 from tqdm import tqdm
 
@@ -17,8 +17,7 @@ class _LogLines:
     def write(self, text: str) -> None:
         line = text.strip("\r\n ")
         if line:
-            with suppress(BrokenPipeError):
-                sys.stderr.write(line + "\n")
+            sys.stderr.write(line + "\n")
 
     def flush(self) -> None:
         sys.stderr.flush()
@@ -48,8 +47,7 @@ def track(description: str, total: int, unit: str, start: int = 0) -> Iterator["
 def say(message: str) -> None:
     """One plain line on standard error, above any bar."""
     if not _silent:
-        with suppress(BrokenPipeError):  # a signal to all has ended who reads the log; the work goes on
-            tqdm.write(message, file=sys.stderr)
+        tqdm.write(message, file=sys.stderr)
 
 
 def silence() -> None:

@@ -17,6 +17,7 @@ import pytest
 import torch
 import transformers as tf
 from support.model_copy import copy_model
+from support.rows import prompt_file
 
 from nspo.activations import chunks as sequences
 from nspo.activations import stage as activations
@@ -33,22 +34,10 @@ from nspo.nullspace.moments import add_second_moment, mirror, unpack, upper_bloc
 from nspo.settings.bases import ActivationSettings
 from nspo.settings.runtime import RuntimeSettings
 
-WORDS = ["add", "the", "two", "numbers", "and", "write", "a", "short", "poem", "about", "rivers", "in", "spring"]
-
 
 @pytest.fixture(scope="module")
 def prompts(tmp_path_factory) -> Path:
-    """Ten prompts of different lengths for each of two general domains, harmful and benign, in every split."""
-    rows = []
-    for role, domain in (("general", "maths"), ("general", "chat"), ("harmful", "advbench"), ("benign", "benign")):
-        for split in ("train", "validation", "heldout"):
-            for n in range(10):
-                text = f"{domain} {split} {n} " + " ".join(WORDS[: 1 + (5 * n) % len(WORDS)])
-                row = {"id": f"{domain}-{split}-{n}", "role": role, "domain": domain, "split": split, "prompt": text}
-                rows.append({**row, "check": "", "category": ""})
-    path = tmp_path_factory.mktemp("prompts") / "prompts.parquet"
-    pq.write_table(pa.Table.from_pylist(rows), path)
-    return path
+    return prompt_file(tmp_path_factory.mktemp("prompts") / "prompts.parquet")
 
 
 def settings(**changed) -> ActivationSettings:
@@ -140,18 +129,6 @@ def test_text_model_of_gemma3_is_found_by_structure():
     """Sliding and full attention layers, further norms: still four sites a block."""
     config = tf.Gemma3TextConfig(**TINY, num_key_value_heads=1, head_dim=8, sliding_window=4)
     assert len(find_sites(tf.Gemma3ForCausalLM(config).eval())) == 8
-
-
-@pytest.mark.parametrize("family", ["Mixtral", "Qwen3Moe"])
-def test_fused_experts_are_refused_by_name_unless_the_pattern_leaves_them_out(family):
-    """3-D expert weights cannot be hooked per layer: one line names them; attention alone still works."""
-    experts = {"Mixtral": {"num_local_experts": 2}, "Qwen3Moe": {"num_experts": 2, "moe_intermediate_size": 24}}[family]
-    config = getattr(tf, f"{family}Config")(**TINY, num_key_value_heads=1, num_experts_per_tok=1, head_dim=8, **experts)
-    model = getattr(tf, f"{family}ForCausalLM")(config).eval()
-    names = r"2 layers \(model\.layers\.0\.mlp\.experts, model\.layers\.1\.mlp\.experts, \.\.\.\)"
-    with pytest.raises(UserError, match=names + r" hold fused 3-D experts.*activations\.layers.*'\.\*attn\.\*'"):
-        find_sites(model)
-    assert [len(site.layers) for site in find_sites(model, ".*attn.*")] == [3, 1, 3, 1]
 
 
 def test_layer_used_twice_in_one_forward_is_refused(tiny_model_dir):

@@ -9,6 +9,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForC
 from nspo.certify import checkpoints
 from nspo.certify.checkpoints import CheckpointPair
 from nspo.errors import UserError
+from nspo.models.linears import is_transposed
 
 
 def moved(model, folder):
@@ -40,16 +41,22 @@ def test_slices_are_small_and_cover_every_tensor(make, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoints, "SLICE", 40)
     before, after = moved(make(), tmp_path)
     pair = CheckpointPair(tmp_path / "base", tmp_path / "tuned")
-    transposed = pair.transposed_layers()
     assert set(pair.names) == {name for name in before if name != "lm_head.weight" or make is mixtral}
+    layers = [name for name, module in make().named_modules() if is_transposed(module)]
+    experts = [name for name in before if ".experts." in name]
+    layers += [f"{name}.{i}" for name in experts for i in range(len(before[name])) if "down" in name]
+    layers += [name for name in experts if "down" not in name]
+    places = {place.key: {} for place in pair.places(layers).values()}
+    for place in pair.places(layers).values():
+        places[place.key][place.expert] = place
     for name in pair.names:
-        turned = name.removesuffix(".weight") in transposed
-        weights, updates = zip(*pair.slices(name, turned), strict=True)
-        for found, expected in ((weights, before[name]), (updates, after[name] - before[name])):
-            expected = expected.T if turned else expected
-            assert all(part.numel() <= max(40, expected[0].numel()) for part in found)
-            assert torch.equal(torch.cat(found), expected)
-    assert bool(transposed) == (make is gpt2)
+        for place in (None, *places.get(name, {}).values()):
+            found = zip(*pair.slices(name, place), strict=True)
+            for parts, expected in zip(found, (before[name], after[name] - before[name]), strict=True):
+                rows = expected if place is None else place.rows(expected)
+                assert all(part.numel() <= max(40, rows[0].numel(), expected[0].numel()) for part in parts)
+                assert torch.equal(torch.cat(parts), rows if place is None else rows.flatten(0, -2))
+    assert bool(layers) == (make in (gpt2, mixtral))
 
 
 def test_a_broken_file_is_named(tmp_path):

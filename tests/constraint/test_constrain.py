@@ -513,7 +513,7 @@ def flat(model):
         (lambda m: m[2].requires_grad_(False), "layer 2 is frozen"),
         (tie, r"layer 0 shares its weight with copy\.weight"),
         (quantise, r"layer 0 has a quantised or flattened weight \(Tensor torch.uint8"),
-        (experts, "layer 0 holds fused 3-D experts"),
+        (experts, "layer 0 is a Module, expected nn.Linear"),
         (lora, r"layer 0 is wrapped by peft\..*merge or unload the adapter first, or train nspo\.null_space"),
         (lambda m: m.to("meta"), "layer 0 has its weight on the meta device"),
         (

@@ -23,3 +23,19 @@ def write(path: Path, rows: Any) -> None:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     else:
         path.write_text(json.dumps(rows))
+
+
+WORDS = ["add", "the", "two", "numbers", "and", "write", "a", "short", "poem", "about", "rivers", "in", "spring"]
+
+
+def prompt_file(path: Path) -> Path:
+    """Ten prompts of different lengths for each of two general domains, harmful and benign, in every split."""
+    rows = []
+    for role, domain in (("general", "maths"), ("general", "chat"), ("harmful", "advbench"), ("benign", "benign")):
+        for split in ("train", "validation", "heldout"):
+            for n in range(10):
+                text = f"{domain} {split} {n} " + " ".join(WORDS[: 1 + (5 * n) % len(WORDS)])
+                row = {"id": f"{domain}-{split}-{n}", "role": role, "domain": domain, "split": split, "prompt": text}
+                rows.append({**row, "check": "", "category": ""})
+    write(path, rows)
+    return path

@@ -90,10 +90,9 @@ def reward_of(
 ) -> tuple[SafetyReward, MultiplierCallback | None]:
     """The reward function, and for a Lagrangian loss the callback that keeps its multiplier."""
     if not isinstance(loss, Lagrangian):
-        return SafetyReward(cost, reward, training.margin, training.refusal_bonus), None
+        return SafetyReward(cost, reward, training.margin), None
     multiplier = Multiplier.of(loss)
-    scorer = LagrangianReward(cost, reward, multiplier, training.group_size, training.refusal_bonus)
-    return scorer, MultiplierCallback(multiplier)
+    return LagrangianReward(cost, reward, multiplier, training.group_size), MultiplierCallback(multiplier)
 
 
 def trainer_arguments(
