@@ -1,5 +1,6 @@
 """Small commands that are no stage of the workflow: certify, show, check and write what the stages made."""
 
+import shlex
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
@@ -78,3 +79,11 @@ def merge_bases(files: Sequence[Path], out: Path) -> None:
     for warning in caught:
         say(f"warning: {warning.message}")
     merged.save(out)
+
+
+def beside_server(model: str, gpus: int | None, wait: float | None, serve: str | None, command: Sequence[str]) -> None:
+    """Run a command beside a model server (see `nspo.run.server`), and end with its exit code."""
+    from nspo.run.server import with_server
+
+    started = shlex.split(serve) if serve else ("vllm", "serve")
+    sys.exit(with_server(command, model, gpus or 0, started, 1800.0 if wait is None else wait))

@@ -270,6 +270,17 @@ STAGES = {
     "config check": Stage(
         "nspo.cli.commands:check_file", "check a configuration", arguments={"file": Argument("configuration (YAML)")}
     ),
+    "with-server": Stage(
+        "nspo.cli.commands:beside_server",
+        "run a command (after --) beside a model server on GPUs of its own, which ends with it",
+        arguments={
+            "model": Argument("what the server serves", type=str),
+            "gpus": Argument("GPUs of the server, the last of the job [0: shared]", type=int, required=False),
+            "wait": Argument("most seconds until it answers [1800]", type=float, required=False),
+            "serve": Argument("what starts it [vllm serve]", type=str, required=False),
+            "command": Argument("the command", type=str, many=True),
+        },
+    ),
     "plan": Stage(
         "nspo.plan.plan:show_plan",
         "say what a configuration will take of time, memory, disk and GPU hours",
@@ -311,4 +322,4 @@ STAGES = {
         arguments={"file": BASES, "repo": REPO, "licence": LICENCE, "out": OUT_FILE},
     ),
 }
-POSITIONAL = {"file", "files"}
+POSITIONAL = {"file", "files", "command"}

@@ -105,4 +105,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except UserError as fault:
+        sys.exit(f"nspo: error: {fault}")

@@ -9,13 +9,15 @@ import shlex
 from nspo.settings.config import Config
 
 
-def launcher(processes: int, threads: int, sharded: str = "", gpus: int = 0) -> str:
+def launcher(processes: int, threads: int, sharded: str = "", gpus: int = 0, nodes: int = 1, mpi: str = "srun") -> str:
     """What stands before `nspo STAGE` in the command of a job.
 
     Args:
         processes: how many share the stage, one per GPU.
-        threads: CPU threads of the job, shared out among them.
+        threads: CPU threads of the job on a node, shared out among its processes.
         sharded: the accelerate configuration that splits the model; empty for whole replicas.
+        nodes: over how many nodes of a cluster the processes are spread, evenly.
+        mpi: what starts a task on each of them.
         gpus: devices to claim on this machine; 0 where a cluster assigns them, or where there are none.
     """
     claimed = f"python -m nspo.run.gpus {gpus} " if gpus else ""
@@ -24,10 +26,12 @@ def launcher(processes: int, threads: int, sharded: str = "", gpus: int = 0) -> 
     how = "--multi_gpu --mixed_precision no --dynamo_backend no"
     if sharded:
         how = f"--config_file {shlex.quote(sharded)}"
-    share = f"--num_processes {processes} --num_cpu_threads_per_process {max(1, threads // processes)}"
-    return (
-        f"{claimed}accelerate launch {how} {share} --num_machines 1 --main_process_port 0 -m"  # 0: a free one, each job
-    )
+    share = f"--num_processes {processes} --num_cpu_threads_per_process {max(1, threads * nodes // processes)}"
+    if nodes > 1:
+        each = f"{mpi} --nodes={nodes} --ntasks={nodes} --ntasks-per-node=1 python -m nspo.run.node"
+        return f"{each} accelerate launch {how} {share} -m"
+    port = "--main_process_port 0"  # a free one, for each job
+    return f"{claimed}accelerate launch {how} {share} --num_machines 1 {port} -m"
 
 
 def gpus(settings: Config, processes: int = 1) -> int:

@@ -77,9 +77,12 @@ def device(wildcards, threads):
 def start(processes=1, sharding="none"):
     """What starts a stage that runs a model."""
     sharded = str(workflow.source_path(f"../../config/accelerate/{sharding}.yaml")) if sharding != "none" else ""
-    return lambda wildcards, threads, resources: launch.launcher(
-        processes, threads, sharded, resources.gpu if claimed else 0
-    )
+
+    def text(wildcards, threads, resources):
+        nodes, mpi = resources.get("nodes", 1), resources.get("mpi", "srun")
+        return launch.launcher(processes, threads, sharded, resources.gpu if claimed else 0, nodes, mpi)
+
+    return text
 
 
 def source_files(section, sources):
