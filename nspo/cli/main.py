@@ -18,6 +18,7 @@ from typing import Any, NoReturn, get_origin
 
 from nspo.cli.stages import POSITIONAL, STAGES, Stage
 from nspo.errors import UserError, first_line
+from nspo.run.launch import forget_foreign_group
 from nspo.run.workflow_lock import end_with_workflow
 from nspo.settings.reading import validate
 from nspo.settings.runtime import RuntimeSettings
@@ -160,6 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0, 2 for a mistake the user can mend, 130 when interrupted."""
     end_with_workflow()
     try:
+        forget_foreign_group()
         _run(sys.argv[1:] if argv is None else argv)
     except UserError as error:
         for line in str(error).splitlines():

@@ -281,6 +281,16 @@ STAGES = {
             "command": Argument("the command", type=str, many=True),
         },
     ),
+    "status": Stage(
+        "nspo.cli.doctor:show_status",
+        "say what a folder of results holds, what made it, and what no longer fits together",
+        arguments={"results": Argument("folder of results")},
+    ),
+    "doctor": Stage(
+        "nspo.cli.doctor:show_doctor",
+        "as status, with all recomputed that is cheap: checksums, counts, scores, leakage on disk",
+        arguments={"results": Argument("folder of results")},
+    ),
     "plan": Stage(
         "nspo.plan.plan:show_plan",
         "say what a configuration will take of time, memory, disk and GPU hours",
@@ -322,4 +332,4 @@ STAGES = {
         arguments={"file": BASES, "repo": REPO, "licence": LICENCE, "out": OUT_FILE},
     ),
 }
-POSITIONAL = {"file", "files", "command"}
+POSITIONAL = {"file", "files", "results", "command"}

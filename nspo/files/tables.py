@@ -64,6 +64,23 @@ def load_table(path: Path | str, kind: str, columns: Iterable[str] = ()) -> tupl
     return manifest, rows
 
 
+def table_manifest(path: Path | str) -> dict[str, Any]:
+    """What a table says of itself, read from its footer alone; empty where it says nothing.
+
+    Raises:
+        UserError: when the footer is damaged.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        metadata = pq.read_metadata(path).metadata or {}
+        found = json.loads(metadata.get(METADATA_KEY.encode(), b"{}"))
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise unreadable(path, "a whole Parquet file", error) from error
+    return found if isinstance(found, dict) else {}
+
+
 def _read(path: Path, columns: Iterable[str]) -> tuple[Mapping[bytes, bytes], Rows]:
     import pyarrow as pa
     import pyarrow.parquet as pq

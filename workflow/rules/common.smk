@@ -29,6 +29,7 @@ from nspo.settings.policy.section import PairSettings, TrainingSettings
 from nspo.sources import Source, wheel_folder
 from nspo.workflow import inputs, launch
 from nspo.workflow.configuration import settings_of
+from nspo.workflow.copied import warn_if_copied
 from nspo.workflow.parameters import benchmark_of, flags, folders, optional, part_of, tracked, with_own_wheels
 from nspo.workflow.resources import requests
 from nspo.workflow.whole import lacking
@@ -42,6 +43,8 @@ settings = (
     if imported
     else settings_of(config, workflow.overwrite_configfiles, workflow.config_settings.config)
 )
+if workflow.is_main_process and not imported and not workflow.touch:
+    warn_if_copied(Path(settings.runtime.results), Path(".snakemake"))
 prompt_settings = with_own_wheels(part_of(settings.data, PromptSettings))
 label_settings = with_own_wheels(part_of(settings.data, LabelSettings))
 judge_settings = part_of(settings.evaluation, JudgeSettings)
