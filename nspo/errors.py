@@ -6,8 +6,14 @@ from pathlib import Path
 class UserError(Exception):
     """A mistake the user can mend. The command line prints it as one line, without a traceback, and exits with 2.
 
-    Write the message as: what was found (with the number or name), what was expected, which key or file to change.
+    Args:
+        found: what was found, with the number or name; or the whole message.
+        expected: what was expected in its place.
+        change: which key or file to change, or what to do.
     """
+
+    def __init__(self, found: str, *, expected: str = "", change: str = "") -> None:
+        super().__init__(found + (f", expected {expected}" if expected else "") + (f": {change}" if change else ""))
 
 
 def first_line(error: BaseException) -> str:
@@ -23,9 +29,9 @@ def unreadable(path: Path | str, expected: str, error: BaseException) -> UserErr
     try:
         Path(path).open("rb").close()  # not every library says what the system said
     except PermissionError:
-        return UserError(f"{path}: no permission to read it, expected {expected}: ask its owner for read access")
+        return UserError(f"{path}: no permission to read it", expected=expected, change="ask its owner for read access")
     except OSError as fault:
         error = fault
     if reason := getattr(error, "strerror", None):
-        return UserError(f"{path} cannot be read ({reason}), expected {expected}")
+        return UserError(f"{path} cannot be read ({reason})", expected=expected)
     return UserError(f"{path} is not {expected} ({first_line(error)}): delete it and rerun the stage that makes it")

@@ -36,15 +36,15 @@ def write_config(config: Config, out: Path | None) -> None:
         scratch.write_text(commented_yaml(config))
 
 
-def check_file(file: Path) -> None:
-    """Say that a configuration is valid, or raise what is wrong with it."""
+def check_files(files: list[Path]) -> None:
+    """Say that a configuration, of one file or of several that override each other, is valid, or raise its faults."""
     from nspo.evaluation.benchmarks.loading import task_of
     from nspo.run.progress import say
 
-    benchmarks = load_config(file).benchmarks
+    benchmarks = load_config(*files).benchmarks
     for name in (*benchmarks.tasks, *benchmarks.sources):
         task_of(name)
-    say(f"{file}: valid")
+    say(f"{' + '.join(map(str, files))}: valid")
 
 
 def show_bases(file: Path, plot: Path | None) -> None:

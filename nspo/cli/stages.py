@@ -268,7 +268,9 @@ STAGES = {
         {"out": Argument("YAML file to write; without it the files of this project", required=False)},
     ),
     "config check": Stage(
-        "nspo.cli.commands:check_file", "check a configuration", arguments={"file": Argument("configuration (YAML)")}
+        "nspo.cli.commands:check_files",
+        "check a configuration",
+        arguments={"files": Argument("configuration (YAML), and files whose keys override it", many=True)},
     ),
     "with-server": Stage(
         "nspo.cli.commands:beside_server",

@@ -38,8 +38,9 @@ def check_given(name: str, what: str, path: Path | None, needed: bool) -> None:
         UserError: naming the method and the flag.
     """
     if (path is not None) != needed:
-        change = f"needs {what}: give the path" if needed else f"takes no {what}: leave it out"
-        raise UserError(f"method {name!r} {change} (`--{what.replace(' ', '-')}`)")
+        says = f"needs {what}, found none" if needed else f"takes no {what}, found {path}"
+        flag = f"`--{what.replace(' ', '-')}`"
+        raise UserError(f"method {name!r} {says}", change=f"give the path ({flag})" if needed else f"leave {flag} out")
 
 
 def load_bases(method: MethodSettings, name: str, path: Path | None, model: Path) -> NullSpaceBases | None:
@@ -69,7 +70,9 @@ def prepare_layers(policy: PreTrainedModel, method: MethodSettings, layers: str,
     if bases is not None and (differing := set(bases.layers) ^ matching):
         raise UserError(
             f"the bases cover {len(bases.layers)} layers, `activations.layers` {layers!r} matches {len(matching)} "
-            f"(first difference {min(differing)}): expected the same ones, change `activations.layers`"
+            f"(first difference {min(differing)})",
+            expected="the same ones",
+            change="change `activations.layers`",
         )
     policy.requires_grad_(isinstance(method.constraint, MLPOnly))
     for name in matching:

@@ -28,8 +28,10 @@ def check_processes(training: TrainingSettings, method: MethodSettings, processe
     """
     if processes.num_processes != training.processes:
         raise UserError(
-            f"policy.processes is {training.processes}, but {processes.num_processes} of them run: start the stage "
-            f"with `accelerate launch --multi_gpu --num_processes {training.processes} -m nspo train-policy ...`"
+            f"{processes.num_processes} processes run",
+            expected=f"the {training.processes} of policy.processes",
+            change=f"start the stage with `accelerate launch --multi_gpu --num_processes {training.processes} -m nspo "
+            "train-policy ...`",
         )
     if method.loss.on_pairs and training.pairs_per_update % training.processes:
         raise UserError(

@@ -47,14 +47,28 @@ class StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def load_config(path: Path | str) -> Config:
-    """Read and check a YAML configuration; an empty one is the default.
+def load_config(*paths: Path | str) -> Config:
+    """Read and check YAML configurations, a later one over those before it; an empty one is the default.
 
     Raises:
         UserError: naming the file, the key, what was found and what is allowed; all faults in one line each.
     """
-    raw = read_yaml(path)
-    return check_config({} if raw is None else raw, str(path))
+    return check_config(read_over(*paths), " + ".join(map(str, paths)))
+
+
+def read_over(*paths: Path | str) -> Any:
+    """The plain values of YAML files, later keys over earlier ones, as Snakemake merges its `--configfile`s."""
+    found: Any = {}
+    for path in paths:
+        raw = read_yaml(path)
+        found = found if raw is None else _over(found, raw)
+    return found
+
+
+def _over(under: Any, over: Any) -> Any:
+    if not (isinstance(under, dict) and isinstance(over, dict)):
+        return over
+    return under | {key: _over(under.get(key), value) for key, value in over.items()}
 
 
 def read_yaml(path: Path | str) -> Any:

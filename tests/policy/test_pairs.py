@@ -372,9 +372,9 @@ def test_trainer_arguments(tmp_path):
 def test_what_an_objective_trains_from_is_checked_first(inputs, given, pairs, dpo_run, tmp_path):
     """Pairs or a guide missing, or given to who has no use for them; answers of another model: one line each."""
     for name, paths, line in (
-        ("dpo", {}, "method 'dpo' needs pairs: give the path (`--pairs`)"),
-        ("nspo", {"pairs": pairs}, "'nspo' takes no pairs: leave it out (`--pairs`)"),
-        ("wdoor", {"pairs": pairs}, "'wdoor' needs guide policy: give the path (`--guide-policy`)"),
+        ("dpo", {}, "method 'dpo' needs pairs, found none: give the path (`--pairs`)"),
+        ("nspo", {"pairs": pairs}, "'nspo' takes no pairs, found "),
+        ("wdoor", {"pairs": pairs}, "'wdoor' needs guide policy, found none: give the path (`--guide-policy`)"),
         ("dpo", {"pairs": pairs, "guide_policy": dpo_run}, "'dpo' takes no guide policy"),
         ("dpo", {"pairs": inputs["prompts"]}, "prompts.parquet has no column"),
         ("dpo", {"pairs": pairs, "model": dpo_run}, ": made with base.weights "),

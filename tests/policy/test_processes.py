@@ -256,10 +256,10 @@ def test_rollout_and_update_keep_their_sizes(tmp_path, monkeypatch):
 
 def test_another_number_of_processes_is_refused(inputs, tmp_path):
     """A stage that was not launched as its settings say names the command; nothing is written."""
-    with pytest.raises(UserError, match=r"policy\.processes is 2, but 1 of them run.*accelerate launch .*processes 2"):
+    with pytest.raises(UserError, match=r"1 processes run, expected the 2 of .*accelerate launch .*processes 2"):
         run(inputs, tmp_path, "nspo", processes=2, **CHANGES)
     assert not list(tmp_path.iterdir())
-    with pytest.raises(UserError, match=r"policy\.processes is 1, but 2 of them run"):
+    with pytest.raises(UserError, match=r"2 processes run, expected the 1 of policy\.processes"):
         check_processes(TrainingSettings(), DPO, SimpleNamespace(num_processes=2))  # type: ignore[arg-type]
     many = TrainingSettings(minibatch_size=32, micro_batch_size=1, group_size=8, processes=32)
     with pytest.raises(UserError, match=r"4 pairs per update\) must be divisible by policy\.processes \(32\).*'dpo'"):

@@ -27,6 +27,7 @@ from nspo.bases.stage import compute_bases
 from nspo.certify.certificate import verify
 from nspo.data.stage import prepare_labels, prepare_prompts
 from nspo.data.tables import load_prompts
+from nspo.errors import UserError
 from nspo.models.generation import chat_ids
 from nspo.models.loading import load_tokenizer
 from nspo.models.stage import prepare_model
@@ -36,12 +37,13 @@ from nspo.policy.stage import train_policy
 from nspo.preference.stage import train_preference
 from nspo.settings.policy.methods import MethodSettings
 from nspo.settings.policy.section import TrainingSettings
-from nspo.settings.reading import check_config, load_config, read_yaml
+from nspo.settings.reading import check_config, load_config, read_over, read_yaml
 from nspo.settings.types import Section
 from nspo.sources import Source
 
 CONFIG = Path(__file__).parents[2] / "config"
 NAMES = ["qwen2.5-7b", "llama3-8b"]
+FILES = {"qwen2.5-7b": [CONFIG / "qwen2.5-7b.yaml"], "llama3-8b": [CONFIG / f"{name}.yaml" for name in NAMES]}
 SHAPE = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
 QWEN_TEMPLATE = (
     "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a "
@@ -92,8 +94,17 @@ def unwritten(section: Section, given: Any, place: str = "") -> list[str]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_nothing_is_left_to_a_default(name):
-    path = CONFIG / f"{name}.yaml"
-    assert unwritten(load_config(path), read_yaml(path)) == [], f"new keys: write into {path.name} what the paper does"
+    files = FILES[name]
+    assert unwritten(load_config(*files), read_over(*files)) == [], f"new keys: write into {files[0].name} what it does"
+
+
+def test_the_second_file_needs_the_first():
+    """Alone it would train Llama on the default data: it is refused, and it says nothing but what differs."""
+    with pytest.raises(UserError, match=r"llama3-8b\.yaml: policy\.methods\.nspo: found no constraint"):
+        load_config(FILES["llama3-8b"][1])
+    base, both = (load_config(*FILES[name]) for name in NAMES)
+    same = both.model_copy(update={"model": base.model, "runtime": base.runtime})
+    assert (same, both.runtime.results) == (base, "results/llama3-8b")
 
 
 @pytest.mark.parametrize("key", ["policy.delta", "bases.weights", "data.harmful.fraction", "policy.judge.template"])
@@ -110,7 +121,7 @@ def test_a_key_that_is_left_out_is_noticed(key):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_papers_settings_reach_the_trainer(name, tmp_path):
     """The values of the paper, as TRL knows them."""
-    config = load_config(CONFIG / f"{name}.yaml")
+    config = load_config(*FILES[name])
     args = trainer_arguments(
         config.policy, config.policy.methods["nspo"], 0, torch.device("cpu"), tmp_path, config.runtime
     )
@@ -240,7 +251,7 @@ def placed(raw: Any, files: dict[str, str]) -> Any:
 def test_the_run_of_the_file_on_a_tiny_model_like_it(name, tmp_path):
     """Data, activations, bases, scores and one step of the policy; constrained, and stored as the file says."""
     model_like(name, tmp_path / "original")
-    raw = read_yaml(CONFIG / f"{name}.yaml")
+    raw = read_over(*FILES[name])
     small = placed(copy.deepcopy(raw), like_the_data(tmp_path))
     small["model"]["source"] = str(tmp_path / "original")
     small["activations"] |= {"samples": 20, "max_prompt_tokens": 256, "max_new_tokens": 4}  # a token is a byte here
