@@ -31,7 +31,8 @@ class Chunk:
 
     Attributes:
         index: its place among all chunks.
-        domain, split: where the prompts come from; `split` is `basis` or `heldout`.
+        domain, split: where the prompts come from; `split` is `basis` or `heldout`, which
+            takes prompts of the validation split.
         first: how many prompts of the same domain and split come before.
         prompts: token ids of every prompt.
         budget: the most tokens to keep; None keeps all.

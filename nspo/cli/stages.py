@@ -256,7 +256,9 @@ STAGES = {
             "base": MODEL,
             "tuned": Argument("folder of the tuned model"),
             "bases": BASES,
-            "activations": Argument("folder of the activations, for figures on held-out inputs", required=False),
+            "activations": Argument(
+                "folder of the activations, for figures on inputs of validation prompts", required=False
+            ),
             "facts": Argument("JSON to add to the certificate, such as the method", type=json.loads, required=False),
             "out": Argument("JSON file to write"),
         },

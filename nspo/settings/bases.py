@@ -11,7 +11,7 @@ class ActivationSettings(Section):
     """Which inputs K of the linear layers are collected, from the model's own answers to general tasks."""
 
     samples: Count = Field(
-        40, description="Prompts per general domain; half that many more are kept apart as held-out."
+        40, description="Prompts per general domain; half that many more, of the validation split, measure the bases."
     )
     harmful_samples: Whole = Field(
         60,
@@ -49,7 +49,7 @@ class BasesSettings(Section):
         3.0,
         ge=0,
         description="energy: share of the trace to protect; relative: of the largest eigenvalue; absolute: eigenvalue; "
-        "rank: directions; fraction: of the width; leakage: held-out target; "
+        "rank: directions; fraction: of the width; leakage: target on validation inputs; "
         "contrast: how many times more harmful than general a freed direction is.",
     )
     weights: dict[str, float] = Field(

@@ -142,7 +142,8 @@ class PromptSettings(SplitSettings):
             "instructions": DataSet(source="builtin:instructions.jsonl"),
         },
         min_length=1,
-        description="General tasks by domain: the training split gives the inputs K to protect, the rest is held out.",
+        description="General tasks by domain: the training split gives the inputs K to protect, the validation split "
+        "measures them, the heldout split is for the evaluation.",
     )
     harmful: DataSet = Field(
         DataSet(source=PYRIT + "seed_datasets/local/adv_bench.prompt", prompt="value", name="advbench"),

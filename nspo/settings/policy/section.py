@@ -75,7 +75,9 @@ class TrainingSettings(RolloutSettings):
     autocast: Literal["bf16", "no"] = Field(
         "bf16", description="Arithmetic of forward and backward; the weights themselves are always fp32."
     )
-    probe_every: Count = Field(2, description="Steps between held-out probes of safety and over-refusal.")
+    probe_every: Count = Field(
+        2, description="Steps between probes, on validation prompts, of safety and over-refusal."
+    )
     probe_prompts: Count = Field(48, description="Harmful validation prompts per probe, and as many benign ones.")
     target_unsafe: float = Field(
         0.3,
