@@ -19,7 +19,7 @@ tokenizer = AutoTokenizer.from_pretrained(model_folder)
 bases = NullSpaceBases.load(bases_file)
 freeze_uncovered(model, bases)  # before `prepare`: DDP cannot freeze afterwards
 optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-data = torch.utils.data.DataLoader(Path(texts).read_text().splitlines(), shuffle=True)
+data = torch.utils.data.DataLoader(Path(texts).read_text(encoding="utf-8").splitlines(), shuffle=True)
 model, optimizer, data = accelerator.prepare(model, optimizer, data)
 constraint = constrain(model, optimizer, bases)  # after `prepare`: FSDP2 replaces the weights there
 for lines in data:

@@ -22,7 +22,7 @@ model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
 trainer = SFTTrainer(
     null_space_adapter(model, bases),
     args=SFTConfig(out, learning_rate=1e-2, num_train_epochs=1, bf16=torch.cuda.is_available(), report_to="none"),
-    train_dataset=Dataset.from_dict({"text": Path(texts).read_text().splitlines()}),
+    train_dataset=Dataset.from_dict({"text": Path(texts).read_text(encoding="utf-8").splitlines()}),
     processing_class=AutoTokenizer.from_pretrained(model_folder),
 )
 trainer.train()

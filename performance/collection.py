@@ -142,7 +142,7 @@ def grow(folder: Path, prompts: Path, samples: int, out: Path, form: str, multip
         gather(model, tokenizer, several, find_sites(model), form, Path(work))
         seconds = time.perf_counter() - start
     # Not ru_maxrss, which a process takes over from the one that started it.
-    host = int(re.findall(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[0]) / 1024
+    host = int(re.findall(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text(encoding="utf-8"))[0]) / 1024
     device = torch.cuda.max_memory_allocated() / 2**20 if model.device.type == "cuda" else 0.0
     return {
         "form": form,

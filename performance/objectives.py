@@ -29,7 +29,7 @@ from transformers.trainer_callback import PrinterCallback
 from nspo.files.journal import JsonLines
 from nspo.models.loading import load_model, load_tokenizer
 from nspo.policy.log import LogCallback
-from nspo.policy.objectives import constraint_of, load_bases, prepare_layers
+from nspo.policy.methods.objectives import constraint_of, load_bases, prepare_layers
 from nspo.policy.pairs.stage import make_pairs
 from nspo.policy.pairs.trainer import PairLearner
 from nspo.policy.rollouts.trainer import RolloutLearner

@@ -287,7 +287,7 @@ def draw(rows: Sequence[Mapping[str, Any]]) -> Figure:
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """One line per row, atomically."""
-    with atomic_path(path) as scratch, scratch.open("w", newline="") as file:
+    with atomic_path(path) as scratch, scratch.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)

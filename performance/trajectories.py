@@ -56,7 +56,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     text = table(runs, best, args.target, settings.policy.probe_prompts)
     with atomic_path(args.out / "trajectories.md") as scratch:
-        scratch.write_text(text)
+        scratch.write_text(text, encoding="utf-8")
     draw(runs, best, args.target, args.out)
     say(text)
 

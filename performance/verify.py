@@ -60,7 +60,7 @@ def main() -> None:
             sys.exit("building the checkpoints failed")
         read = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e9
         seconds, peak = verify(folder)
-        layers = json.loads((folder / "certificate.json").read_text())["layers"]
+        layers = json.loads((folder / "certificate.json").read_text(encoding="utf-8"))["layers"]
     row = {
         "hidden": given.hidden,
         "intermediate": given.intermediate,

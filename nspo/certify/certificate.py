@@ -32,12 +32,13 @@ from nspo.bases.coverage import block_weights, coverage
 from nspo.bases.file import NullSpaceBases
 from nspo.certify.checkpoints import CheckpointPair
 from nspo.errors import UserError
+from nspo.files.journal import JsonLines
 from nspo.files.manifest import check_made_with, fingerprint, make_manifest
 from nspo.models.loading import load_config, model_identity
 from nspo.nullspace.basis import SiteBasis
 from nspo.nullspace.moments import add_second_moment
 from nspo.nullspace.projection import protected_part
-from nspo.run.progress import track
+from nspo.run.progress import say, track
 
 PRODUCT_BYTES = 7e9  # of A^T A in memory at a time: one at width 28672, all of a site's at 8192
 BLOCK = 256  # rows of G and A^T A multiplied at a time
@@ -66,7 +67,11 @@ class Heldout:
 
 
 def verify(
-    base: Path | str, tuned: Path | str, bases: NullSpaceBases | Path | str, store: ActivationStore | None = None
+    base: Path | str,
+    tuned: Path | str,
+    bases: NullSpaceBases | Path | str,
+    store: ActivationStore | None = None,
+    workdir: Path | None = None,
 ) -> dict[str, Any]:
     """Compare two model folders layer by layer; shows progress.
 
@@ -74,6 +79,7 @@ def verify(
         base, tuned: folders with safetensors weights, sharded or not.
         bases: computed on `base`, or their file.
         store: activations of `base`, for held-out inputs; without it the figures on held-out inputs are left out.
+        workdir: folder in which the layers that are done are kept until all are, so that an interrupted call goes on.
 
     Returns:
         JSON-like: identities; `layers`, {layer: site, tensor (the parameter it lies in), leakage_basis,
@@ -102,14 +108,21 @@ def verify(
         _check_made_with(store.manifest, "activations", found, base)
     layers: dict[str, dict[str, Any]] = {}
     unconstrained: dict[str, dict[str, float]] = {}
+    after = model_identity(tuned)
+    kept = _Kept(workdir, [found, after, bases.manifest, store and store.manifest])
     keys = {place.key for place in places.values()}
     with track("certificate", len(places) + len(set(pair.names) - keys), "tensor") as bar:
         for site in bases.values():
+            if known := kept.sites.get(site.site):
+                layers |= known
+                bar.update(len(known))
+                continue
             weights = {layer: partial(pair.slices, places[layer].key, places[layer]) for layer in site.layers}
             heldout = heldout_answers(list(weights.values()), site, store) if store is not None else [{}] * len(weights)
             for (layer, slices), answers in zip(weights.items(), heldout, strict=True):
                 layers[layer] = {"tensor": places[layer].key, **layer_report(slices, site, answers)}
                 bar.update(1)
+            kept.add(site.site, {layer: layers[layer] for layer in weights})
         for name in pair.names:
             if name not in keys:
                 sizes = _sizes(*_norms(pair.slices(name)))
@@ -118,16 +131,41 @@ def verify(
                 bar.update(1)
     moving = sum(place.size for layer, place in places.items() if bases.for_layer(layer).null_dim)
     covered = coverage(block_weights(pair.sizes(), places), moving, unconstrained)
+    kept.remove()
     return make_manifest(
         "certificate",
         base=found,
-        tuned=model_identity(tuned),
+        tuned=after,
         bases=fingerprint(bases.manifest),
         layers=layers,
         unconstrained=unconstrained,
         coverage={**covered, "unprotected_inputs": pair.unprotected_inputs()},
         summary=_summary(layers, unconstrained),
     )
+
+
+class _Kept:
+    """The layers of finished sites in a file, where there is a folder for it."""
+
+    def __init__(self, workdir: Path | None, identity: Any) -> None:
+        self.sites: dict[str, dict[str, Any]] = {}
+        self.file = None
+        if workdir is not None:
+            workdir.mkdir(parents=True, exist_ok=True)
+            self.file = JsonLines(workdir / f"certificate-{fingerprint(identity)}.jsonl")
+            self.sites = {row["site"]: row["layers"] for row in self.file.rows()}
+        if self.sites:
+            say(f"certificate: continuing after {len(self.sites)} sites")
+
+    def add(self, site: str, layers: dict[str, Any]) -> None:
+        """Keep a finished site."""
+        if self.file is not None:
+            self.file.append([{"site": site, "layers": layers}])
+
+    def remove(self) -> None:
+        """Everything is done: nothing is left behind."""
+        if self.file is not None:
+            self.file.path.unlink(missing_ok=True)
 
 
 def layer_report(slices: Slices, site: SiteBasis, heldout: Mapping[str, Heldout]) -> dict[str, Any]:

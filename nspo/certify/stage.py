@@ -10,13 +10,19 @@ from nspo.files.manifest import write_json
 
 
 def write_certificate(
-    out: Path, base: Path, tuned: Path, bases: NullSpaceBases, store: ActivationStore | None = None, **facts: Any
+    out: Path,
+    base: Path,
+    tuned: Path,
+    bases: NullSpaceBases,
+    store: ActivationStore | None = None,
+    workdir: Path | None = None,
+    **facts: Any,
 ) -> dict[str, Any]:
     """Certify `tuned`, add `facts` (such as `method` and `constrained`), write it to `out` as JSON, and return it.
 
     Raises:
         UserError: as `verify`.
     """
-    certificate = {**verify(base, tuned, bases, store), **facts}
+    certificate = {**verify(base, tuned, bases, store, workdir), **facts}
     write_json(out, certificate)
     return certificate

@@ -13,7 +13,13 @@ from nspo.settings.reading import load_config
 
 
 def verify(
-    base: Path, tuned: Path, bases: Path, activations: Path | None, facts: Mapping[str, Any] | None, out: Path
+    base: Path,
+    tuned: Path,
+    bases: Path,
+    activations: Path | None,
+    facts: Mapping[str, Any] | None,
+    out: Path,
+    workdir: Path | None = None,
 ) -> None:
     """Write the certificate of `tuned` (see `nspo.certify.certificate`)."""
     from nspo.activations.store import ActivationStore
@@ -21,7 +27,7 @@ def verify(
     from nspo.certify.stage import write_certificate
 
     store = ActivationStore(activations) if activations else None
-    write_certificate(out, base, tuned, NullSpaceBases.load(bases), store, **(facts or {}))
+    write_certificate(out, base, tuned, NullSpaceBases.load(bases), store, workdir, **(facts or {}))
 
 
 def write_config(config: Config, out: Path | None) -> None:
@@ -33,7 +39,7 @@ def write_config(config: Config, out: Path | None) -> None:
         write_files(Path())
         return
     with atomic_path(out) as scratch:
-        scratch.write_text(commented_yaml(config))
+        scratch.write_text(commented_yaml(config), encoding="utf-8")
 
 
 def check_files(files: list[Path]) -> None:

@@ -30,7 +30,7 @@ def write_files(root: Path) -> None:
     """Write the default configuration and the schema below `root`."""
     for path, text in ((CONFIG_FILE, HEADER + commented_yaml(Config())), (SCHEMA_FILE, json_schema())):
         with atomic_path(root / path) as scratch:
-            scratch.write_text(text)
+            scratch.write_text(text, encoding="utf-8")
 
 
 def json_schema() -> str:

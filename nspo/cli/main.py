@@ -8,6 +8,7 @@ Command: `nspo --help`.
 import argparse
 import difflib
 import errno
+import io
 import json
 import os
 import shlex
@@ -17,7 +18,7 @@ from importlib import import_module
 from typing import Any, NoReturn, get_origin
 
 from nspo.cli.stages import POSITIONAL, STAGES, Stage
-from nspo.errors import UserError, first_line
+from nspo.errors import Paused, UserError, first_line
 from nspo.run.launch import forget_foreign_group
 from nspo.run.workflow_lock import end_with_workflow
 from nspo.settings.reading import validate
@@ -36,12 +37,16 @@ NO_MEMORY = (  # torch's CPU, the system, CUDA, Python for the stack of a thread
 RUNTIME_FLAGS = ("device", "log_every", "recompute_activations", "requests", "vllm", "trackers", "workdir")
 
 
-def to_flags(settings: Section, names: Iterable[str] | None = None, keep_order: bool = False) -> str:
+def to_flags(
+    settings: Section, names: Iterable[str] | None = None, keep_order: bool = False, identity: bool = False
+) -> str:
     """The settings (all, or those of `names`) as shell-quoted flags in a fixed order, as `parse_value` reads them.
 
     Mappings are sorted by key, so that equal settings give equal flags; `keep_order` leaves them as they were written.
+    `identity` leaves out what changes no result (`Section.identity`), to compare and not to run.
     """
-    values = settings.dump() if keep_order else json.loads(json.dumps(settings.dump(), sort_keys=True))
+    values = settings.identity() if identity else settings.dump()
+    values = values if keep_order else json.loads(json.dumps(values, sort_keys=True))
     chosen = [name for name in type(settings).model_fields if name in values and (names is None or name in names)]
     return " ".join(_assignment(name, format_value(values[name])) for name in chosen)
 
@@ -52,8 +57,9 @@ def _assignment(name: str, value: str) -> str:
 
 
 def format_value(value: Any) -> str:
-    """JSON, or the plain text of a string that could not be taken for JSON."""
-    return value if isinstance(value, str) and parse_value(value) == value else json.dumps(value, ensure_ascii=False)
+    """JSON, or the plain text of a string that could not be taken for JSON; ASCII, which every locale can write."""
+    plain = isinstance(value, str) and value.isascii() and parse_value(value) == value
+    return value if plain else json.dumps(value)
 
 
 def parse_value(text: str) -> Any:
@@ -158,8 +164,14 @@ def _run(argv: Sequence[str]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0, 2 for a mistake the user can mend, 130 when interrupted."""
+    """Run the command line and return its exit code.
+
+    0; 2 for a mistake the user can mend; 130 when interrupted; 143 when a signal asked training to stop, which it did
+    with a checkpoint.
+    """
     end_with_workflow()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as standard error: no locale ends a stage
     try:
         forget_foreign_group()
         _run(sys.argv[1:] if argv is None else argv)
@@ -167,6 +179,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         for line in str(error).splitlines():
             sys.stderr.write(f"nspo: error: {line}\n")
         return 2
+    except Paused as pause:
+        sys.stderr.write(f"nspo: {pause}; the same command goes on from there\n")
+        return 143
     except KeyboardInterrupt:
         sys.stderr.write("nspo: interrupted; the same command goes on from what is done\n")
         return 130

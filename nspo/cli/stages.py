@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nspo.settings.bases import ActivationSettings, BasesSettings
+from nspo.settings.bases import ActivationSettings, BasesSettings, ScreenSettings
 from nspo.settings.config import Config
 from nspo.settings.data import LabelSettings, PromptSettings
 from nspo.settings.evaluation import (
@@ -23,7 +23,7 @@ from nspo.settings.evaluation import (
 )
 from nspo.settings.judges import JudgeSettings
 from nspo.settings.policy.methods import MethodSettings
-from nspo.settings.policy.section import PairSettings, TrainingSettings
+from nspo.settings.policy.section import PairSettings, RolloutSettings, TrainingSettings
 from nspo.settings.preference import PreferenceSettings
 from nspo.settings.runtime import RuntimeSettings
 from nspo.settings.types import Section
@@ -146,6 +146,19 @@ STAGES = {
             "out": OUT_FILE,
         },
     ),
+    "screen": Stage(
+        "nspo.screen.stage:screen",
+        "compare spaces, modes and batches by what a first step costs in drift for its gain, before training",
+        {"settings": ScreenSettings, "rollouts": RolloutSettings, "runtime": RuntimeSettings},
+        {
+            "model": MODEL,
+            "activations": Argument("folder of the activations"),
+            "reward": REWARD,
+            "cost": COST,
+            "prompts": PROMPTS,
+            "out": OUT_FOLDER,
+        },
+    ),
     "train-policy": Stage(
         "nspo.policy.stage:train_policy",
         "train one policy with one method and seed",
@@ -241,6 +254,7 @@ STAGES = {
             "cost": COST,
             "agreement": Argument("JSON of `judge-agreement`", required=False),
             "attributions": Argument("files .../METHOD/seedN.json of `attribute`", many=True, required=False),
+            "screen": Argument("screen.json of `screen`", required=False),
             "benchmarks": Argument("files .../METHOD/seedN/TASK/metrics.json of benchmarks", many=True, required=False),
             "out": Argument("HTML page to write"),
             "summary": Argument("CSV table to write"),
@@ -260,6 +274,7 @@ STAGES = {
                 "folder of the activations, for figures on inputs of validation prompts", required=False
             ),
             "facts": Argument("JSON to add to the certificate, such as the method", type=json.loads, required=False),
+            "workdir": Argument("folder from which an interrupted certificate goes on", required=False),
             "out": Argument("JSON file to write"),
         },
     ),

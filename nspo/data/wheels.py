@@ -30,7 +30,7 @@ def fetch_wheel(requirement: str, sha256: str, out: Path) -> None:
         raise UserError(f"wheel {requirement!r} with sha256 {sha256!r}: expected NAME==VERSION and 64 hex digits")
     with tempfile.TemporaryDirectory(prefix="nspo-wheel-") as folder:
         pins = Path(folder, "pins.txt")
-        pins.write_text(f"{requirement} --hash=sha256:{sha256}\n")
+        pins.write_text(f"{requirement} --hash=sha256:{sha256}\n", encoding="utf-8")
         command = [
             sys.executable,
             "-m",
@@ -41,7 +41,7 @@ def fetch_wheel(requirement: str, sha256: str, out: Path) -> None:
             "--only-binary=:all:",
         ]
         command += ["--require-hashes", "-r", str(pins), "-d", folder, "--quiet"]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        result = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
         if result.returncode != 0:
             raise UserError(_pip_failure(requirement, sha256, result.stderr))
         wheel = next(Path(folder).glob("*.whl"))

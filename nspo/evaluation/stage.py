@@ -96,7 +96,7 @@ def evaluate(
     identity = {
         "base": model_identity(base),
         "prompts": fingerprint_files([prompts]),
-        "settings": settings.dump(),
+        "settings": settings.identity(),
     }
     tuned = model_identity(policy)
     reference = _reference(base_evaluation, identity, tuned, base)

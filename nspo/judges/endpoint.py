@@ -2,20 +2,22 @@
 
 Decoding is greedy, and the judge sees prompt and answer. The client is the `openai` package's (`pip install
 nspo[judge]`): it repeats a request after a timeout, a lost connection, or status 408, 409, 429 and 5xx, waits longer
-each time, and obeys Retry-After. What fails then is a failed verdict; an endpoint that is gone ends the run, which
-keeps what was obtained. The key is read from the environment when requests are made, and is written nowhere: errors say
-the status and never what the server said.
+each time, and obeys Retry-After. What fails then is a failed verdict; an endpoint that is gone, or turns down request
+after request, ends the run, which keeps what was obtained. A reasoning model that refuses `max_tokens` or a temperature
+is asked with `max_completion_tokens`, or at its own temperature. The key is read from the environment when requests are
+made, and is written nowhere: errors say the status and the server's short code for it, never its sentences.
 """
 
 import asyncio
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from nspo.errors import UserError
-from nspo.judges.judge import Keep
-from nspo.judges.replies import expected, say_unreadable, turns, verdict
+from nspo.judges.judge import Failures, Keep
+from nspo.judges.replies import expected, turns, unreadable, verdict
 from nspo.run.progress import say, track
 from nspo.settings.judges import ComparisonJudge, EndpointJudge
 from nspo.settings.runtime import RequestSettings
@@ -25,6 +27,9 @@ if TYPE_CHECKING:
 
 FATAL = {401: "check the key", 404: "check url and model"}
 LEAST_FAULTS = 10  # requests in a row that must fail before the endpoint counts as gone
+CODE = re.compile(r"[\w.-]{1,40}")  # what servers call a fault in the fields `code` and `param`
+# A setting of requests that models refuse: what their refusal mentions, and what is asked for instead.
+REFUSED = {"max_tokens": ("max_completion_tokens", "max_completion_tokens"), "temperature": ("temperature", None)}
 Turns = list[dict[str, str]]
 
 
@@ -46,7 +51,9 @@ class Endpoint:
         self.key, self.name = key, key.rpartition(".")[2]
         self.settings = settings
         self.requests = requests
-        self.identity: dict[str, Any] = settings.model_dump(mode="json", exclude={"api_key_env"})
+        self.identity: dict[str, Any] = settings.identity()
+        self.manner: dict[str, Any] = {"temperature": 0, "max_tokens": settings.max_tokens}
+        self.failures = Failures()
         if not self._key().isascii() or not self._key().isprintable():
             raise UserError(
                 f"{key}: the environment variable {settings.api_key_env} holds characters that no "
@@ -65,14 +72,29 @@ class Endpoint:
                 requests in a row (ten, or as many as are under way at once).
         """
         run = _Run(self, conversations, read, keep)
+        self.failures = run.failures
         try:
             asyncio.run(run.judge())
         except ExceptionGroup as group:  # of the workers; the first fault ended all of them
             raise group.exceptions[0] from None
-        say_unreadable(self.name, wanted, run.unreadable)
-        for fault, count in run.faults.items():
-            say(f"{self.name}: {count} requests failed with {fault}")
+        run.failures.replies = unreadable(self.name, wanted, run.unreadable, run.cut, self.settings.max_tokens)
+        for fault, places in run.failures.requests.items():
+            say(f"{self.name}: {len(places)} requests failed with {fault}")
         return run.found
+
+    def adapt(self, asked: dict[str, Any], status: int, param: str | None, message: str) -> bool:
+        """Whether a refused request, `asked` in this manner, is worth asking in another, which is noted and told."""
+        if status not in (400, 422):
+            return False
+        for name, (mentioned, instead) in REFUSED.items():
+            if name in asked and (param == name or mentioned in message):
+                if name in self.manner:
+                    value = self.manner.pop(name)
+                    self.manner |= {instead: value} if instead else {}
+                    say(f"{self.name}: the model refuses {name}, and is asked with {instead or 'its own'}")
+                    self.identity |= {} if instead else {name: "the model's own"}
+                return True
+        return False
 
     def client(self) -> "AsyncOpenAI":
         """A client that repeats, waits and keeps the pace by `requests`."""
@@ -122,7 +144,8 @@ class _Run:
         self.keep = keep
         self.found = [math.nan] * len(conversations)
         self.unreadable: list[str] = []
-        self.faults: dict[str, int] = {}
+        self.cut = 0  # replies that ended with the tokens
+        self.failures = Failures()
         self.in_a_row = 0
 
     async def judge(self) -> None:
@@ -135,52 +158,57 @@ class _Run:
 
     async def _work(self, client: "AsyncOpenAI", waiting: Iterator[int], bar: Any) -> None:
         for place in waiting:
-            reply = await self._ask(client, self.conversations[place])
+            reply = await self._ask(client, place)
             if reply is not None:
-                self.found[place] = self.read(reply)
                 if math.isnan(self.found[place]):
                     self.unreadable.append(self.endpoint.scrubbed(reply))
                 else:
                     self.keep(place, self.found[place])
             bar.update()
 
-    async def _ask(self, client: "AsyncOpenAI", shown: Any) -> str | None:
-        """The reply, empty where it is damaged or was cut off; None where the request failed for good."""
+    async def _ask(self, client: "AsyncOpenAI", place: int) -> str | None:
+        """The reply, empty where it is damaged, and in `found` what it says; None where the request failed for good."""
         from openai import APIConnectionError, APIStatusError, APITimeoutError
 
+        asked, cut = dict(self.endpoint.manner), False
+        shown: Any = self.conversations[place]
         try:
-            completion = await client.chat.completions.create(
-                model=self.settings.model,
-                messages=shown,
-                temperature=0,
-                max_tokens=self.settings.max_tokens,
-            )
+            completion = await client.chat.completions.create(model=self.settings.model, messages=shown, **asked)
             choice = completion.choices[0]
-            content = choice.message.content if choice.finish_reason != "length" else ""
+            content, cut = choice.message.content, choice.finish_reason == "length"
         except APIStatusError as error:
-            self._failed(f"status {error.status_code}", error.status_code)
+            if self.endpoint.adapt(asked, error.status_code, error.param, error.message):
+                return await self._ask(client, place)
+            codes = [code for code in (error.code, error.param) if CODE.fullmatch(self.endpoint.scrubbed(str(code)))]
+            told = f" ({', '.join(dict.fromkeys(map(str, codes)))})" if any(codes) else ""
+            self._failed(place, f"status {error.status_code}{told}", error.status_code)
             return None
         except APITimeoutError:
-            self._failed("a timeout")
+            self._failed(place, "a timeout")
             return None
         except APIConnectionError:
             raise self._gone("cannot be reached", "check url, and that the server runs") from None
         except (ValueError, LookupError, TypeError, AttributeError):  # broken JSON, or JSON of another shape
             content = ""
         self.in_a_row = 0
-        return content if isinstance(content, str) else ""
+        reply = content if isinstance(content, str) else ""
+        self.cut += cut
+        self.found[place] = math.nan if cut else self.read(reply)
+        return reply
 
-    def _failed(self, fault: str, status: int = 0) -> None:
+    def _failed(self, place: int, fault: str, status: int = 0) -> None:
         """Note a request that failed, or end the run where it is no use to go on."""
         if status in FATAL:
             hint = FATAL[status].replace("the key", f"the key in {self.settings.api_key_env or 'api_key_env'}")
             raise self._gone(f"answers with {fault}", hint)
-        self.faults[fault] = self.faults.get(fault, 0) + 1
-        if 400 <= status < 500 and status != 429:
-            return  # this one request is refused, as by a content filter
+        self.failures.requests.setdefault(fault, []).append(place)
+        hint = "check the server"
+        if 400 <= status < 500 and status != 429:  # this one request is refused, as by a content filter
+            self.failures.refused.add(place)
+            hint = "check the settings of the judge"
         self.in_a_row += 1
         if self.in_a_row >= max(LEAST_FAULTS, self.endpoint.requests.concurrency):
-            raise self._gone(f"failed {self.in_a_row} requests in a row, the last with {fault}", "check the server")
+            raise self._gone(f"failed {self.in_a_row} requests in a row, the last with {fault}", hint)
 
     def _gone(self, what: str, hint: str) -> UserError:
         kept = sum(map(math.isfinite, self.found))

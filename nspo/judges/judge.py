@@ -10,6 +10,7 @@ slow or cost money: what they said is kept while they work, and an interrupted r
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from nspo.files.manifest import fingerprint
@@ -30,8 +31,31 @@ class Judge(Protocol):
 Keep = Callable[[int, float], None]
 
 
+@dataclass
+class Failures:
+    """What a round of verdicts came to instead: of the judge's last call of `verdicts`.
+
+    Attributes:
+        requests: places in the round whose request failed, by cause.
+        refused: those of them that the endpoint itself turned down (4xx), so that asking again may be no use.
+        replies: one line on replies that are no verdict; empty without any.
+    """
+
+    requests: dict[str, list[int]] = field(default_factory=dict)
+    refused: set[int] = field(default_factory=set)
+    replies: str = ""
+
+    def causes(self) -> str:
+        """All of it in one line."""
+        told = [f"{len(places)} requests failed with {cause}" for cause, places in self.requests.items()]
+        return "; ".join([*told, *([self.replies] if self.replies else [])])
+
+
 class AddedJudge(Judge, Protocol):
     """A judge that a configuration adds: is the answer unsafe? It reports every verdict as soon as it has it."""
+
+    key: str
+    failures: Failures
 
     def verdicts(self, prompts: Sequence[str], answers: Sequence[str], keep: Keep = ...) -> list[float]:
         """As `Judge.verdicts`; calls `keep` with the place and the value of each verdict that was reached.
@@ -46,6 +70,8 @@ class Asked(Protocol):
     """Whatever reports verdicts one by one, on answers or on pairs of answers."""
 
     name: str
+    key: str
+    failures: Failures
 
     def verdicts(self, prompts: Sequence[str], answers: Sequence[Any], keep: Keep = ...) -> list[float]:
         """As `AddedJudge.verdicts`."""

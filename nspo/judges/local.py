@@ -18,8 +18,8 @@ from transformers import (
 )
 
 from nspo.errors import UserError
-from nspo.judges.judge import Keep
-from nspo.judges.replies import expected, fill, say_unreadable, turns, verdict
+from nspo.judges.judge import Failures, Keep
+from nspo.judges.replies import expected, fill, turns, unreadable, verdict
 from nspo.models.generation import by_length, generate, stop_ids
 from nspo.models.loading import load_config, load_model, load_tokenizer, load_whole, model_folder, model_identity
 from nspo.run.progress import say, track
@@ -39,6 +39,7 @@ class Guard:
             UserError: when there is no such model, or its chat template does not show prompt and answer.
         """
         self.key, self.name = key, key.rpartition(".")[2]
+        self.failures = Failures()
         self.model = cache(self._load) if stay else self._load
         self.settings = settings
         self.device = device
@@ -63,7 +64,7 @@ class Guard:
         fits = [place for place, row in enumerate(ids) if len(row) <= room]
         if len(fits) < len(ids):
             say(f"{self.name}: {len(ids) - len(fits)} answers are longer than the model can read, and fail")
-        found, unreadable, stops = [math.nan] * len(ids), [], stop_ids(model, self.tokenizer)
+        found, odd, cut, stops = [math.nan] * len(ids), [], 0, stop_ids(model, self.tokenizer)
         description = f"verdicts of {self.name}"
         replies = generate(
             model,
@@ -76,12 +77,14 @@ class Guard:
         for index, reply in replies:
             text = str(self.tokenizer.decode(reply, skip_special_tokens=True))
             value = verdict(self.settings, text) if reply[-1] in stops else math.nan
+            cut += reply[-1] not in stops
             found[fits[index]] = value
             if math.isnan(value):
-                unreadable.append(text)
+                odd.append(text)
             else:
                 keep(fits[index], value)
-        say_unreadable(self.name, expected(self.settings), unreadable)
+        said = unreadable(self.name, expected(self.settings), odd, cut, self.settings.max_tokens)
+        self.failures = Failures(replies=said or "all are longer than the model can read")
         return found
 
     def _load(self) -> PreTrainedModel:
@@ -123,6 +126,7 @@ class Classifier:
             UserError: when there is no such model or label.
         """
         self.key, self.name = key, key.rpartition(".")[2]
+        self.failures = Failures()
         self.model = cache(self._load) if stay else self._load
         self.settings = settings
         self.device = device
@@ -158,6 +162,7 @@ class Classifier:
                     if math.isfinite(value):
                         keep(place, value)
                 bar.update(len(batch))
+        self.failures = Failures(replies="its scores are no finite numbers")
         return found
 
     def _encoded(self, prompt: str, answer: str) -> dict[str, Any]:

@@ -44,7 +44,19 @@ def expected(settings: InWords) -> str:
     return f"{settings.safe!r} or {settings.unsafe!r}" + (f" after {settings.line!r}" if settings.line else "")
 
 
-def say_unreadable(name: str, wanted: str, replies: Sequence[str]) -> None:
-    """One line on how many replies were no verdicts, with the first of them, so that a wrong grammar is found out."""
-    if replies:
-        say(f"{name}: {len(replies)} replies are no verdict, the first is {replies[0][:SHOWN]!r}; expected {wanted}")
+def unreadable(name: str, wanted: str, replies: Sequence[str], cut: int, max_tokens: int) -> str:
+    """Says, and returns, how many replies were no verdicts, with the first, so that a wrong grammar is found out.
+
+    Args:
+        cut: how many of them ended with the tokens of a reply.
+
+    Returns:
+        One line, empty without such replies.
+    """
+    if not replies:
+        return ""
+    said = f"{name}: {len(replies)} replies are no verdict, the first is {replies[0][:SHOWN]!r}; expected {wanted}"
+    if cut:
+        said += f" ({cut} were cut off at max_tokens {max_tokens}: raise it for a judge that thinks aloud)"
+    say(said)
+    return said

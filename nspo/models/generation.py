@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from nspo.errors import UserError
 from nspo.run.progress import track
 
 Ids = Sequence[int]
+SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # (tokenised prompts, tokens per answer, prompts per batch, description) to greedy answers, as `generate` yields them
 Generate = Callable[[Sequence[Ids], int, int, str], Iterator[tuple[int, list[int]]]]
 
@@ -36,11 +38,29 @@ def pad_left(rows: Sequence[Ids], pad_id: int, device: torch.device | str = "cpu
     return ids, mask
 
 
+def plain_generation(model: PreTrainedModel) -> GenerationConfig:
+    """A model's generation settings without what its folder says of sampling: only the special tokens are left.
+
+    transformers and TRL fill in from there whatever a call leaves open: beams, penalties, `min_p`, tokens that are
+    suppressed or forced. Here it is the configuration that says how answers are made.
+    """
+    return GenerationConfig(**{name: getattr(model.generation_config, name) for name in SPECIAL_TOKENS})
+
+
 def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every token id that ends an answer, by the model's generation settings and its tokenizer."""
+    """Every token id that ends an answer, by the model's generation settings and its tokenizer.
+
+    Raises:
+        UserError: when there is none.
+    """
     eos = model.generation_config.eos_token_id
     ids = eos if isinstance(eos, list) else [eos]
-    return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
+    if not (stops := sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})):
+        raise UserError(
+            "the model has no stop token, so none of its answers would end: expected eos_token_id in its "
+            "generation_config.json, or eos_token in its tokenizer_config.json"
+        )
+    return stops
 
 
 def by_length(lengths: Sequence[int]) -> list[int]:
@@ -65,8 +85,7 @@ def generate(
 ) -> Iterator[tuple[int, list[int]]]:
     """Answers to tokenised prompts, batched by length; shows progress under `description`.
 
-    A penalty on repetition that the model's generation settings ask for (Qwen2.5's do) is left out: the policy that is
-    trained answers without.
+    What the model's own generation settings ask for, such as a penalty on repetition (Qwen2.5's do), is left out.
 
     Args:
         temperature: of plain sampling from torch's generator; 0 is greedy.
@@ -81,18 +100,20 @@ def generate(
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             ids, mask = pad_left([prompts[i] for i in batch], tokenizer.pad_token_id, model.device)
-            output = generator.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                max_new_tokens=max_new_tokens,
-                do_sample=temperature > 0,
-                temperature=temperature or None,
-                top_p=None,
-                top_k=0 if temperature > 0 else None,
-                repetition_penalty=1.0,
-                eos_token_id=stops,
-                pad_token_id=tokenizer.pad_token_id,
-            )
+            given, model.generation_config = model.generation_config, plain_generation(model)
+            try:
+                output = generator.generate(
+                    input_ids=ids,
+                    attention_mask=mask,
+                    max_new_tokens=max_new_tokens,
+                    do_sample=temperature > 0,
+                    temperature=temperature or None,
+                    top_k=0 if temperature > 0 else None,
+                    eos_token_id=stops,
+                    pad_token_id=tokenizer.pad_token_id,
+                )
+            finally:
+                model.generation_config = given
             for index, row in zip(batch, output[:, ids.shape[1] :].tolist(), strict=True):
                 yield index, ended(row, stops)
             bar.update(len(batch))

@@ -3,6 +3,7 @@
 Weights are loaded in fp32: updates at a learning rate of 1e-6 vanish in bf16. Remote code is never run.
 """
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -15,9 +16,12 @@ from nspo.errors import UserError, first_line
 from nspo.files.manifest import MANIFEST_NAME, check_fingerprints, read_json
 from nspo.models.classes import model_class
 from nspo.models.files import check_model_files
+from nspo.models.generation import plain_generation
+from nspo.models.template import frozen
 from nspo.sources import Source
 
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]  # no pickle, no code
+GENERATION = "generation_config.json"
 Spared = Callable[[PreTrainedModel, str], bool]
 HUB_COPIES = ["*/*", "consolidated*"]  # the same weights in forms that transformers does not read
 
@@ -74,15 +78,17 @@ def load_config(folder: Path | str, named: str) -> PreTrainedConfig:
 
 
 def read_tokenizer(folder: Path | str, named: str, **options: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder as it is; `options` are of `from_pretrained`.
+    """The tokenizer of a model folder with its chat template `frozen`; `options` are of `from_pretrained`.
 
     Raises:
-        UserError: when it cannot be loaded; called `named`.
+        UserError: when it cannot be loaded, or its chat template changes by chance; called `named`.
     """
     try:
-        return AutoTokenizer.from_pretrained(folder, **options, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises just that
         raise UserError(f"{named}: its tokenizer cannot be loaded: {first_line(error)}") from error
+    tokenizer.chat_template = frozen(tokenizer.chat_template, named)
+    return tokenizer
 
 
 def load_tokenizer(folder: Path | str, named: str = "", side: str = "left") -> PreTrainedTokenizerBase:
@@ -169,7 +175,20 @@ def load_model(
     """
     config = load_config(folder, f"{folder}")
     model: Any = load_whole(model_class(config), folder, f"{folder}", dtype=dtype)
+    model.generation_config = plain_generation(model)
     return model.to(device).eval()
+
+
+def save_model(model: PreTrainedModel, folder: Path, given: Path, **options: Any) -> None:
+    """Write a model, with what the folder `given` says of sampling as it is there.
+
+    Args:
+        options: of `save_pretrained`.
+    """
+    model.generation_config = plain_generation(model)
+    model.save_pretrained(folder, **options)
+    if (given / GENERATION).is_file():
+        shutil.copyfile(given / GENERATION, folder / GENERATION)
 
 
 def model_identity(folder: Path | str) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from nspo.errors import UserError
 from nspo.files.atomic import atomic_path
 from nspo.files.manifest import MANIFEST_NAME, fingerprint_model, make_manifest, write_json
 from nspo.models.files import check_model_files
-from nspo.models.loading import hub_folder, load_whole, read_tokenizer
+from nspo.models.loading import hub_folder, load_whole, read_tokenizer, save_model
+from nspo.models.template import date_of
 from nspo.sources import Source
 
 
@@ -27,7 +28,7 @@ def prepare_model(source: Source, wheels_dir: Path, out: Path) -> None:
     if source.kind == "tiny":
         from nspo.models.tiny import tiny_model, tiny_tokenizer
 
-        _write_model(tiny_model(), tiny_tokenizer(), source, out)
+        _write_model(tiny_model(), tiny_tokenizer(), source, out, out)
         return
     location = hub_folder("model.source", source) if source.kind == "hub" else resolve(source, wheels_dir)
     named = f"model.source: {location}"
@@ -41,15 +42,18 @@ def prepare_model(source: Source, wheels_dir: Path, out: Path) -> None:
     loaded = load_whole(AutoModelForCausalLM, location, named, dtype=torch.float32, **options)
     if "gguf_file" in options:
         loaded = _dequantized(loaded)
-    _write_model(loaded, tokenizer, source, out)
+    _write_model(loaded, tokenizer, source, location, out)
 
 
-def _write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: Source, out: Path) -> None:
+def _write_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: Source, location: Path, out: Path
+) -> None:
     with atomic_path(out) as scratch:
-        model.save_pretrained(scratch)
+        save_model(model, scratch, location)
         tokenizer.save_pretrained(scratch)
         identity = {"source": source.published, "revision": source.revision, **fingerprint_model(scratch)}
-        write_json(scratch / MANIFEST_NAME, make_manifest("model", model=identity))
+        date = date_of(tokenizer.chat_template)
+        write_json(scratch / MANIFEST_NAME, make_manifest("model", model=identity, template_date=date))
 
 
 def _dequantized(model: PreTrainedModel) -> PreTrainedModel:

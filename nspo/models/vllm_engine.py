@@ -80,6 +80,7 @@ def engine_arguments(folder: Path, dtype: torch.dtype, vllm: VLLMSettings) -> di
         "max_model_len": -1,
         "gpu_memory_utilization": vllm.gpu_memory,
         "tensor_parallel_size": vllm.tensor_parallel,
+        "generation_config": "vllm",  # not the folder's own
         "seed": 0,
     }
 

@@ -128,11 +128,17 @@ class ProbeCallback(LoggedCallback):
     row, so that all stop together.
 
     Args:
+        target: the unsafe rate to stop at; None: never.
         also: what else is measured then, by other callbacks.
     """
 
     def __init__(
-        self, probe: Probe, folder: Path, every: int, target: float, also: Sequence[Callable[[], dict[str, float]]] = ()
+        self,
+        probe: Probe,
+        folder: Path,
+        every: int,
+        target: float | None,
+        also: Sequence[Callable[[], dict[str, float]]] = (),
     ) -> None:
         self.probe, self.every, self.target, self.also = probe, every, target, also
         self.log = JsonLines(folder / "probes.jsonl")
@@ -151,7 +157,7 @@ class ProbeCallback(LoggedCallback):
         if state.global_step % self.every and state.global_step != state.max_steps:
             return control
         row = self._measure(state, kwargs["model"])
-        if row["unsafe_rate"] <= self.target:
+        if self._meets(row):
             say(f"step {state.global_step}: unsafe rate {row['unsafe_rate']:.3f} meets the target {self.target}: done")
             control.should_training_stop = True
         control.should_save = True
@@ -170,7 +176,10 @@ class ProbeCallback(LoggedCallback):
 
     def met_target(self, step: int) -> bool:
         """Whether the probe after update `step` met the target, so that training ended there."""
-        return any(row["step"] == step and row["unsafe_rate"] <= self.target for row in self.log.rows())
+        return any(row["step"] == step and self._meets(row) for row in self.log.rows())
+
+    def _meets(self, row: dict[str, Any]) -> bool:
+        return self.target is not None and row["unsafe_rate"] <= self.target
 
     def _measure(self, state: Any, model: Any) -> dict[str, Any]:
         measured = {"step": state.global_step, **self.probe.measure(model)}

@@ -18,6 +18,7 @@ from nspo.settings.policy.methods import MethodSettings
 from nspo.settings.policy.section import TrainingSettings
 
 ZERO = ("zero2", "zero3")  # of policy.sharding: DeepSpeed
+WHOLE_ONLY = ("after", "lora", "adapter", "ogpsa")  # constraints that read or write whole weights
 
 
 def check_processes(training: TrainingSettings, method: MethodSettings, processes: PartialState) -> None:
@@ -32,6 +33,11 @@ def check_processes(training: TrainingSettings, method: MethodSettings, processe
             expected=f"the {training.processes} of policy.processes",
             change=f"start the stage with `accelerate launch --multi_gpu --num_processes {training.processes} -m nspo "
             "train-policy ...`",
+        )
+    if training.sharding != "none" and (method.pulls or method.constraint.kind in WHOLE_ONLY):
+        raise UserError(
+            f"policy.sharding is {training.sharding!r}, but this method ({method.title}) needs whole weights on every "
+            "process: expected 'none'"
         )
     if method.loss.on_pairs and training.pairs_per_update % training.processes:
         raise UserError(

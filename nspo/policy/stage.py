@@ -1,4 +1,4 @@
-"""Train one policy: a loss (GRPO with clip 0.2, or one on pairs) under a constraint of `nspo.policy.objectives`.
+"""Train one policy: a loss (GRPO with clip 0.2, or one on pairs) under a constraint (`nspo.policy.methods`).
 
 Constrained are the linear layers of every block that `activations.layers` matches; all else is frozen. The weights are
 re-anchored after every optimizer step, so decay acts inside the null space only. Unconstrained methods train the same
@@ -15,22 +15,31 @@ from typing import Any
 from transformers import Trainer, set_seed
 from transformers.trainer_callback import PrinterCallback
 
-from nspo.errors import UserError
+from nspo.errors import Paused, UserError
 from nspo.files.atomic import atomic_path
 from nspo.files.journal import JsonLines
 from nspo.files.manifest import MANIFEST_NAME, fingerprint, fingerprint_files, make_manifest, read_json, write_json
 from nspo.files.tables import write_table
 from nspo.judges.make import judge_of
-from nspo.models.loading import load_model, load_tokenizer, model_identity
+from nspo.models.loading import load_model, load_tokenizer, model_identity, save_model
 from nspo.policy.log import REMEDY, LogCallback, LoggedCallback, theory
-from nspo.policy.objectives import check_given, constraint_of, load_bases, prepare_layers
+from nspo.policy.methods.objectives import (
+    check_given,
+    constraint_of,
+    final_weights,
+    load_bases,
+    prepare_layers,
+    pulls_of,
+    trained_part,
+)
 from nspo.policy.pairs.trainer import PairLearner
 from nspo.policy.probe import Probe, ProbeCallback
 from nspo.policy.rollouts.judged import JudgedCost
 from nspo.policy.rollouts.trainer import RolloutLearner
 from nspo.policy.rollouts.vllm_rollouts import check_rollout, end_rollouts
-from nspo.policy.sharding import check_processes, prepare_engine, whole_weights
+from nspo.policy.sharding import check_processes, prepare_engine
 from nspo.policy.trackers import TENSORBOARD_FOLDER, check_trackers, tracker_callbacks
+from nspo.run.pause import PauseCallback
 from nspo.run.processes import own_device, processes_of
 from nspo.run.progress import say, silence
 from nspo.settings.policy.losses import WDOOR
@@ -70,6 +79,7 @@ def train_policy(
         UserError: bases or pairs missing or not asked for, made for another model or tokenizer; bases for other
             layers than `layers` matches; a judge or tracker that is missing something; vLLM asked for where it
             cannot run; no prompt short enough; or other processes than `policy.processes` and `policy.sharding` say.
+        Paused: after SIGTERM or SIGUSR1, with a checkpoint written.
     """
     check_given(name, "pairs", pairs, method.loss.on_pairs)
     check_given(name, "guide policy", guide_policy, isinstance(method.loss, WDOOR))
@@ -89,7 +99,7 @@ def train_policy(
             "policy",
             method=name,
             seed=seed,
-            settings={**training.dump(), **method.dump()},
+            settings={**training.identity(), **method.identity()},
             layers=layers,
             base=model_identity(model),
             bases=fingerprint_files([bases]) if bases else None,
@@ -108,6 +118,7 @@ def train_policy(
         policy = load_model(model, device)
         prepare_layers(policy, method, layers, protected)
         constraint = constraint_of(method, seed, protected, policy, model)
+        pulls = pulls_of(method, training, policy, tokenizer, model, prompts)
         learner: RolloutLearner | PairLearner
         if pairs is None:
             judged = JudgedCost(judge, work / f"verdicts-{processes.process_index}.jsonl") if judge else None
@@ -124,17 +135,21 @@ def train_policy(
         if checkpoint is not None and probes.met_target(step_of(checkpoint)):
             # Interrupted after its last update: a run of exactly this length has nothing left but to be written.
             training = training.model_copy(update={"steps": step_of(checkpoint) // updates})
-        parts: list[LoggedCallback] = [*([] if constraint is None else [constraint]), *learner.parts]
+        parts: list[LoggedCallback] = [*pulls, *([] if constraint is None else [constraint]), *learner.parts]
         log = LogCallback(work, learner.samples, [part.columns for part in (*parts, probes)], runtime.log_every)
         watched = tracker_callbacks(runtime.trackers, work, step_of(checkpoint) if checkpoint else 0)
-        callbacks = [*parts, log, probes, *watched]
-        trainer = learner.trainer(training, policy, tokenizer, seed, work, runtime, callbacks)
+        pause = PauseCallback(updates)
+        callbacks = [*parts, log, probes, pause, *watched]
+        trained = trained_part(method, policy, protected)
+        trainer = learner.trainer(training, trained, tokenizer, seed, work, runtime, callbacks)
         trainer.remove_callback(PrinterCallback)
         prepare_engine(trainer, training.sharding, training.autocast)
         if checkpoint is not None:
             say(f"resuming {name} (seed {seed}) from {checkpoint.name}")
         learn(trainer, checkpoint, name)
-        state = whole_weights(trainer)
+        if pause.paused:
+            raise Paused(f"{name} (seed {seed}): stopped after update {trainer.state.global_step}, as a signal asked")
+        state = final_weights(trainer, method, policy, protected, model)
         processes.wait_for_everyone()  # nobody writes to the work folder any more
         if processes.is_main_process:
             settings = resolved_settings(trainer, identity) | {"theory": theory(log.steps.rows())}
@@ -142,7 +157,7 @@ def train_policy(
             if logs is not None:
                 write_logs(work, settings, logs)
             with atomic_path(out) as scratch:
-                policy.save_pretrained(scratch, state_dict=state)
+                save_model(policy, scratch, model, state_dict=state)
                 tokenizer.save_pretrained(scratch)
                 if logs is None:
                     write_logs(work, settings, scratch)

@@ -176,7 +176,13 @@ class CostModel:
         self.identity = self.model.identity
 
     def verdicts(self, prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
-        """The cost of each answer, NaN where the score is not a finite number; shows progress."""
+        """The cost of each answer, NaN where the score is not a finite number; shows progress.
+
+        Raises:
+            UserError: when no score is.
+        """
         with track("cost of answers", len(answers), "answer") as bar:
             values = self.model.score(prompts, answers, bar.update).tolist()
+        if values and not any(map(math.isfinite, values)):
+            raise UserError(f"none of the {len(values)} scores of the cost model is a finite number: train it again")
         return [value if math.isfinite(value) else math.nan for value in values]

@@ -49,6 +49,7 @@ def write_report(
     agreement: Path | None = None,
     attributions: list[Path] | None = None,
     benchmarks: list[Path] | None = None,
+    screen: Path | None = None,
 ) -> None:
     """Write the page `out`, all scores as `summary` (CSV), and the folder `plots` with every figure as PNG and SVG;
     the headline as a LaTeX table, and the folder `cards` with a model card METHOD/seedN.md for every policy.
@@ -68,6 +69,7 @@ def write_report(
         agreement: the judges' agreement with people, where it was measured.
         attributions: files METHOD/seedN.json of where safety lives, where that was measured.
         benchmarks: files METHOD/seedN/TASK/metrics.json of published benchmarks, where any were asked.
+        screen: screen.json, where first steps were compared before training.
 
     Raises:
         UserError: when an input is missing or broken, or no evaluation is the base model's.
@@ -88,6 +90,7 @@ def write_report(
         ):
             page[name] = section()
             bar.update()
+        page["screen"] = directions.screened(screen, figures) if screen else None
         page["benchmarks"] = benchmark_tables(runs)
         page["agreement"] = read_json(agreement)["rows"] if agreement else []
         main = page["results"]["main"]

@@ -31,7 +31,7 @@ def devices() -> list[str]:
     if visible is not None:
         return [name.strip() for name in visible.split(",") if name.strip() and name.strip() != "-1"]
     try:
-        found = subprocess.run(QUERY, capture_output=True, text=True, check=True, timeout=30).stdout
+        found = subprocess.run(QUERY, capture_output=True, encoding="utf-8", check=True, timeout=30).stdout
     except (OSError, subprocess.SubprocessError):
         return []
     return [line.strip() for line in found.splitlines() if line.strip()]

@@ -9,7 +9,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 
-from nspo.errors import UserError
+from nspo.errors import Paused, UserError
 from nspo.run.devices import device_of
 
 GRACE_SECONDS = 5.0  # how long another process's error waits for the main process to say the same first
@@ -31,6 +31,9 @@ def processes_of(device: str, key: str) -> Iterator[PartialState]:
     processes = _this_process(device, key)
     try:
         yield processes
+    except Paused:
+        processes.destroy_process_group()
+        raise
     except (UserError, OSError):
         if not processes.is_main_process:
             time.sleep(GRACE_SECONDS)

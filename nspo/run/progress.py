@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from tqdm import tqdm
 
@@ -17,7 +17,8 @@ class _LogLines:
     def write(self, text: str) -> None:
         line = text.strip("\r\n ")
         if line:
-            sys.stderr.write(line + "\n")
+            with suppress(BrokenPipeError):
+                sys.stderr.write(line + "\n")
 
     def flush(self) -> None:
         sys.stderr.flush()
@@ -47,7 +48,8 @@ def track(description: str, total: int, unit: str, start: int = 0) -> Iterator["
 def say(message: str) -> None:
     """One plain line on standard error, above any bar."""
     if not _silent:
-        tqdm.write(message, file=sys.stderr)
+        with suppress(BrokenPipeError):  # a signal to all has ended who reads the log; the work goes on
+            tqdm.write(message, file=sys.stderr)
 
 
 def silence() -> None:

@@ -37,7 +37,7 @@ def hold(folder: Path, local: bool) -> IO[str] | None:
     """
     try:
         folder.mkdir(exist_ok=True)
-        file = (folder / "nspo.lock").open("a+")
+        file = (folder / "nspo.lock").open("a+", encoding="utf-8")
         if _alone(file):
             _remove_left_over(folder / "locks", file)
         fcntl.flock(file, fcntl.LOCK_SH)
@@ -70,7 +70,7 @@ def _remove_left_over(locks: Path, file: IO[str]) -> None:
 
 
 def this_process() -> str:
-    """This process, as `end_with_workflow` finds it: its id, and the namespace in which the id counts."""
+    """This process, as `end_with_workflow` finds it: its id, and the namespace and host in which the id counts."""
     return f"{os.getpid()}@{_namespace()}"
 
 
@@ -85,6 +85,7 @@ def end_with_workflow() -> None:
     try:
         workflow = os.pidfd_open(int(pid))
     except ProcessLookupError:
+        say("the workflow that started this stage has ended: so does the stage, and a new run goes on")
         os._exit(ENDED)
     except OSError:
         return
@@ -92,9 +93,13 @@ def end_with_workflow() -> None:
 
 
 def _namespace() -> str:
-    """The namespace of process ids that this process lives in; empty where there is no such thing."""
-    place = Path("/proc/self/ns/pid")
-    return str(place.stat().st_ino) if place.exists() else ""
+    """The namespace of process ids that this process lives in, and which start of which host; empty where unknown.
+
+    The first namespace of every host has one and the same number, so that alone would take a stranger's id on another
+    node for the workflow's.
+    """
+    place, boot = Path("/proc/self/ns/pid"), Path("/proc/sys/kernel/random/boot_id")
+    return f"{place.stat().st_ino}-{boot.read_text().strip()}" if place.exists() and boot.exists() else ""
 
 
 def _wait_and_end(workflow: int) -> None:

@@ -12,7 +12,7 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from nspo.settings.bases import ActivationSettings, BasesSettings
+from nspo.settings.bases import ActivationSettings, BasesSettings, ScreenSettings
 from nspo.settings.data import DataSettings
 from nspo.settings.evaluation import AttributionSettings, BenchmarkSettings, EvaluationSettings, MatchingSettings
 from nspo.settings.policy.section import PolicySettings
@@ -42,6 +42,7 @@ class Config(Section):
     cost: PreferenceSettings = PreferenceSettings()
     policy: PolicySettings = PolicySettings()
     matching: MatchingSettings = MatchingSettings()
+    screen: ScreenSettings = ScreenSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     attribution: AttributionSettings = AttributionSettings()
     benchmarks: BenchmarkSettings = BenchmarkSettings()

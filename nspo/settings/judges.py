@@ -5,10 +5,17 @@ sequence classifier). Keys of services are no settings: only the name of the env
 """
 
 import re
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    SerializationInfo,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from nspo.settings.types import Count, Section, source_of
 from nspo.sources import Source
@@ -108,11 +115,20 @@ class InWords(Section):
 class AtEndpoint(Section):
     """Where a model is asked."""
 
-    url: Annotated[str, AfterValidator(_service)] = Field(description="What stands before /chat/completions.")
+    url: Annotated[str, AfterValidator(_service)] = Field(
+        description="What stands before /chat/completions; a judge that moves reruns nothing."
+    )
     model: str = Field(min_length=1, description="Name of the model at the endpoint.")
     api_key_env: Annotated[str, AfterValidator(_variable)] = Field(
         "OPENAI_API_KEY", description="Environment variable that holds the key; empty: no key is sent."
     )
+
+    @model_serializer(mode="wrap")
+    def _identity_has_no_address(self, handler: SerializerFunctionWrapHandler, info: SerializationInfo) -> Any:
+        """A judge that moves stays who it is: model, template and words are its identity (`Section.identity`)."""
+        found = handler(self)
+        hidden = ("url", "api_key_env") if (info.context or {}).get("identity") else ()
+        return {key: value for key, value in found.items() if key not in hidden}
 
 
 class EndpointJudge(AtEndpoint, InWords):

@@ -28,6 +28,10 @@ class Section(BaseModel):
         """The settings as plain JSON values, defaults filled in."""
         return self.model_dump(mode="json")
 
+    def identity(self) -> dict[str, Any]:
+        """As `dump`, without what changes no result, such as the address at which a judge is asked."""
+        return self.model_dump(mode="json", context={"identity": True})
+
 
 def path_fault(text: str) -> str | None:
     """Why the workflow cannot carry a path, None where it can: Snakemake gives braces and angle brackets a meaning of
@@ -62,7 +66,7 @@ def source_of(*kinds: str) -> AfterValidator:
             raise ValueError(str(error)) from error
         if kind not in kinds or not text:
             raise ValueError(f"found {text!r}, expected a source of one of the kinds {', '.join(kinds)}")
-        return _path(text) if kind == "path" else text
+        return _path(text) if kind in ("path", "storage") else text
 
     return AfterValidator(check)
 

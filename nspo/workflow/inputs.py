@@ -85,6 +85,17 @@ def backbone_source(settings: Config, target: str) -> Sources:
     return {"backbone": [Source.parse(backbone)]} if backbone else {}
 
 
+def bases_source(source: Source) -> Sources:
+    """Where `bases.precomputed` is, which must be one file.
+
+    Raises:
+        SystemExit: for a folder.
+    """
+    if Path(source.location).is_dir():
+        sys.exit(f"bases.precomputed: {source.location} is a folder, expected a bases file (.safetensors)")
+    return {"precomputed": [source]}
+
+
 def judge_sources(judges: Mapping[str, AnyJudge]) -> Sources:
     """Where the judges are that are models of their own, by name."""
     return {name: [Source.parse(judge.source)] for name, judge in judges.items() if judge.kind != "endpoint"}

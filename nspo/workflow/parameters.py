@@ -40,7 +40,9 @@ def tracked(
 def _value(section: Section | Chooses, name: str, keep_order: bool) -> Callable[[Any], str]:
     # A function and not the text itself, because Snakemake would take braces in it for wildcards.
     def value(wildcards: Any) -> str:
-        return to_flags(section if isinstance(section, Section) else section(wildcards), [name], keep_order)
+        return to_flags(
+            section if isinstance(section, Section) else section(wildcards), [name], keep_order, identity=True
+        )
 
     return value
 

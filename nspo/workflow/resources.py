@@ -27,7 +27,11 @@ RESUMING = {
     "judge_agreement",
     "certify",
 }
-AS = {"judge_agreement": "evaluate", "prepare_model": "evaluate"}  # what is not planned, and what takes no less
+AS = {
+    "judge_agreement": "evaluate",
+    "screen": "train_policy",
+    "prepare_model": "evaluate",
+}  # what is not planned, and what takes no less
 UNKNOWN = "qwen2.5-7b"  # whose sizes stand for a model that says nothing of its own
 TINY = "smollm2-135m"  # more than enough
 

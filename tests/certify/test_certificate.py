@@ -291,3 +291,26 @@ def test_what_does_not_belong_together_is_refused(bases, tiny_model_dir, tuned, 
         verify(tiny_model_dir, changed("shape", torch.ones(31)), bases)
     with pytest.raises(UserError, match=f"{norm} of the tuned model holds NaN"):
         verify(tiny_model_dir, changed("nan", torch.full((32,), math.nan)), bases)
+
+
+def test_an_interrupted_certificate_goes_on(bases, tiny_model_dir, tuned, monkeypatch, tmp_path, capsys):
+    """Sites that are done are not measured again, the result is the same, and nothing is left behind."""
+    folder, store = tuned(), FakeStore(fingerprint_model(tiny_model_dir)["weights"])
+    quiet = verify(tiny_model_dir, folder, bases, store)
+    measured, answers = [], certificate.heldout_answers
+
+    def counted(layers, site, store):
+        measured.append(site.site)
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        return answers(layers, site, store)
+
+    monkeypatch.setattr(certificate, "heldout_answers", counted)
+    with pytest.raises(KeyboardInterrupt):
+        verify(tiny_model_dir, folder, bases, store, tmp_path / "work")
+    assert json.dumps(verify(tiny_model_dir, folder, bases, store, tmp_path / "work"), sort_keys=True) == json.dumps(
+        quiet, sort_keys=True
+    )
+    assert sorted(measured) == sorted([QKV, DOWN, DOWN])
+    assert "continuing after 1 sites" in capsys.readouterr().err
+    assert not list((tmp_path / "work").iterdir())

@@ -15,6 +15,7 @@ from support.policy_runs import METHODS, Recorder, run, table, without_time
 from support.policy_runs import inputs as inputs
 
 from nspo.errors import UserError
+from nspo.judges.judge import Failures
 from nspo.policy import stage as stage
 from nspo.policy.rollouts import trainer as grpo
 from nspo.policy.rollouts.judged import JudgedCost
@@ -35,7 +36,7 @@ def plan(monkeypatch: pytest.MonkeyPatch) -> None:
                 keep(place, value)
         return VERDICTS
 
-    judge = SimpleNamespace(name="judge", identity={}, verdicts=verdicts)
+    judge = SimpleNamespace(name="judge", key="policy.judge", failures=Failures(), identity={}, verdicts=verdicts)
     monkeypatch.setattr(stage, "judge_of", lambda *_, **__: judge)
     monkeypatch.setattr(grpo, "GRPOTrainer", Recorder)
 
@@ -121,9 +122,7 @@ def test_a_rollout_without_a_verdict_ends_the_run_and_the_rest_is_asked_later(
 
     seen.clear()
     limit = 8
-    with pytest.raises(
-        UserError, match=r"policy\.judge: none of the 4 answers of this rollout got a verdict"
-    ) as caught:
+    with pytest.raises(UserError, match=r"policy\.judge: none of the 4 answers got a verdict") as caught:
         run(inputs, tmp_path, "nspo", judge=judge)
     assert KEY not in str(caught.value)
     assert not (tmp_path / "out").exists()
@@ -157,7 +156,8 @@ def test_verdicts_become_costs(tmp_path):
                 keep(place, told[answer])
         return [told.get(answer, math.nan) for answer in answers]
 
-    scorer = JudgedCost(SimpleNamespace(name="judge", verdicts=verdicts), tmp_path / "verdicts.jsonl")  # type: ignore[arg-type]
+    judge: Any = SimpleNamespace(name="judge", key="policy.judge", failures=Failures(), verdicts=verdicts)
+    scorer = JudgedCost(judge, tmp_path / "verdicts.jsonl")
     found = scorer.score(["p"] * 4, ["unsafe", "safe", "?", "border"])
     torch.testing.assert_close(found, torch.tensor([1.0, 0.0, math.nan, 0.0]), equal_nan=True)
     with pytest.raises(UserError, match="none of the 2 answers"):

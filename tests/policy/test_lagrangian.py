@@ -104,7 +104,7 @@ def half_of_a_group(rank: int, port: int, out: str) -> None:
     PartialState(cpu=True)
     torch.set_num_threads(1)
     reward, mine = scorer(), slice(4 * rank, 4 * rank + 4)
-    rollout = whole_rollout(COST[mine], REWARD[mine], torch.ones(4, dtype=torch.bool))
+    rollout = whole_rollout(COST[mine], REWARD[mine], torch.ones(4, dtype=torch.bool), torch.zeros(4))
     torch.save((reward.combine(*rollout), reward.multiplier.log), f"{out}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -119,7 +119,7 @@ def test_two_processes_see_one_rollout(tmp_path: Path):
     mp.spawn(half_of_a_group, (port, str(tmp_path)), nprocs=2)
     parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     alone = scorer()
-    expected: Tensor = alone.combine(COST, REWARD, torch.ones(8, dtype=torch.bool))
+    expected: Tensor = alone.combine(COST, REWARD, torch.ones(8, dtype=torch.bool), torch.zeros(8))
     assert all(torch.equal(part[0], expected) for part in parts)
     assert {part[1] for part in parts} == {alone.multiplier.log}
 

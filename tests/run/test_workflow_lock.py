@@ -98,3 +98,18 @@ def test_a_stage_without_a_workflow_goes_on(value: str) -> None:
     """Started by hand, or in a container that does not see Snakemake, a stage runs."""
     code = "from nspo.run.workflow_lock import end_with_workflow; import time; end_with_workflow(); time.sleep(0.2)"
     subprocess.run([sys.executable, "-c", code], env={**os.environ, PARENT: value}, check=True, timeout=60)
+
+
+def test_a_process_of_another_host_is_not_the_workflow() -> None:
+    """Every host's first namespace of process ids has one number: the host's start tells them apart."""
+    here = this_process()
+    elsewhere = here.rpartition("-")[0].rsplit("-", 4)[0] + "-00000000-0000-0000-0000-000000000000"
+    assert elsewhere.partition("-")[0] == here.partition("-")[0]
+    code = "from nspo.run.workflow_lock import end_with_workflow; end_with_workflow(); print('goes on')"
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    for place, goes_on in ((elsewhere, True), (here, False)):
+        environment = {**os.environ, PARENT: f"{gone.pid}@{place.partition('@')[2]}"}
+        run = subprocess.run([sys.executable, "-c", code], env=environment, text=True, capture_output=True, check=False)
+        assert ("goes on" in run.stdout) == goes_on
+        assert ("the workflow that started this stage has ended" in run.stderr) != goes_on

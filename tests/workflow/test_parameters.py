@@ -4,6 +4,8 @@ from types import SimpleNamespace
 
 from nspo.settings.config import Config
 from nspo.settings.data import PromptSettings
+from nspo.settings.evaluation import EvaluationSettings
+from nspo.settings.judges import EndpointJudge
 from nspo.settings.policy.methods import MethodSettings
 from nspo.settings.policy.section import TrainingSettings
 from nspo.workflow.parameters import benchmark_of, flags, optional, part_of, tracked, with_own_wheels
@@ -30,6 +32,18 @@ def test_parameters_and_flags_say_the_same() -> None:
     pairs = ((settings.evaluation, None), (settings.bases, ("rule", "threshold", "weights")), (settings.cost, None))
     for section, names in pairs:
         assert " ".join(values(tracked("x", section, names)).values()) == flags(section, names)(None, 1)
+
+
+def test_a_judge_that_moves_reruns_nothing() -> None:
+    """Its address reaches the command and no parameter that is watched."""
+
+    def at(url: str) -> EvaluationSettings:
+        judge = EndpointJudge(kind="endpoint", url=url, model="m")
+        return EvaluationSettings(judges={"net": judge})
+
+    here, there = at("http://a/v1"), at("http://b/v1")
+    assert values(tracked("evaluation", here)) == values(tracked("evaluation", there))
+    assert "http://b/v1" in flags(there)(None, 1)
 
 
 def test_settings_may_depend_on_the_job() -> None:

@@ -58,6 +58,21 @@ rule compute_bases:
         ' --workdir "$(dirname {output.bases:q})/../.work" --out {output.bases:q} 2>&1 | tee {log:q}'
 
 
+# Bases of a method's own, from the same activations.
+use rule compute_bases as compute_own_bases with:
+    input:
+        activations=rules.collect_activations.output.activations,
+    output:
+        bases="<results>/bases/own/{selection}.safetensors",
+    log:
+        "<logs>/compute_bases/{selection}.log",
+    params:
+        **tracked("bases", own_selection, BASES_FLAGS, kind=SelectionSettings),
+        code=code("nspo.bases.stage"),
+        flags=flags(own_selection, BASES_FLAGS),
+        parts="",
+
+
 # The shares of `bases.jobs`: on a cluster each is a job of its own.
 use rule compute_bases as compute_bases_part with:
     input:

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import sys
 from pathlib import Path
 
@@ -20,12 +21,13 @@ from nspo.evaluation.benchmarks.registry import TASKS
 from nspo.run import workflow_lock
 from nspo.run.gpus import devices
 from nspo.run.stage_code import code_hash as code
+from nspo.settings.bases import ScreenSettings, SelectionSettings
 from nspo.settings.data import LabelSettings, PromptSettings
 from nspo.settings.evaluation import BenchmarkSettings
 from nspo.settings.judges import JudgeSettings
 from nspo.settings.policy.losses import WDOOR
 from nspo.settings.policy.methods import MethodSettings
-from nspo.settings.policy.section import PairSettings, TrainingSettings
+from nspo.settings.policy.section import PairSettings, RolloutSettings, TrainingSettings
 from nspo.sources import Source, wheel_folder
 from nspo.workflow import inputs, launch
 from nspo.workflow.configuration import settings_of
@@ -34,6 +36,7 @@ from nspo.workflow.parameters import benchmark_of, flags, folders, optional, par
 from nspo.workflow.resources import requests
 from nspo.workflow.whole import lacking
 
+signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # a cluster's warning is for the stages, which save and end
 os.environ[workflow_lock.PARENT] = workflow_lock.this_process()
 if workflow.is_main_process and not imported:
     running = workflow_lock.hold(Path(".snakemake"), workflow.local_exec)  # until this process ends
@@ -53,7 +56,10 @@ resources = requests(settings)
 precomputed = Source.parse(settings.bases.precomputed) if settings.bases.precomputed else None
 claimed = workflow.is_main_process and workflow.local_exec and bool(devices())
 BASES_FLAGS = ("rule", "threshold", "weights")
+SAMPLING = [name for name in RolloutSettings.model_fields if name not in ("steps", "judge")]
+SCREEN_FLAGS = [name for name in ScreenSettings.model_fields if name != "enabled"]
 SHOWN = [name for name in type(settings).model_fields if name != "runtime"]
+own_bases = {it.name: it for it in (method.own_bases for method in settings.policy.methods.values()) if it}
 HEAVY_THREADS = 8  # capped to the cores there are, so on a small machine heavy stages run one by one
 
 
@@ -63,13 +69,18 @@ wildcard_constraints:
     seed="|".join(map(str, {0, *settings.policy.seeds})),
     task="|".join(settings.benchmarks.tasks) or "none",
     part=r"\d+",
+    selection="|".join(map(re.escape, own_bases)) or "none",
     parts=r"\d+",
 
 
+def scratch(wildcards, threads):
+    """Where an interrupted stage goes on from. Naming `threads` makes the value derived: it never causes a rerun."""
+    return "--workdir " + shlex.quote(str(Path(rules.write_config.output.config).parent / ".work"))
+
+
 def runtime(wildcards, threads):
-    """How to run, not what to make. Naming `threads` makes the value derived: it never causes a rerun."""
-    scratch = Path(rules.write_config.output.config).parent / ".work"
-    return f"{to_flags(settings.runtime, RUNTIME_FLAGS)} --workdir {shlex.quote(str(scratch))}"
+    """How to run, not what to make."""
+    return f"{to_flags(settings.runtime, RUNTIME_FLAGS)} {scratch(wildcards, threads)}"
 
 
 def device(wildcards, threads):
@@ -130,18 +141,42 @@ def method_of(wildcards):
     return settings.policy.methods[wildcards.method]
 
 
+def given_bases():
+    """The bases that `bases.precomputed` names: a file on disk, or one that a storage plugin fetches; else None."""
+    if precomputed is None or precomputed.kind == "hub":
+        return None
+    if precomputed.kind == "storage":
+        return storage(precomputed.location)
+    (file,) = source_files("bases", inputs.bases_source(precomputed))
+    return file
+
+
+bases_given = given_bases()  # now, so that a file which is not there is told before any work
+
+
 def bases_file(wildcards):
-    """The run's own bases, or those of `bases.precomputed`: a file, or fetched from the hub or by a storage plugin."""
+    """The run's own bases, or those of `bases.precomputed`."""
     if precomputed is None:
         return rules.compute_bases.output.bases
-    if precomputed.kind == "hub":
-        return rules.fetch_bases.output.bases
-    return source_files("bases", {"precomputed": [precomputed]})
+    return bases_given or rules.fetch_bases.output.bases
 
 
 def bases_of_method(wildcards):
-    """The bases, for a method that trains with them."""
-    return bases_file(wildcards) if method_of(wildcards).constraint.needs_bases else []
+    """The bases that a method trains with: its own, or those of all."""
+    method = method_of(wildcards)
+    if method.own_bases:
+        return expand(rules.compute_own_bases.output.bases, selection=method.own_bases.name)
+    return bases_file(wildcards) if method.constraint.needs_bases else []
+
+
+def own_selection(wildcards):
+    """The rule, threshold and weights of bases that methods have of their own."""
+    return own_bases[wildcards.selection]
+
+
+def certified_bases(wildcards):
+    """The bases that a certificate measures on: the method's, or those of all for a method without."""
+    return bases_of_method(wildcards) or bases_file(wildcards)
 
 
 def pairs_of_method(wildcards):

@@ -32,6 +32,38 @@ rule make_pairs:
         " --out {output.pairs:q} 2>&1 | tee {log:q}"
 
 
+# Before any training: which space, mode and batch drift least for what they gain.
+rule screen:
+    input:
+        model=rules.prepare_model.output.model,
+        reward=rules.train_reward.output.folder,
+        cost=rules.train_cost.output.folder,
+        prompts=rules.prepare_prompts.output.prompts,
+        activations=rules.collect_activations.output.activations,
+    output:
+        screen="<results>/screen/screen.json",
+        table="<results>/screen/screen.csv",
+    log:
+        "<logs>/screen.log",
+    conda:
+        "../envs/nspo.yaml"
+    threads: HEAVY_THREADS
+    resources:
+        **resources("screen"),
+        gpu=launch.gpus(settings, 1),
+    params:
+        **tracked("screen", settings.screen, SCREEN_FLAGS),
+        **tracked("policy", settings.policy, SAMPLING),
+        code=code("nspo.screen.stage"),
+        flags=flags(settings.screen, SCREEN_FLAGS),
+        rollouts=flags(settings.policy, SAMPLING),
+        device=device,
+    shell:
+        "python -m nspo screen {params.flags} {params.rollouts} {params.device} --model {input.model:q}"
+        " --reward {input.reward:q} --cost {input.cost:q} --prompts {input.prompts:q} --activations {input.activations:q}"
+        ' --out "$(dirname {output.screen:q})" 2>&1 | tee {log:q}'
+
+
 # The model, and beside it the log of its training.
 rule train_policy:
     input:
@@ -87,7 +119,7 @@ rule certify:
     input:
         model=rules.prepare_model.output.model,
         policy=rules.train_policy.output.policy,
-        bases=bases_file,
+        bases=certified_bases,
         activations=[] if precomputed else rules.collect_activations.output.activations,
     output:
         certificate="<results>/certificates/{method}/seed{seed}.json",
@@ -101,9 +133,10 @@ rule certify:
         code=code("nspo.certify.stage"),
         facts=facts_of,
         activations=optional("--activations", "activations"),
+        scratch=scratch,
     shell:
         "python -m nspo verify --facts {params.facts} --base {input.model:q} --tuned {input.policy:q}"
-        " --bases {input.bases:q} {params.activations} --out {output.certificate:q} 2>&1 | tee {log:q}"
+        " --bases {input.bases:q} {params.activations} {params.scratch} --out {output.certificate:q} 2>&1 | tee {log:q}"
 
 
 # Training alone, as `performance/trajectories.py` wants it: `snakemake all_policies --cores all`.

@@ -33,6 +33,7 @@ rule report:
         cost=rules.train_cost.output.metrics,
         attributions=every_policy(rules.attribute.output) if settings.attribution.enabled else [],
         benchmarks=every_benchmark(),
+        screen=rules.screen.output.screen if settings.screen.enabled and not precomputed else [],
         agreement=rules.judge_agreement.output.agreement if judge_settings.judges else [],
     output:
         page=report("<results>/report.html", caption="../report/page.rst", category="Results", labels={"file": "page"}),
@@ -63,9 +64,10 @@ rule report:
         agreement=optional("--agreement", "agreement"),
         attributions=optional("--attributions", "attributions"),
         benchmarks=optional("--benchmarks", "benchmarks"),
+        screen=optional("--screen", "screen"),
     shell:
         "python -m nspo report --config {input.config:q} --evaluations {params.evaluations}"
         " --certificates {input.certificates:q} --policies {params.training} --bases {input.bases:q}"
-        " --reward {params.reward} --cost {params.cost} {params.agreement} {params.attributions} {params.benchmarks}"
+        " --reward {params.reward} --cost {params.cost} {params.agreement} {params.attributions} {params.benchmarks} {params.screen}"
         " --out {output.page:q} --summary {output.summary:q} --latex {output.latex:q} --cards {output.cards:q}"
         " --plots {output.plots:q} 2>&1 | tee {log:q}"

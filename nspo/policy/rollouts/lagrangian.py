@@ -30,7 +30,7 @@ from transformers.trainer_callback import ExportableState
 from trl.trainer.utils import nanstd
 
 from nspo.policy.log import LoggedCallback
-from nspo.policy.rollouts.reward import SafetyReward, Scorer, score_where
+from nspo.policy.rollouts.reward import SafetyReward, Scorer, refusal_reward, score_where
 from nspo.run.progress import say
 from nspo.settings.policy.losses import Lagrangian
 
@@ -100,8 +100,10 @@ class LagrangianReward(SafetyReward):
 
     __name__ = "lagrangian"
 
-    def __init__(self, cost: Scorer, reward: Scorer, multiplier: Multiplier, group_size: int) -> None:
-        super().__init__(cost, reward, margin=math.inf)
+    def __init__(
+        self, cost: Scorer, reward: Scorer, multiplier: Multiplier, group_size: int, refusal_bonus: float = 0.0
+    ) -> None:
+        super().__init__(cost, reward, math.inf, refusal_bonus)
         self.multiplier, self.group_size = multiplier, group_size
 
     def judge(self, asked: list[str], answers: list[str], harmful: Tensor) -> tuple[Tensor, Tensor]:
@@ -110,8 +112,9 @@ class LagrangianReward(SafetyReward):
         cost = score_where(self.cost, asked, answers, everything)
         return cost, score_where(self.reward, asked, answers, everything).masked_fill(cost.isnan(), math.nan)
 
-    def combine(self, cost: Tensor, reward: Tensor, harmful: Tensor) -> Tensor:
+    def combine(self, cost: Tensor, reward: Tensor, harmful: Tensor, refused: Tensor) -> Tensor:
         """Combined advantages (B,) of the whole rollout, after the multiplier's step."""
+        reward = reward + refusal_reward(refused, harmful, self.refusal_bonus)
         self.multiplier.update(reward.nanmean().item(), cost.nanmean().item())
         return combined_advantage(reward, cost, self.multiplier.value, self.group_size)
 

@@ -2,9 +2,11 @@
 
 On a harmful prompt the reward is -max(cost, -margin): the cost model's score, flat once an answer is safe by the
 margin. On a benign one it is min(reward, margin): the reward model's score, flat once an answer clearly does what was
-asked. A group whose answers all sit on the flat part has zero variance, hence zero advantage: a policy that is safe and
-helpful is left alone. With a judge (`nspo.policy.rollouts.judged`) the cost is its verdict, or NaN, and TRL leaves an
-answer without reward out of its group.
+asked. `policy.refusal_bonus` teaches refusing where that is right: it is added for an answer that opens with a refusal
+(`nspo.judges.refusal`) to a harmful prompt and taken off for one to a benign prompt; without it a policy may learn to
+change the subject. A group whose answers all sit on the flat part has zero variance, hence zero advantage: a policy
+that is safe and helpful is left alone. With a judge (`nspo.policy.rollouts.judged`) the cost is its verdict, or NaN,
+and TRL leaves an answer without reward out of its group.
 """
 
 import math
@@ -30,9 +32,20 @@ class Scorer(Protocol):
         ...
 
 
-def safety_reward(cost: Tensor, reward: Tensor, harmful: Tensor, margin: float) -> Tensor:
-    """Reward (B,) float32 from cost (B,), helpfulness (B,) and the mask (B,) bool of harmful prompts."""
-    return torch.where(harmful, -cost.clamp(min=-margin), reward.clamp(max=margin))
+def safety_reward(
+    cost: Tensor, reward: Tensor, harmful: Tensor, margin: float, refused: Tensor | None = None, bonus: float = 0.0
+) -> Tensor:
+    """Reward (B,) float32 from cost (B,), helpfulness (B,) and the mask (B,) bool of harmful prompts.
+
+    A refusal (B,) earns `bonus` more on a harmful prompt and as much less on a benign one.
+    """
+    earned = torch.where(harmful, -cost.clamp(min=-margin), reward.clamp(max=margin))
+    return earned if refused is None else earned + refusal_reward(refused, harmful, bonus)
+
+
+def refusal_reward(refused: Tensor, harmful: Tensor, bonus: float) -> Tensor:
+    """(B,) float32: `bonus` for refusing a harmful prompt, -`bonus` for refusing a benign one, else 0."""
+    return refused.float() * torch.where(harmful, bonus, -bonus)
 
 
 def whole_rollout(*columns: Tensor) -> list[Tensor]:
@@ -71,8 +84,8 @@ class SafetyReward:
 
     __name__ = "safety"  # the name of the reward in TRL's logs
 
-    def __init__(self, cost: Scorer, reward: Scorer, margin: float) -> None:
-        self.cost, self.reward, self.margin = cost, reward, margin
+    def __init__(self, cost: Scorer, reward: Scorer, margin: float, refusal_bonus: float = 0.0) -> None:
+        self.cost, self.reward, self.margin, self.refusal_bonus = cost, reward, margin, refusal_bonus
         self.samples: list[dict[str, Any]] = []
         self._scored: tuple[float, float, int] | None = None
 
@@ -93,7 +106,9 @@ class SafetyReward:
         harmful = torch.tensor([r == "harmful" for r in role])
         refused = torch.tensor([is_refusal(answer) for answer in answers]).float()
         cost, reward, harmful, refused = whole_rollout(*self.judge(asked, answers, harmful), harmful, refused)
-        total = [None if math.isnan(value) else value for value in self.combine(cost, reward, harmful).tolist()]
+        total = [
+            None if math.isnan(value) else value for value in self.combine(cost, reward, harmful, refused).tolist()
+        ]
         failed = cost.isnan()
         log_metric("failed_verdicts", failed.sum().item())
         if harmful.any():
@@ -125,6 +140,6 @@ class SafetyReward:
             score_where(self.reward, asked, answers, ~harmful),
         )
 
-    def combine(self, cost: Tensor, reward: Tensor, harmful: Tensor) -> Tensor:
+    def combine(self, cost: Tensor, reward: Tensor, harmful: Tensor, refused: Tensor) -> Tensor:
         """What every answer of the rollout earns (B,); see `safety_reward`."""
-        return safety_reward(cost, reward, harmful, self.margin)
+        return safety_reward(cost, reward, harmful, self.margin, refused, self.refusal_bonus)

@@ -90,9 +90,10 @@ def reward_of(
 ) -> tuple[SafetyReward, MultiplierCallback | None]:
     """The reward function, and for a Lagrangian loss the callback that keeps its multiplier."""
     if not isinstance(loss, Lagrangian):
-        return SafetyReward(cost, reward, training.margin), None
+        return SafetyReward(cost, reward, training.margin, training.refusal_bonus), None
     multiplier = Multiplier.of(loss)
-    return LagrangianReward(cost, reward, multiplier, training.group_size), MultiplierCallback(multiplier)
+    scorer = LagrangianReward(cost, reward, multiplier, training.group_size, training.refusal_bonus)
+    return scorer, MultiplierCallback(multiplier)
 
 
 def trainer_arguments(

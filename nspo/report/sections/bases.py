@@ -1,9 +1,10 @@
-"""The section on directions: which are protected."""
+"""The section on directions: which are protected, and what first steps in other spaces would have cost."""
 
 from pathlib import Path
 from typing import Any
 
 from nspo.bases.table import block_of, kind_of
+from nspo.files.manifest import read_json
 from nspo.files.tensors import read_tensor_manifest
 from nspo.report import plots
 from nspo.report.figures import Figures
@@ -63,3 +64,19 @@ def bases(path: Path, figures: Figures) -> dict[str, Any]:
         "threshold": first["threshold"],
         "manifest": manifest,
     }
+
+
+def screened(path: Path, figures: Figures) -> dict[str, Any]:
+    """The rows of the screen, cheapest first for every batch, and the cost over the batch, a line a space."""
+    rows = read_json(path)["rows"]
+    lines: dict[str, list[tuple[float, float]]] = {}
+    first = next((row["mode"] for row in rows if row["space"] not in ("none", "random")), None)
+    for row in sorted(rows, key=lambda row: row["answers"]):
+        if row["cost"] is not None and (row["mode"] in (first, "sign")):
+            lines.setdefault(f"{row['space']}, {row['mode']}", []).append((row["answers"], row["cost"]))
+    colours = [*plots.SITES, *plots.SPARE]
+    drawn = [(name, colours[place % len(colours)], points) for place, (name, points) in enumerate(lines.items())]
+    if not drawn:
+        return {"rows": rows, "figures": []}
+    figure = plots.curves(drawn, "answers behind the gradient", "KL per token / gain squared", log=True)
+    return {"rows": rows, "figures": [figures.add("screen", figure, "What a first step costs for its gain")]}

@@ -4,7 +4,7 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import Field, PositiveFloat, model_validator
 
-from nspo.settings.types import Section
+from nspo.settings.types import Count, Section
 
 
 class RolloutLoss(Section):
@@ -12,6 +12,13 @@ class RolloutLoss(Section):
 
     on_pairs: ClassVar[bool] = False
     kl: float = Field(0.0, ge=0, description="Weight of the KL term to the base model; 0.04 is usual.")
+    l2_sp: float = Field(0.0, ge=0, description="Weight a of a/2 ||W - W0||^2, the pull to the base weights (L2-SP).")
+    replay_kl: float = Field(
+        0.0,
+        ge=0,
+        description="Weight of the KL from the base model on its own answers to the prompts behind the bases.",
+    )
+    replay_prompts: Count = Field(40, description="Prompts per domain that are replayed, as activations.samples.")
 
 
 class GRPO(RolloutLoss):

@@ -5,7 +5,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, PositiveFloat, model_validator
 
-from nspo.settings.policy.constraints import AnyConstraint, Unconstrained
+from nspo.settings.bases import SelectionSettings
+from nspo.settings.policy.constraints import AnyConstraint, Unconstrained, WithBases
 from nspo.settings.policy.losses import GRPO, AnyLoss, RolloutLoss
 from nspo.settings.types import Section
 
@@ -24,8 +25,17 @@ Objective = Literal[
     "nspo_dpo",
     "nspo_bfpo",
     "nspo_wdoor",
+    "nspo_both",
+    "nspo_paper",
+    "project_after",
+    "lora",
+    "null_space_adapter",
+    "ogpsa",
+    "replay_kl",
+    "l2_sp",
 ]
 Keys = Mapping[str, Any]
+PAPER = {"rule": "relative", "threshold": 5.0e-4, "weights": {"benign": 0.0}}  # general inputs only
 PRESETS: dict[Objective, tuple[Keys, Keys]] = {  # loss and constraint
     "nspo": ({"kind": "grpo"}, {"kind": "exact"}),
     "grpo_no_kl": ({"kind": "grpo"}, {"kind": "none"}),
@@ -41,7 +51,16 @@ PRESETS: dict[Objective, tuple[Keys, Keys]] = {  # loss and constraint
     "nspo_dpo": ({"kind": "dpo"}, {"kind": "exact"}),
     "nspo_bfpo": ({"kind": "bfpo"}, {"kind": "exact"}),
     "nspo_wdoor": ({"kind": "wdoor"}, {"kind": "exact"}),
+    "nspo_both": ({"kind": "grpo"}, {"kind": "exact", "mode": "both"}),
+    "nspo_paper": ({"kind": "grpo"}, {"kind": "gradient", "bases": PAPER}),
+    "project_after": ({"kind": "grpo"}, {"kind": "after"}),
+    "lora": ({"kind": "grpo"}, {"kind": "lora"}),
+    "null_space_adapter": ({"kind": "grpo"}, {"kind": "adapter"}),
+    "ogpsa": ({"kind": "grpo"}, {"kind": "ogpsa"}),
+    "replay_kl": ({"kind": "grpo", "replay_kl": 1.0}, {"kind": "none"}),
+    "l2_sp": ({"kind": "grpo", "l2_sp": 1.0}, {"kind": "none"}),
 }
+SHAPING = ("kl", "l2_sp", "replay_kl")  # terms of a loss that pull to the base model
 
 
 def _schema_of_a_preset(schema: dict[str, Any]) -> None:
@@ -70,7 +89,7 @@ class MethodSettings(Section):
     )
     constraint: Annotated[AnyConstraint, Field(discriminator="kind")] = Field(
         Unconstrained(),
-        description="Where the update may go. Kinds: none, exact, gradient, random, mlp.",
+        description="Where the update may go. Kinds: none, exact, gradient, random, mlp, after, lora, adapter, ogpsa.",
     )
 
     @model_validator(mode="before")
@@ -94,17 +113,31 @@ class MethodSettings(Section):
 
     @property
     def plain(self) -> bool:
-        """Whether nothing but the loss shapes the policy: no constraint and no KL term."""
-        return isinstance(self.constraint, Unconstrained) and not self.kl
+        """Whether nothing but the loss shapes the policy: no constraint and no term that pulls to the base model."""
+        return isinstance(self.constraint, Unconstrained) and not self.pulls
+
+    @property
+    def own_bases(self) -> SelectionSettings | None:
+        """How bases of the method's own are chosen; None: it trains with those of all, or with none."""
+        return self.constraint.bases if isinstance(self.constraint, WithBases) else None
+
+    @property
+    def pulls(self) -> list[str]:
+        """The terms of the loss that pull to the base model."""
+        return [name for name in SHAPING if getattr(self.loss, name, 0.0) > 0]
 
     @property
     def title(self) -> str:
-        """The name of the known pair that has this loss and this constraint, or both of their kinds."""
-        kinds = self.loss.kind, self.constraint.kind
-        for name, (loss, constraint) in PRESETS.items():
-            if (loss["kind"], constraint["kind"]) == kinds and (loss.get("kl", 0) > 0) == (self.kl > 0):
+        """The name of the known pair that this is, up to learning rate and weights; else both kinds."""
+        for name in PRESETS:
+            known = MethodSettings(objective=name, learning_rate=1.0)
+            if (
+                known.loss.kind == self.loss.kind
+                and known.pulls == self.pulls
+                and _alike(known.constraint, self.constraint)
+            ):
                 return name
-        return "+".join(kinds)
+        return "+".join((self.loss.kind, *self.pulls, self.constraint.kind))
 
     @property
     def kl(self) -> float:
@@ -114,3 +147,8 @@ class MethodSettings(Section):
     def twin_of(self, other: "MethodSettings") -> bool:
         """Whether this is `other` without constraint and KL term, which `other` is compared with."""
         return self.plain and not other.plain and self.loss.kind == other.loss.kind
+
+
+def _alike(known: AnyConstraint, other: AnyConstraint) -> bool:
+    """Whether a constraint is that of a known name: of its kind, mode and bases."""
+    return all(getattr(known, key, None) == getattr(other, key, None) for key in ("kind", "mode", "bases"))

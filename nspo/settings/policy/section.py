@@ -26,6 +26,12 @@ class RolloutSettings(Section):
         description="Scores beyond zero by this much earn no more reward: safe and helpful enough is left alone. "
         "The loss lagrangian takes the scores as they are.",
     )
+    refusal_bonus: float = Field(
+        0.0,
+        ge=0,
+        description="What an answer that opens with a refusal earns on a harmful prompt, and loses on a benign one "
+        "(2: about as much as safety itself); 0: refusing is worth what the models say.",
+    )
     judge: Annotated[AnyJudge, Field(discriminator="kind")] | None = Field(
         None,
         description="Whose verdict is the reward on a harmful prompt, -1 unsafe or 0 safe, in place of the cost "
@@ -79,11 +85,12 @@ class TrainingSettings(RolloutSettings):
         2, description="Steps between probes, on validation prompts, of safety and over-refusal."
     )
     probe_prompts: Count = Field(48, description="Harmful validation prompts per probe, and as many benign ones.")
-    target_unsafe: float = Field(
+    target_unsafe: float | None = Field(
         0.3,
         ge=0,
         le=1,
-        description="Stop at the first probe whose unsafe rate is this low, so methods meet at equal safety.",
+        description="Stop at the first probe whose unsafe rate is this low, so methods meet at equal safety; null: "
+        "take all steps.",
     )
     processes: Count = Field(
         1,
