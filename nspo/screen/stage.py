@@ -216,10 +216,10 @@ class Meter:
         moves = {name: -first_step(candidate, name, gradient[name]) for name in self.layers}
         slope = dot(self.uphill, moves)
         if candidate.name == "none, sign":
-            self.wanted = self.step * slope
+            self.wanted = abs(self.step * slope)  # also where it loses: a size that suits the model
         row: dict[str, Any] = {"space": candidate.space, "mode": candidate.mode, "free": free_share(candidate)}
         empty = dict.fromkeys(("scale", "gain", "gain_error", "kl_per_token", "kl_first_tokens", "cost"))
-        if slope <= 0 or self.wanted <= 0:
+        if slope <= 0 or self.wanted == 0:
             return row | empty
         scale = self.wanted / slope
         for name, module in self.layers.items():

@@ -14,6 +14,7 @@ from nspo.bases.stage import compute_basis
 from nspo.errors import UserError
 from nspo.models.loading import load_model
 from nspo.nullspace.projection import protected_part
+from nspo.screen.rollout import Rollout
 from nspo.screen.stage import screen
 from nspo.screen.steps import Candidate, advantages, cost_of_gain, dot, first_step
 from nspo.settings.bases import ActivationSettings, ScreenSettings, SelectionSettings
@@ -89,8 +90,18 @@ def run(inputs, folder, settings=SETTINGS):
     return folder / "out"
 
 
-def test_the_stage_compares_every_candidate_at_equal_gain(inputs, tmp_path):
-    """A row for each; all gains are equal to first order, what is measured is near; the base stays as it was."""
+def test_the_stage_compares_every_candidate_at_equal_gain(inputs, tmp_path, monkeypatch):
+    """A row for each; all gains are equal to first order, what is measured is near; the base stays as it was.
+
+    What is learnt from is judged too, or an untrained model might lose by every step.
+    """
+    samples, sample = [], Rollout.sample
+
+    def same(*given):
+        samples.append(samples[0] if samples else sample(*given))
+        return samples[0]
+
+    monkeypatch.setattr(Rollout, "sample", same)
     before = (inputs["model"] / "model.safetensors").read_bytes()
     rows = json.loads((run(inputs, tmp_path) / "screen.json").read_text())["rows"]
     names = {(row["space"], row["mode"], row["answers"]) for row in rows}
@@ -98,7 +109,7 @@ def test_the_stage_compares_every_candidate_at_equal_gain(inputs, tmp_path):
     modes += [("energy 0.5", mode) for mode in ("anchor", "both", "gradient")]
     assert names == {(*mode, count) for mode in modes for count in (8, 16)}
     measured = [row for row in rows if row["cost"] is not None]
-    assert measured
+    assert ("none", "sign", 16) in {(row["space"], row["mode"], row["answers"]) for row in measured}
     for row in measured:
         same = [other["gain"] for other in measured if other["answers"] == row["answers"]]
         assert row["gain"] == pytest.approx(sum(same) / len(same), rel=0.1)
