@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nspo.judges.refusal import is_refusal
 from nspo.models.generation import chat_ids, generate
+from nspo.models.linears import Weight
 from nspo.policy.methods.replay import IGNORED, encode
 from nspo.policy.rollouts.reward import Scorer, safety_reward, score_where
 from nspo.run.progress import track
@@ -63,7 +64,7 @@ class Rollout:
         return cls(rows, advantages(earned, settings.group_size), settings.group_size, settings.temperature, pad_id)
 
     def gradients(
-        self, model: PreTrainedModel, layers: Mapping[str, nn.Linear], counts: Sequence[int]
+        self, model: PreTrainedModel, layers: Mapping[str, Weight], counts: Sequence[int]
     ) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """(n, {layer: gradient of the loss over the first n answers}) for every n of `counts`, rising.
 
@@ -81,8 +82,8 @@ class Rollout:
                     tokens += int(mask.sum())
                     bar.update(batch.stop - batch.start)
                 done = count
-                sums = {name: module.weight.grad for name, module in layers.items()}
-                yield count, {name: total / tokens for name, total in sums.items() if total is not None}
+                sums = {name: (weight, weight.parameter.grad) for name, weight in layers.items()}
+                yield count, {n: weight.rows(grad) / tokens for n, (weight, grad) in sums.items() if grad is not None}
         model.zero_grad(set_to_none=True)
 
     @torch.no_grad()

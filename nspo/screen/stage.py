@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from nspo.activations.store import HARMFUL, ActivationStore
@@ -30,7 +30,7 @@ from nspo.files.atomic import atomic_path
 from nspo.files.manifest import MANIFEST_NAME, fingerprint, fingerprint_files, make_manifest, read_json, write_json
 from nspo.models.drift import Remembered, drift, token_weights
 from nspo.models.generation import chat_ids, generate
-from nspo.models.linears import find_linears
+from nspo.models.linears import Weight, find_weights
 from nspo.models.loading import load_model, load_tokenizer, model_identity
 from nspo.policy.rollouts.prompts import rollout_prompts
 from nspo.preference.model import PreferenceModel
@@ -170,14 +170,15 @@ class Meter:
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        layers: Mapping[str, nn.Linear],
+        layers: Mapping[str, Weight],
         judged: Rollout,
         general: tuple[list[list[int]], list[list[int]]],
         step: float,
     ) -> None:
         self.model, self.tokenizer, self.layers, self.judged, self.general = model, tokenizer, layers, judged, general
         self.base = Remembered(model)
-        self.anchors = {name: module.weight.detach().clone() for name, module in layers.items()}
+        self.rows = {name: weight.rows(weight.parameter.detach()) for name, weight in layers.items()}
+        self.anchors = {name: rows.clone() for name, rows in self.rows.items()}
         self.known = judged.known(model)
         ((_, gradient),) = judged.gradients(model, layers, [len(judged.rows)])
         self.uphill = {name: -value for name, value in gradient.items()}  # of the gain
@@ -205,9 +206,9 @@ class Meter:
         answers = dict(generate(model, tokenizer, ids, max_new_tokens, BATCH, "base answers to general prompts"))
         general = ids, [answers[i] for i in range(len(ids))]
         model.requires_grad_(False)
-        layers = find_linears(model, names)
-        for module in layers.values():
-            module.weight.requires_grad_(True)
+        layers = find_weights(model, names)
+        for weight in layers.values():
+            weight.parameter.requires_grad_(True)
         return cls(model, tokenizer, layers, judged, general, settings.step)
 
     @torch.no_grad()
@@ -222,12 +223,12 @@ class Meter:
         if slope <= 0 or self.wanted == 0:
             return row | empty
         scale = self.wanted / slope
-        for name, module in self.layers.items():
-            module.weight.add_(moves[name], alpha=scale)
+        for name, rows in self.rows.items():
+            rows.add_(moves[name], alpha=scale)
         gain, error = self.judged.gain(self.model, self.known)
         kl, first = self._drift()
-        for name, module in self.layers.items():
-            module.weight.copy_(self.anchors[name])
+        for name, rows in self.rows.items():
+            rows.copy_(self.anchors[name])
         row |= {"scale": scale, "gain": gain, "gain_error": error, "kl_per_token": kl, "kl_first_tokens": first}
         return row | {"cost": cost_of_gain(kl, gain)}
 

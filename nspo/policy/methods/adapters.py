@@ -15,10 +15,10 @@ from transformers import PreTrainedModel
 
 from nspo.bases.file import NullSpaceBases
 from nspo.constraint.adapter import merge_adapter
-from nspo.constraint.anchors import saved_weights
+from nspo.constraint.anchors import holders, saved_weights
 from nspo.errors import UserError
-from nspo.models.linears import find_linears
-from nspo.nullspace.projection import project_, squared_norm
+from nspo.models.linears import find_weights
+from nspo.nullspace.projection import project_
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -59,21 +59,23 @@ def project_after(policy: PreTrainedModel, bases: NullSpaceBases, base: Path) ->
     Raises:
         UserError: when nothing of the update is left.
     """
-    modules = find_linears(policy, bases.layers)
+    weights = find_weights(policy, bases.layers)
 
-    def projected() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        for name, anchor in saved_weights(base, policy, modules):
-            site, weight = bases.for_layer(name), modules[name].weight
-            update = weight - anchor
-            before = squared_norm(update)
-            yield before, anchor, project_(update, site.basis.to(update.device), site.kind)
+    def projected() -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """Of every layer: ||dW||^2, its weight to write to, W0, and P dW."""
+        for holder, anchor in saved_weights(base, policy, holders(weights)):
+            for layer, weight in weights.items():
+                if weight.holder == holder:
+                    site, rows, start = bases.for_layer(layer), weight.rows(weight.parameter), weight.rows(anchor)
+                    update = rows - start
+                    before = update.square().sum()
+                    yield before, rows, start, project_(update, site.basis.to(update.device), site.kind)
 
-    before, after = (
-        float(sum(squares)) for squares in zip(*((b, squared_norm(d)) for b, _, d in projected()), strict=True)
-    )
+    squares = [(float(before), float(update.square().sum())) for before, _, _, update in projected()]
+    before, after = (sum(column) for column in zip(*squares, strict=True))
     if after == 0:
         raise UserError("nothing of the update lies in the null space, expected some: protect less (`bases.threshold`)")
     scale = (before / after) ** 0.5
-    for module, (_, anchor, update) in zip(modules.values(), projected(), strict=True):
-        module.weight.copy_(anchor + scale * update)
+    for _, rows, start, update in projected():
+        rows.copy_(start + scale * update)
     return 1 / scale

@@ -164,8 +164,7 @@ def pulls_of(
     found: list[LoggedCallback] = []
     loss, length = method.loss, training.max_new_tokens
     if isinstance(loss, RolloutLoss) and loss.l2_sp:
-        modules = {name: module for name, module in policy.named_modules() if _trains(module)}
-        found.append(L2SP(loss.l2_sp, base, policy, modules))
+        found.append(L2SP(loss.l2_sp, base, policy))
     if isinstance(loss, RolloutLoss) and loss.replay_kl:
         reference, bf16 = load_model(base, policy.device), training.autocast == "bf16"
         asked = prompts, loss.replay_prompts, length

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from nspo.constraint.anchors import narrow, saved_weights
+from nspo.constraint.anchors import narrow
+from nspo.models.weights import open_weights
 from nspo.policy.log import LoggedCallback
 from nspo.policy.methods.replay import IGNORED, Sequence_, encode, endless, general_sequences
 
@@ -30,21 +31,22 @@ def pull_(gradient: Tensor, weight: Tensor, anchor: Tensor, strength: float) -> 
 class L2SP(LoggedCallback):
     """Adds the gradient of the squared distance from the base."""
 
-    def __init__(self, strength: float, base: Path, policy: nn.Module, modules: dict[str, nn.Linear]) -> None:
-        """Read from the folder `base` the weights of the trained layers `modules` of `policy`, by name."""
-        self.strength, self.modules = strength, modules
-        self.anchors = {name: narrow(value) for name, value in saved_weights(base, policy, modules)}
+    def __init__(self, strength: float, base: Path, policy: nn.Module) -> None:
+        """Read from the folder `base` the weights that `policy` trains."""
+        saved = open_weights(base, policy)
+        self.strength = strength
+        self.trained = {name: weight for name, weight in policy.named_parameters() if weight.requires_grad}
+        self.anchors = {name: narrow(saved.read(name).to(weight.device)) for name, weight in self.trained.items()}
         self.distance = 0.0
 
     @torch.no_grad()
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Add it."""
         squares = []
-        for name, module in self.modules.items():
-            weight, anchor = module.weight, self.anchors[name]
-            squares.append((weight - anchor).square().sum())
+        for name, weight in self.trained.items():
+            squares.append((weight - self.anchors[name]).square().sum())
             if weight.grad is not None:
-                pull_(weight.grad, weight, anchor, self.strength)
+                pull_(weight.grad, weight, self.anchors[name], self.strength)
         self.distance = float(torch.stack(squares).sum().sqrt())
 
     def columns(self, step: int) -> dict[str, float]:
