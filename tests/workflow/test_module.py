@@ -87,10 +87,11 @@ def test_the_importers_target_stays(outer: Path, place: str) -> None:
     assert set(re.findall(r"^(?:local)?rule (\w+):", plan(outer), re.M)) == {"all", "mine"}
 
 
-def test_an_import_under_its_own_names_makes_all(outer: Path) -> None:
-    """As `snakedeploy deploy-workflow` writes it."""
-    text = 'configfile: "settings.yaml"\nmodule nspo:\n    snakefile: "{}/Snakefile"\n    config: config["a"]\n'
-    (outer / "Snakefile").write_text(text.format(ROOT) + "use rule * from nspo\n")
+@pytest.mark.parametrize("file", ["Snakefile", "workflow/Snakefile"])
+def test_an_import_under_its_own_names_makes_all(outer: Path, file: str) -> None:
+    """As `snakedeploy deploy-workflow` writes it, which looks into `workflow`."""
+    text = 'configfile: "settings.yaml"\nmodule nspo:\n    snakefile: "{}/{}"\n    config: config["a"]\n'
+    (outer / "Snakefile").write_text(text.format(ROOT, file) + "use rule * from nspo\n")
     assert "rule report:" in plan(outer)
 
 

@@ -17,6 +17,7 @@ rule collect_activations:
     params:
         **tracked("activations", settings.activations),
         code=code("nspo.activations.stage"),
+        versions=versions,
         flags=flags(settings.activations),
         start=start(settings.runtime.processes),
         device=device,
@@ -51,6 +52,7 @@ rule compute_bases:
     params:
         **tracked("bases", settings.bases, BASES_FLAGS),
         code=code("nspo.bases.stage"),
+        versions=versions,
         flags=flags(settings.bases, BASES_FLAGS),
         parts=optional("--parts", "parts"),
     shell:
@@ -69,6 +71,7 @@ use rule compute_bases as compute_own_bases with:
     params:
         **tracked("bases", own_selection, BASES_FLAGS, kind=SelectionSettings),
         code=code("nspo.bases.stage"),
+        versions=versions,
         flags=flags(own_selection, BASES_FLAGS),
         parts="",
 
@@ -84,5 +87,6 @@ use rule compute_bases as compute_bases_part with:
     params:
         **tracked("bases", settings.bases, BASES_FLAGS),
         code=code("nspo.bases.stage"),
+        versions=versions,
         flags=flags(settings.bases, BASES_FLAGS),
         parts="--part {part}/{parts}",

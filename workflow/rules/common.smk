@@ -15,6 +15,8 @@ if (beside / "nspo" / "workflow").is_dir():
     sys.path.insert(0, str(beside))
     os.environ["PYTHONPATH"] = os.pathsep.join([str(beside), os.environ.get("PYTHONPATH", "")])
 
+from importlib.metadata import version
+
 from nspo.cli.main import RUNTIME_FLAGS, to_flags
 from nspo.evaluation.benchmarks.loading import locate
 from nspo.evaluation.benchmarks.registry import TASKS
@@ -36,6 +38,8 @@ from nspo.workflow.parameters import benchmark_of, flags, folders, optional, par
 from nspo.workflow.resources import requests
 from nspo.workflow.whole import lacking
 
+local_package = (beside / "pyproject.toml").is_file() and (beside / "nspo" / "workflow").is_dir()
+os.environ["NSPO_PACKAGE"] = str(beside) if local_package else f"nspo=={version('nspo')}"  # for --sdm conda
 signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # a cluster's warning is for the stages, which save and end
 os.environ[workflow_lock.PARENT] = workflow_lock.this_process()
 if workflow.is_main_process and not imported:
@@ -86,6 +90,11 @@ def runtime(wildcards, threads):
 def device(wildcards, threads):
     """The part of `runtime` that names no folder."""
     return to_flags(settings.runtime, ["device"])
+
+
+def versions(wildcards, threads):
+    """The libraries behind an artifact: a part of the key under which `--cache` shares it, and no reason to run again."""
+    return " ".join(f"{name}=={version(name)}" for name in ("numpy", "safetensors", "scipy", "torch", "transformers"))
 
 
 def start(processes=1, sharding="none"):
