@@ -5,18 +5,19 @@ from pathlib import Path
 
 from nspo.run.progress import say
 
-LONGEST = 250  # bytes of a name that Snakemake keeps in one piece
+LONGEST = 100  # characters of a name of which Snakemake surely keeps the start in one piece
 
 
 def warn_if_copied(results: Path, snakemake: Path) -> None:
-    """Say, before anything is removed, that the folder `snakemake` knows nothing of the model in `results`.
+    """Say, before anything is removed, that the folder `snakemake` has no record of anything in `results`.
 
     Snakemake writes down what it made in `.snakemake`, below the folder that it runs in. Without it every output counts
     as made by unknown code, is planned again, and is removed when its job starts.
     """
-    made = results / "model"
-    name = urlsafe_b64encode(str(made).encode()).decode()
-    if not made.is_dir() or len(name) > LONGEST or (snakemake / "metadata" / name).is_file():
+    start = f"{results}/".encode()
+    name = urlsafe_b64encode(start[: len(start) // 3 * 3]).decode()[:LONGEST]  # how the records below it begin
+    records = (snakemake / "metadata").iterdir() if (snakemake / "metadata").is_dir() else ()
+    if not (results / "model").is_dir() or any(record.name.removeprefix("@").startswith(name) for record in records):
         return
     say(
         f"warning: {results} was made elsewhere: {snakemake} has no record of it, so its stages are made again, and "
