@@ -83,6 +83,8 @@ def read_tokenizer(folder: Path | str, named: str, **options: Any) -> PreTrained
     Raises:
         UserError: when it cannot be loaded, or its chat template changes by chance; called `named`.
     """
+    if Path(folder).is_dir() and "gguf_file" not in options:
+        check_model_files(folder, named)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **options, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises just that

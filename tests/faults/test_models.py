@@ -1,0 +1,225 @@
+"""Reports of models that were not what their folder said: random weights, pointers, halves, adapters."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from support.hostile import with_json, with_weights
+from support.model_copy import copy_model
+
+from nspo.errors import UserError
+from nspo.models.generation import chat_ids, generate
+from nspo.models.loading import load_model, load_tokenizer, model_identity
+from nspo.models.stage import prepare_model
+from nspo.sources import Source
+
+Weights = dict[str, Any]
+
+
+class Report(NamedTuple):
+    """A replayed report: whose it is, what was wrong there, how a folder gets that way, and what is to be said."""
+
+    reported: str
+    wrong_there: str
+    spoil: Callable[[Path, Path], Path]
+    said: str
+
+
+def renamed(change: Callable[[str], str]) -> Callable[[Path, Path], Path]:
+    """Other names for all tensors."""
+    return lambda model, folder: with_weights(model, folder, lambda w: {change(name): v for name, v in w.items()})
+
+
+def altered(change: Callable[[Weights], Any]) -> Callable[[Path, Path], Path]:
+    """Tensors changed in place."""
+
+    def spoil(model: Path, folder: Path) -> Path:
+        def both(weights: Weights) -> Weights:
+            change(weights)
+            return weights
+
+        return with_weights(model, folder, both)
+
+    return spoil
+
+
+def filed(name: str, content: bytes | None) -> Callable[[Path, Path], Path]:
+    """A file with this content, or without what it had in its second half."""
+
+    def spoil(model: Path, folder: Path) -> Path:
+        path = copy_model(model, folder) / name
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2] if content is None else content)
+        return folder
+
+    return spoil
+
+
+def sharded(change: Callable[[Path], Any]) -> Callable[[Path, Path], Path]:
+    """A model in several files, of which something is then changed."""
+
+    def spoil(model: Path, folder: Path) -> Path:
+        load_model(model).save_pretrained(folder, max_shard_size="20KB")
+        load_tokenizer(model).save_pretrained(folder)
+        change(folder)
+        return folder
+
+    return spoil
+
+
+def dangling(model: Path, folder: Path) -> Path:
+    """A snapshot of the hub's cache, copied without what its links mean."""
+    path = copy_model(model, folder) / "model.safetensors"
+    path.unlink()
+    path.symlink_to("../../blobs/0123")
+    return folder
+
+
+def load_both(folder: Path) -> None:
+    """What every stage loads."""
+    load_tokenizer(folder)
+    load_model(folder)
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 269060552\n"
+FIRST = "model.layers.0.mlp.up_proj.weight"
+PEFT = json.dumps({"peft_type": "LORA", "base_model_name_or_path": "org/name"}).encode()
+REPORTS = [
+    Report(
+        "huggingface/transformers#48722",
+        "random weights, a warning",
+        renamed("base_model.model.{}".format),
+        "lack 21 of 21 weights",
+    ),
+    Report("of DataParallel", "random weights", renamed("module.{}".format), "take off a wrapper's prefix"),
+    Report("of torch.compile", "random weights", renamed("_orig_mod.{}".format), "such as _orig_mod"),
+    Report(
+        "of unmerged LoRA",
+        "base layers random",
+        renamed(lambda n: n.replace("up_proj", "up_proj.base_layer")),
+        "lack 2 of",
+    ),
+    Report(
+        "of a lost tensor",
+        "one random layer",
+        altered(lambda w: w.pop(FIRST)),
+        f"lack 1 of 21 weights, such as {FIRST}",
+    ),
+    Report(
+        "of a lost embedding", "tied to noise", altered(lambda w: w.pop("model.embed_tokens.weight")), "lack 2 of 21"
+    ),
+    Report("of a stray tensor", "dropped", altered(lambda w: w.update({"x.y": torch.ones(2)})), "such as x.y"),
+    Report(
+        "of another width",
+        "random",
+        altered(lambda w: w.update({FIRST: torch.ones(3, 32)})),
+        r"has the shape \[3, 32\]",
+    ),
+    Report(
+        "of a diverged run",
+        "answers of noise",
+        altered(lambda w: w[FIRST].fill_(torch.nan)),
+        f"{FIRST} holds NaN or Inf",
+    ),
+    Report(
+        "of an overflow",
+        "answers of noise",
+        altered(lambda w: w[FIRST][0].fill_(torch.inf)),
+        f"{FIRST} holds NaN or Inf",
+    ),
+    Report("huggingface/transformers#27923", "HeaderTooLarge", filed("model.safetensors", POINTER), "git-LFS pointer"),
+    Report(
+        "of a tokenizer's pointer", "traceback", filed("tokenizer.json", POINTER), "tokenizer.json is a git-LFS pointer"
+    ),
+    Report("of a cut download", "SafetensorError", filed("model.safetensors", None), "not a whole safetensors file"),
+    Report("of an empty file", "SafetensorError", filed("model.safetensors", b""), "not a whole safetensors file"),
+    Report("of a cut tokenizer", "bare Exception", filed("tokenizer.json", None), "tokenizer cannot be loaded"),
+    Report("of a cut configuration", "traceback", filed("config.json", None), r"config\.json"),
+    Report("of a copied cache", "no such file", dangling, "links to .* which is not there"),
+    Report("huggingface/peft#523", "its base loaded instead", filed("adapter_config.json", PEFT), "holds an adapter"),
+    Report(
+        "of a lost shard", "FileNotFoundError", sharded(lambda f: next(f.glob("*-00002-*")).unlink()), "does not exist"
+    ),
+    Report(
+        "of a cut shard",
+        "SafetensorError",
+        sharded(lambda f: next(f.glob("*-00002-*")).write_bytes(b"xx")),
+        "not a whole",
+    ),
+    Report(
+        "of weights twice",
+        "the loader and the certificate read other weights",
+        sharded(lambda f: shutil.copyfile(next(f.glob("*-00001-*")), f / "model.safetensors")),
+        "holds both",
+    ),
+]
+
+
+@pytest.mark.parametrize("report", REPORTS, ids=[report.reported for report in REPORTS])
+def test_no_model_but_its_own(report: Report, tiny_model_dir: Path, tmp_path: Path) -> None:
+    """Prepared or loaded, it is refused in one line that says what is wrong, and nothing is written."""
+    folder = report.spoil(tiny_model_dir, tmp_path / "model")
+    with pytest.raises(UserError, match=report.said) as caught:
+        prepare_model(Source.parse(str(folder)), Path("wheels"), tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match=report.said):
+        load_both(folder)
+
+
+def test_a_quantisation_package_that_is_missing_is_named(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """An ImportError of transformers becomes one line."""
+    quantized = {"quant_method": "hqq", "weight_quant_params": {}}
+    folder = with_json(tiny_model_dir, tmp_path / "model", "config.json", quantization_config=quantized)
+    with pytest.raises(UserError, match="model") as caught:
+        load_model(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_tied_head_may_be_stored_or_not(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """The one weight that may be missing, and a copy of it that is no stray."""
+    folder = with_weights(
+        tiny_model_dir, tmp_path / "head", lambda w: {**w, "lm_head.weight": w["model.embed_tokens.weight"].clone()}
+    )
+    assert torch.equal(load_model(folder).get_parameter("lm_head.weight"), load_model(tiny_model_dir).lm_head.weight)
+
+
+def test_a_folder_that_names_no_architecture_is_read_by_its_type(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """`architectures` absent was a TypeError."""
+    folder = with_json(tiny_model_dir, tmp_path / "model", "config.json", architectures=None)
+    assert model_identity(folder)["architecture"] == "LlamaForCausalLM"
+
+
+def test_a_model_without_a_stop_token_is_refused(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """Nothing would end its answers."""
+    folder = with_json(tiny_model_dir, tmp_path / "model", "config.json", eos_token_id=None)
+    (folder / "generation_config.json").write_text("{}")
+    values = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(values | {"eos_token": None}))
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    with pytest.raises(UserError, match="no stop token"):
+        list(generate(model, tokenizer, [chat_ids(tokenizer, "Hi")], 4, 1, "answers"))
+
+
+@pytest.mark.parametrize(("name", "count"), [("whole-00001-of-00002.gguf", 0), ("renamed.gguf", 3)])
+def test_a_part_of_a_split_gguf_is_refused(name: str, count: int, tmp_path: Path) -> None:
+    """huggingface/transformers#32266: the first part alone was taken for the model. By name, and by what it says."""
+    gguf = pytest.importorskip("gguf")
+    path = tmp_path / name
+    writer = gguf.GGUFWriter(path, "llama")
+    if count:
+        writer.add_uint16("split.count", count)
+    writer.add_tensor("token_embd.weight", torch.ones(4, 4).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(UserError, match=f"one of {count or 2} parts of a split GGUF"):
+        prepare_model(Source.parse(str(path)), Path("wheels"), tmp_path / "out")
+    path = tmp_path / "cut.gguf"
+    path.write_bytes((tmp_path / name).read_bytes()[:40])
+    with pytest.raises(UserError, match="not a whole GGUF file"):
+        prepare_model(Source.parse(str(path)), Path("wheels"), tmp_path / "out")
