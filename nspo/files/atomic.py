@@ -19,7 +19,7 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
     Its permissions are those of any new file in that folder, whatever the library that wrote it thinks (safetensors
     writes for the owner alone). What a killed process left beside `path`, perhaps as large as the artifact, is removed.
     """
-    path = Path(path)
+    path = Path(path).resolve() if Path(path).is_symlink() else Path(path)  # the link stays, what it means is replaced
     path.parent.mkdir(parents=True, exist_ok=True)
     for left in path.parent.glob(f".{glob.escape(path.name)}.????????"):
         if (owner := _own(left)) is not None:
