@@ -51,7 +51,7 @@ def test_settings_may_depend_on_the_job() -> None:
     methods = Config().policy.methods
     found = values(tracked("method", lambda wildcards: methods[wildcards.method], kind=MethodSettings))
     assert set(found) == {"method_learning_rate", "method_loss", "method_constraint"}
-    assert found["method_loss"] == """--loss '{"kind": "grpo", "kl": 0.0}'"""
+    assert found["method_loss"].startswith("""--loss '{"kind": "grpo", "kl": 0.0""")
 
 
 def test_only_what_a_section_names_is_part_of_it() -> None:
