@@ -52,11 +52,15 @@ def test_finished_results_are_whole(results: Path, capsys: pytest.CaptureFixture
     assert any("largest leakage on disk" in line for line in lines)
 
 
-POLICY, EVALUATION = "policy/nspo/seed0", "evaluation/nspo/seed0"
+POLICY, TRAINING, EVALUATION = (f"{part}/nspo/seed0" for part in ("policy", "training", "evaluation"))
 DAMAGES = {
     "weights": (lambda r: flip(r / POLICY / "model.safetensors"), POLICY, "weights with the fingerprint"),
     "bases": (lambda r: flip(r / "bases/bases.safetensors"), "bases/bases.safetensors", "damaged after it was"),
-    "log": (lambda r: (r / POLICY / "training.parquet").write_bytes(b"PAR1"), f"{POLICY}/training.parquet", "not a"),
+    "log": (
+        lambda r: (r / TRAINING / "training.parquet").write_bytes(b"PAR1"),
+        f"{TRAINING}/training.parquet",
+        "not a",
+    ),
     "rows": (lambda r: drop_a_row(r / "prompts.parquet"), "prompts.parquet", "rows, its manifest says"),
     "prompts": (lambda r: drop_a_row(r / "prompts.parquet"), POLICY, "made with prompts"),
     "score": (
