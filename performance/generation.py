@@ -15,7 +15,8 @@ import torch
 from common import conclude, ratio, take_turns
 
 from nspo.files.tables import read_table
-from nspo.models.generation import chat_ids, generate, pad_left
+from nspo.models.chat import chat_ids
+from nspo.models.generation import generate, pad_left
 from nspo.models.loading import load_model, load_tokenizer
 
 

@@ -39,7 +39,6 @@ from nspo.settings.policy.methods import MethodSettings
 from nspo.settings.policy.section import TrainingSettings
 from nspo.settings.reading import load_config
 from nspo.settings.runtime import RuntimeSettings
-from nspo.sources import Source
 
 TRAINING = {
     "steps": 8,
@@ -119,7 +118,7 @@ def prepare(args: argparse.Namespace) -> None:
     for name in ("prompts", "labels"):
         shutil.copy(getattr(args, name), folder / f"{name}.parquet")
     if not (folder / "model").exists():
-        prepare_model(Source.parse(config.model.source), args.wheels, folder / "model")
+        prepare_model(config.model, args.wheels, folder / "model")
     for target in ("cost", "reward"):
         if not (folder / target).exists():
             given = target, folder / "model", folder / "labels.parquet", folder / target, runtime

@@ -37,8 +37,9 @@ from nspo.bases.file import NullSpaceBases
 from nspo.bases.table import block_of, kind_of
 from nspo.data.tables import domains, load_prompts
 from nspo.files.atomic import atomic_path
+from nspo.models.chat import chat_ids
 from nspo.models.drift import FIGURES, Remembered, drift, token_weights
-from nspo.models.generation import chat_ids, generate
+from nspo.models.generation import generate
 from nspo.models.linears import find_weights
 from nspo.models.loading import load_model, load_tokenizer
 from nspo.nullspace.basis import Kind, SiteBasis

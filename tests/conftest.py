@@ -23,10 +23,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the model `tiny:llama` (see nspo/models/tiny.py), as `prepare_model` writes it."""
     from nspo.models.stage import prepare_model
-    from nspo.sources import Source
+    from nspo.settings.model import ModelSettings
 
     folder = tmp_path_factory.mktemp("tiny") / "model"
-    prepare_model(Source.parse("tiny:llama"), Path("unused"), folder)
+    prepare_model(ModelSettings(source="tiny:llama"), Path("unused"), folder)
     return folder
 
 

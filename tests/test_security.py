@@ -14,7 +14,7 @@ import pytest
 from nspo.cli import main as cli
 from nspo.errors import UserError
 from nspo.models.stage import prepare_model
-from nspo.sources import Source
+from nspo.settings.model import ModelSettings
 
 PACKAGE = Path(__file__).parents[1] / "nspo"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
@@ -78,7 +78,7 @@ def planted(model: Path, folder: Path, model_type: str) -> Path:
 def test_a_known_model_is_loaded_without_its_own_code(tiny_model_dir: Path, tmp_path: Path) -> None:
     """A Llama that brings code of its own is loaded as a Llama; the code neither runs nor is copied."""
     folder = planted(tiny_model_dir, tmp_path / "model", "llama")
-    prepare_model(Source.parse(str(folder)), tmp_path, tmp_path / "out")
+    prepare_model(ModelSettings(source=str(folder)), tmp_path, tmp_path / "out")
     assert not (folder / "trace").exists()
     assert not list((tmp_path / "out").glob("*.py"))
 
@@ -90,7 +90,7 @@ def test_a_model_of_its_own_code_is_refused(
     monkeypatch.setattr("builtins.input", lambda *_: "y")
     folder = planted(tiny_model_dir, tmp_path / "model", "planted")
     with pytest.raises(UserError) as error:
-        prepare_model(Source.parse(str(folder)), tmp_path, tmp_path / "out")
+        prepare_model(ModelSettings(source=str(folder)), tmp_path, tmp_path / "out")
     assert "\n" not in str(error.value)
     assert str(error.value).startswith("model.source: ")
     assert not (folder / "trace").exists()

@@ -18,7 +18,8 @@ from nspo.activations.store import BENIGN, HARMFUL
 from nspo.data.tables import domains, load_prompts
 from nspo.errors import UserError
 from nspo.files.manifest import fingerprint
-from nspo.models.generation import by_length, chat_ids
+from nspo.models.chat import chat_ids
+from nspo.models.generation import by_length
 from nspo.settings.bases import ActivationSettings
 
 CHUNK = 64  # prompts of a chunk, until a domain and split has too many chunks:

@@ -87,6 +87,12 @@ def _collect(
     chunks = make_chunks(settings, prompts, tokenizer)
     network = load_model(model, own_device(processes, runtime.device))
     sites = find_sites(network, settings.layers)
+    norms = layer_norms(network, [layer for site in sites for layer in site.layers])
+    if empty := [layer for layer, norm in norms.items() if norm == 0]:
+        raise UserError(
+            f"layer {empty[0]} has a weight of zeros ({len(empty)} such layers), of which no share can be kept: leave "
+            "it out with `activations.layers`"
+        )
     storage = choose_storage(settings, sites, chunks)
     identity = {
         "model": model_identity(model),
@@ -120,7 +126,6 @@ def _collect(
         time.sleep(POLL_SECONDS)
     processes.wait_for_everyone()  # so that the work folder goes away when nobody looks at it any more
     if processes.is_main_process:
-        norms = layer_norms(network, [layer for site in sites for layer in site.layers])
         parts = [read_json(path) for path in finished]
         write_json(store / MANIFEST_NAME, make_manifest("activations", **identity, parts=parts, layer_norms=norms))
         with atomic_path(out) as scratch:

@@ -200,6 +200,8 @@ class NullSpaceBases(Mapping[str, SiteBasis]):
             UserError: naming the first such layer and both norms.
         """
         for layer, expected in self.manifest["layer_norms"].items():
+            if expected == 0:
+                raise UserError(f"layer {layer} has a weight of zeros, of which no share can be kept: leave it out")
             if not abs(norms[layer] - expected) <= NORM_TOLERANCE * expected:
                 raise UserError(
                     f"layer {layer} has weight norm {norms[layer]:.6g}, the bases were computed on a model where it is "

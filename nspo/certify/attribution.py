@@ -32,8 +32,9 @@ from nspo.files.journal import JsonLines
 from nspo.files.manifest import check_made_with, fingerprint, make_manifest, read_json, write_json
 from nspo.files.tables import read_table
 from nspo.judges.judge import flags
+from nspo.models.chat import chat_ids
 from nspo.models.drift import Remembered, drift, token_weights
-from nspo.models.generation import chat_ids, generate
+from nspo.models.generation import generate
 from nspo.models.loading import load_model, load_tokenizer, model_identity
 from nspo.preference.model import CostModel
 from nspo.run.devices import device_of

@@ -82,10 +82,11 @@ def verify(
         workdir: folder in which the layers that are done are kept until all are, so that an interrupted call goes on.
 
     Returns:
-        JSON-like: identities; `layers`, {layer: site, tensor (the parameter it lies in), leakage_basis,
-        leakage_heldout {domain and "all": value}, update_norm, relative_update, random_basis, random_equal_norm (on all
-        held-out inputs), harmful (the change on harmful inputs, where it is meant to be)}; `unconstrained`, {tensor:
-        update_norm, relative_update} of every other tensor that changed; `coverage` of the blocks; `summary`.
+        JSON-like: identities; `never_loaded`, stored tensors that no class here loads; `layers`, {layer: site, tensor
+        (the parameter it lies in), leakage_basis, leakage_heldout {domain and "all": value}, update_norm,
+        relative_update, random_basis, random_equal_norm (on all held-out inputs), harmful (the change on harmful
+        inputs, where it is meant to be)}; `unconstrained`, {tensor: update_norm, relative_update} of every other tensor
+        that changed; `coverage` of the blocks, and what the model reads beside text; `summary`.
 
     Raises:
         UserError: another architecture, tensors that differ in name or shape, weights that are not finite, or bases or
@@ -137,6 +138,7 @@ def verify(
         base=found,
         tuned=after,
         bases=fingerprint(bases.manifest),
+        never_loaded=pair.ignored,
         layers=layers,
         unconstrained=unconstrained,
         coverage={**covered, "unprotected_inputs": pair.unprotected_inputs()},

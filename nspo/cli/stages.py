@@ -22,6 +22,7 @@ from nspo.settings.evaluation import (
     MatchingSettings,
 )
 from nspo.settings.judges import JudgeSettings
+from nspo.settings.model import ModelSettings
 from nspo.settings.policy.methods import MethodSettings
 from nspo.settings.policy.section import PairSettings, RolloutSettings, TrainingSettings
 from nspo.settings.preference import PreferenceSettings
@@ -85,11 +86,8 @@ STAGES = {
     "prepare-model": Stage(
         "nspo.models.stage:prepare_model",
         "write the base model as fp32 safetensors",
-        arguments={
-            "source": Argument("where the model is (config key model.source)", type=Source.parse),
-            "wheels_dir": WHEELS,
-            "out": OUT_FOLDER,
-        },
+        {"settings": ModelSettings},
+        {"wheels_dir": WHEELS, "out": OUT_FOLDER},
     ),
     "prepare-prompts": Stage(
         "nspo.data.stage:prepare_prompts",

@@ -5,6 +5,7 @@
 """
 
 import re
+import shutil
 import stat
 import subprocess
 import sys
@@ -17,6 +18,8 @@ from nspo.errors import UserError
 from nspo.files.atomic import atomic_path
 from nspo.files.manifest import MANIFEST_NAME, make_manifest, write_json
 from nspo.sources import REQUIREMENT, SHA256, Source, wheel_folder
+
+PART_NUMBER = r"\.part-?\d+$"  # at the end of the name of a file's part
 
 
 def fetch_wheel(requirement: str, sha256: str, out: Path) -> None:
@@ -81,7 +84,7 @@ def resolve(source: Source, wheels_dir: Path) -> Path:
     if source.kind == "builtin":
         path = Path(str(files("nspo.data") / "builtin" / source.location))
     elif source.kind == "wheel":
-        path = wheels_dir / wheel_folder(source.wheel) / source.location
+        path = _joined([wheels_dir / wheel_folder(wheel) / member for wheel, member in source.parts])
     elif source.kind == "path":
         path = Path(source.location)
     else:
@@ -89,3 +92,17 @@ def resolve(source: Source, wheels_dir: Path) -> Path:
     if not path.exists():
         raise UserError(f"{path} does not exist (source {source.kind}:{source.location}): check the path in the config")
     return path
+
+
+def _joined(parts: list[Path]) -> Path:
+    """The only part, one that is missing, or the file that the parts make, which is written beside the first once."""
+    missing = [part for part in parts if not part.is_file()]
+    if len(parts) == 1 or missing:
+        return [*missing, *parts][0]
+    whole = parts[0].with_name(f"whole-{re.sub(PART_NUMBER, '', parts[0].name)}")
+    if not whole.is_file():
+        with atomic_path(whole) as scratch, scratch.open("wb") as file:
+            for part in parts:
+                with part.open("rb") as content:
+                    shutil.copyfileobj(content, file)
+    return whole

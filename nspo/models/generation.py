@@ -1,7 +1,4 @@
-"""The chat format, and answers to prompts.
-
-The chat template is applied once and tokenised without special tokens.
-"""
+"""Answers to tokenised prompts."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -17,17 +14,6 @@ Ids = Sequence[int]
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # (tokenised prompts, tokens per answer, prompts per batch, description) to greedy answers, as `generate` yields them
 Generate = Callable[[Sequence[Ids], int, int, str], Iterator[tuple[int, list[int]]]]
-
-
-def chat_text(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
-    """One user turn in the model's own chat format, ready for the assistant to answer."""
-    turn = [{"role": "user", "content": prompt}]
-    return str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
-
-
-def chat_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """Token ids of `chat_text`, with no special token added a second time."""
-    return tokenizer(chat_text(tokenizer, prompt), add_special_tokens=False)["input_ids"]
 
 
 def pad_left(rows: Sequence[Ids], pad_id: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:

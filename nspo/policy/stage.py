@@ -22,6 +22,7 @@ from nspo.files.manifest import MANIFEST_NAME, fingerprint, fingerprint_files, m
 from nspo.files.tables import write_table
 from nspo.judges.make import judge_of
 from nspo.models.loading import load_model, load_tokenizer, model_identity, save_model
+from nspo.models.weights import saved_as_in_memory
 from nspo.policy.log import REMEDY, LogCallback, LoggedCallback, theory
 from nspo.policy.methods.objectives import (
     check_given,
@@ -173,7 +174,8 @@ def learn(trainer: Trainer, checkpoint: Path | None, name: str) -> None:
         UserError: when the policy diverges until its logits are NaN or Inf.
     """
     try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        with saved_as_in_memory(trainer.model):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except RuntimeError as error:
         if "probability tensor contains" not in str(error):  # what torch says of logits that are NaN or Inf
             raise

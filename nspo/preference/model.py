@@ -17,7 +17,8 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 
 from nspo.errors import UserError
 from nspo.files.manifest import MANIFEST_NAME, check_fingerprints, check_manifest, read_json
-from nspo.models.generation import by_length, chat_ids
+from nspo.models.chat import chat_ids
+from nspo.models.generation import by_length
 from nspo.models.loading import load_tokenizer, load_whole
 from nspo.run.devices import has_bf16
 from nspo.run.progress import track
@@ -90,7 +91,7 @@ def answer_features(
     Returns:
         (N, len(lengths), d) float32 on the CPU. Matrix products run in bf16 where the device multiplies it in hardware.
     """
-    features = torch.empty(len(rows), len(lengths), model.config.hidden_size)
+    features = torch.empty(len(rows), len(lengths), model.config.get_text_config().hidden_size)
     device = model.device
     for batch, inputs in _batches(model, rows, pad_id):
         with torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device)):

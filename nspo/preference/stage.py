@@ -73,7 +73,7 @@ def train_preference(
     set_seed(SEED)
     tokenizer = load_tokenizer(folder)
     scorer = load_backbone(folder, settings, target, device_of(runtime.device))
-    scorer.config.pad_token_id = tokenizer.pad_token_id
+    scorer.config.pad_token_id = scorer.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     manifest = make_manifest(
         KIND,
         target=target,
@@ -149,15 +149,16 @@ def _summary(found: dict[str, Any]) -> str:
 def load_backbone(folder: Path, settings: PreferenceSettings, target: Target, device: torch.device) -> PreTrainedModel:
     """The first blocks of a model with a one-number head that is still to be fitted, in fp32."""
     config = load_config(folder, f"{target}.backbone: {folder}")
-    blocks = settings.backbone_layers or config.num_hidden_layers
-    if blocks > config.num_hidden_layers:
+    decoder: Any = config.get_text_config()  # a part of the configuration of a multimodal model
+    blocks = settings.backbone_layers or decoder.num_hidden_layers
+    if blocks > decoder.num_hidden_layers:
         raise UserError(
-            f"backbone_layers is {blocks}, but {folder} has {config.num_hidden_layers} blocks: expected at most that "
+            f"backbone_layers is {blocks}, but {folder} has {decoder.num_hidden_layers} blocks: expected at most that "
             "many, or 0"
         )
-    config.num_hidden_layers = blocks
-    if len(getattr(config, "layer_types", None) or ()) > blocks:  # one entry per block; some derive it, some store it
-        config.layer_types = config.layer_types[:blocks]
+    decoder.num_hidden_layers = blocks
+    if len(getattr(decoder, "layer_types", None) or ()) > blocks:  # one entry per block; some derive it, some store it
+        decoder.layer_types = decoder.layer_types[:blocks]
     config.num_labels = 1
     if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         raise UserError(

@@ -21,6 +21,7 @@ from transformers.trainer_callback import PrinterCallback
 from trl import RewardConfig, RewardTrainer
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
+from nspo.models.weights import saved_as_in_memory
 from nspo.preference.objective import CENTRE, Judgements
 from nspo.run.devices import has_bf16
 from nspo.run.progress import say
@@ -106,7 +107,8 @@ def fine_tune(
     checkpoint = max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
     if checkpoint:
         say(f"resuming from {checkpoint.name}")
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with saved_as_in_memory(model):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     model.eval()
     shutil.rmtree(work)
 

@@ -9,7 +9,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nspo.judges.refusal import is_refusal
-from nspo.models.generation import chat_ids, generate
+from nspo.models.chat import chat_ids
+from nspo.models.generation import generate
 from nspo.models.linears import Weight
 from nspo.policy.methods.replay import IGNORED, encode
 from nspo.policy.rollouts.reward import Scorer, safety_reward, score_where

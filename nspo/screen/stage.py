@@ -28,8 +28,9 @@ from nspo.data.tables import domains, load_prompts
 from nspo.errors import UserError
 from nspo.files.atomic import atomic_path
 from nspo.files.manifest import MANIFEST_NAME, fingerprint, fingerprint_files, make_manifest, read_json, write_json
+from nspo.models.chat import chat_ids
 from nspo.models.drift import Remembered, drift, token_weights
-from nspo.models.generation import chat_ids, generate
+from nspo.models.generation import generate
 from nspo.models.linears import Weight, find_weights
 from nspo.models.loading import load_model, load_tokenizer, model_identity
 from nspo.policy.rollouts.prompts import rollout_prompts

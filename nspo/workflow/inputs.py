@@ -37,7 +37,7 @@ def files_on_disk(section: str, sources: Sources) -> list[str]:
 
 def wheels(sources: Sources) -> list[str]:
     """The folder names of the wheels that these sources name, sorted."""
-    return sorted({wheel_folder(source.wheel) for _, source in _each(sources) if source.kind == "wheel"})
+    return sorted({wheel_folder(wheel) for _, source in _each(sources) for wheel in source.wheels})
 
 
 def builtin_hash(section: str, sources: Sources) -> str:
@@ -75,8 +75,9 @@ def _each(sources: Sources) -> Iterable[tuple[str, Source]]:
 
 
 def model_source(settings: Config) -> Sources:
-    """Where the base model is."""
-    return {"source": [Source.parse(settings.model.source)]}
+    """Where the base model is, and the file of its chat template."""
+    templates = map(Source.parse, settings.model.template_files())
+    return {"source": [Source.parse(settings.model.source)], "chat_template": [*templates]}
 
 
 def backbone_source(settings: Config, target: str) -> Sources:

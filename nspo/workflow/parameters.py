@@ -66,7 +66,7 @@ def part_of(section: Section, kind: type[Section]) -> Any:
 
 def with_own_wheels(section: SplitSettings) -> Any:
     """The same settings with only the wheels that their own sources name, so that other pins rerun nothing."""
-    named = {source.wheel for several in section.sources().values() for source in several}
+    named = {wheel for several in section.sources().values() for source in several for wheel in source.wheels}
     return section.model_copy(update={"wheels": {k: v for k, v in section.wheels.items() if k in named}})
 
 

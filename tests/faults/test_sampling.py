@@ -11,12 +11,13 @@ from support.hostile import HOSTILE, with_json
 
 from nspo.errors import UserError
 from nspo.models import template
-from nspo.models.generation import chat_ids, generate
+from nspo.models.chat import chat_ids
+from nspo.models.generation import generate
 from nspo.models.loading import load_model, load_tokenizer
 from nspo.models.stage import prepare_model
 from nspo.models.vllm_engine import engine_arguments
+from nspo.settings.model import ModelSettings
 from nspo.settings.runtime import VLLMSettings
-from nspo.sources import Source
 
 
 def answers(folder: Path, temperature: float = 0.0) -> dict[int, list[int]]:
@@ -50,7 +51,7 @@ def test_settings_of_sampling_in_config_json_leak_neither(tiny_model_dir: Path, 
 def test_the_original_goes_with_the_model(tiny_model_dir: Path, tmp_path: Path) -> None:
     """A prepared model keeps the bytes of its generation_config.json, valid or not by transformers' rules."""
     folder = with_json(tiny_model_dir, tmp_path / "model", "generation_config.json", temperature=0.3, min_p=0.9)
-    prepare_model(Source.parse(str(folder)), Path("wheels"), tmp_path / "out")
+    prepare_model(ModelSettings(source=str(folder)), Path("wheels"), tmp_path / "out")
     assert (tmp_path / "out" / "generation_config.json").read_bytes() == (
         folder / "generation_config.json"
     ).read_bytes()
@@ -86,7 +87,7 @@ def test_a_template_with_todays_date_is_frozen(
     """
     folder = with_json(tiny_model_dir, tmp_path / "model", "tokenizer_config.json")
     (folder / "chat_template.jinja").write_text(DATED, encoding="utf-8")
-    prepare_model(Source.parse(str(folder)), Path("wheels"), tmp_path / "out")
+    prepare_model(ModelSettings(source=str(folder)), Path("wheels"), tmp_path / "out")
     said = load_tokenizer(tmp_path / "out").decode(chat_ids(load_tokenizer(folder), "Hi"))
     assert said == "Today is 26 Jul 2024 00:00:00.000000\nHi"
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["template_date"] == "2024-07-26"

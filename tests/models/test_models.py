@@ -9,11 +9,12 @@ import torch
 
 from nspo.errors import UserError
 from nspo.files.manifest import fingerprint_model
-from nspo.models.generation import chat_ids, generate, pad_left, stop_ids
+from nspo.models.chat import chat_ids
+from nspo.models.generation import generate, pad_left, stop_ids
 from nspo.models.loading import load_model, load_tokenizer, model_identity
 from nspo.models.stage import prepare_model
 from nspo.run.devices import device_of
-from nspo.sources import Source
+from nspo.settings.model import ModelSettings
 
 
 def test_prepared_folder_says_what_it_is(tiny_model_dir: Path) -> None:
@@ -31,7 +32,7 @@ def test_preparing_a_folder_keeps_the_weights(tiny_model_dir: Path, tmp_path: Pa
     half.save_pretrained(tmp_path / "half")
     load_tokenizer(tiny_model_dir).save_pretrained(tmp_path / "half")
     for name in ("a", "b"):
-        prepare_model(Source.parse(str(tmp_path / "half")), Path("wheels"), tmp_path / name)
+        prepare_model(ModelSettings(source=str(tmp_path / "half")), Path("wheels"), tmp_path / name)
     prepared = load_model(tmp_path / "a").state_dict()
     assert all(torch.equal(prepared[name], value.float()) for name, value in half.state_dict().items())
     assert fingerprint_model(tmp_path / "a") == fingerprint_model(tmp_path / "b")
@@ -44,7 +45,7 @@ def test_a_model_without_chat_template_is_refused(tiny_model_dir: Path, tmp_path
     tokenizer.chat_template = None
     tokenizer.save_pretrained(tmp_path / "m")
     with pytest.raises(UserError, match="no chat template"):
-        prepare_model(Source.parse(str(tmp_path / "m")), Path("wheels"), tmp_path / "out")
+        prepare_model(ModelSettings(source=str(tmp_path / "m")), Path("wheels"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -52,8 +53,8 @@ def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     """An empty folder is refused by both ways of loading."""
     with pytest.raises(UserError, match="expected a Hugging Face model folder"):
         load_model(tmp_path)
-    with pytest.raises(UserError, match=r"^model\.source: .*cannot be loaded"):
-        prepare_model(Source.parse(str(tmp_path)), Path("wheels"), tmp_path / "out")
+    with pytest.raises(UserError, match=r"^model\.source: .*holds no model"):
+        prepare_model(ModelSettings(source=str(tmp_path)), Path("wheels"), tmp_path / "out")
 
 
 def test_chat_format_has_no_doubled_specials(tiny_model_dir: Path) -> None:

@@ -13,7 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from nspo.cli.main import main
 from nspo.errors import UserError
 from nspo.models import vllm_engine
-from nspo.models.generation import chat_ids, generate
+from nspo.models.chat import chat_ids
+from nspo.models.generation import generate
 from nspo.models.loading import load_model, load_tokenizer
 from nspo.models.tiny import tiny_tokenizer
 from nspo.models.vllm_engine import answering, check_engine, engine_arguments, sampling_arguments, vllm_device

@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from nspo.certify.checkpoints import CheckpointPair
 from nspo.errors import UserError
 from nspo.models.classes import model_class, unprotected_inputs
-from nspo.models.loading import load_config
-from nspo.models.weights import open_weights
+from nspo.models.loading import load_config, load_model
+from nspo.models.weights import open_weights, saved_as_in_memory
 from tests.support.families import CONFIGS, tiny_config, tiny_family
 
 
@@ -100,3 +100,27 @@ def test_the_class_is_the_one_that_saves_the_folder_whole(tmp_path: Path) -> Non
         (tmp_path / "config.json").write_text(json.dumps(values))
         with pytest.raises(UserError, match=message):
             model_class(load_config(tmp_path, "it"))
+
+
+@pytest.mark.parametrize("family", ["gemma3", "mixtral", "nemotron_h"])
+def test_the_trainers_checkpoints_are_read_back_whole(family: str, tmp_path: Path) -> None:
+    """Inside the context a saved folder holds the names in memory, so that no weight is passed over; then as before."""
+    tiny_family(family).save_pretrained(tmp_path / "published")
+    model = model_class(load_config(tmp_path / "published", "it")).from_pretrained(tmp_path / "published")
+    with saved_as_in_memory(model):
+        model.save_pretrained(tmp_path / "checkpoint")
+    model.save_pretrained(tmp_path / "saved")
+    names = {
+        place: set(load_file(tmp_path / place / "model.safetensors")) for place in ("published", "checkpoint", "saved")
+    }
+    assert names["checkpoint"] == set(model.state_dict()) - set(model.all_tied_weights_keys)
+    assert names["saved"] == names["published"] != names["checkpoint"]
+
+
+def test_blocks_that_predict_further_tokens_may_be_left_over(tmp_path: Path) -> None:
+    """Multi-token prediction is stored as more blocks, or under a name of its own; nothing else may be left over."""
+    tiny_family("llama").save_pretrained(tmp_path)
+    further = {"model.layers.2.eh_proj.weight": torch.zeros(2), "mtp.fc.weight": torch.zeros(2)}
+    load_model(rewritten(tmp_path, lambda weights: weights | further))
+    with pytest.raises(UserError, match=r"they hold 1 that LlamaForCausalLM does not have, such as model\.other"):
+        load_model(rewritten(tmp_path, lambda weights: weights | {"model.other.weight": torch.zeros(2)}))

@@ -21,7 +21,7 @@ from nspo.data.tables import LABEL_COLUMNS
 from nspo.errors import UserError
 from nspo.files.journal import JsonLines
 from nspo.files.manifest import fingerprint_files
-from nspo.models.generation import chat_ids
+from nspo.models.chat import chat_ids
 from nspo.models.loading import load_model, load_tokenizer
 from nspo.models.tiny import tiny_tokenizer
 from nspo.policy.pairs import sources as pair_sources

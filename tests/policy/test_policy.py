@@ -36,7 +36,7 @@ from nspo.bases.derived import random_like
 from nspo.bases.file import NullSpaceBases
 from nspo.errors import UserError
 from nspo.files.journal import JsonLines
-from nspo.models.generation import chat_ids
+from nspo.models.chat import chat_ids
 from nspo.models.loading import load_model, load_tokenizer
 from nspo.models.tiny import tiny_tokenizer
 from nspo.policy import stage as stage

@@ -14,7 +14,7 @@ from transformers import LlamaConfig
 
 from nspo.errors import UserError
 from nspo.judges.refusal import is_refusal
-from nspo.models.generation import chat_text
+from nspo.models.chat import chat_text
 from nspo.models.loading import load_model, load_tokenizer
 from nspo.preference import metrics as metrics
 from nspo.preference import stage as preference_training

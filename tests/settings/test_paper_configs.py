@@ -28,7 +28,7 @@ from nspo.certify.certificate import verify
 from nspo.data.stage import prepare_labels, prepare_prompts
 from nspo.data.tables import load_prompts
 from nspo.errors import UserError
-from nspo.models.generation import chat_ids
+from nspo.models.chat import chat_ids
 from nspo.models.loading import load_tokenizer
 from nspo.models.stage import prepare_model
 from nspo.models.tiny import tiny_tokenizer
@@ -39,7 +39,6 @@ from nspo.settings.policy.methods import MethodSettings
 from nspo.settings.policy.section import TrainingSettings
 from nspo.settings.reading import check_config, load_config, read_over, read_yaml
 from nspo.settings.types import Section
-from nspo.sources import Source
 
 CONFIG = Path(__file__).parents[2] / "config"
 NAMES = ["qwen2.5-7b", "llama3-8b"]
@@ -262,7 +261,7 @@ def test_the_run_of_the_file_on_a_tiny_model_like_it(name, tmp_path):
     model, prompts, labels, store, bases = (
         tmp_path / part for part in ("model", "prompts.parquet", "labels.parquet", "activations", "bases.safetensors")
     )
-    prepare_model(Source.parse(config.model.source), tmp_path, model)
+    prepare_model(config.model, tmp_path, model)
     prepare_prompts(config.data, tmp_path, prompts)
     prepare_labels(config.data, tmp_path, labels)
     # Of 200 prompts; held out and trained on by their hashes, so about so many.

@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 
 from nspo.models.stage import prepare_model
-from nspo.sources import Source
+from nspo.settings.model import ModelSettings
 from nspo.workflow.whole import lacking
 
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     """A tiny model as `prepare_model` writes it."""
-    prepare_model(Source.parse("tiny:llama"), tmp_path, tmp_path / "model")
+    prepare_model(ModelSettings(source="tiny:llama"), tmp_path, tmp_path / "model")
     return tmp_path / "model"
 
 

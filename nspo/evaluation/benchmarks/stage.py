@@ -49,7 +49,8 @@ from nspo.files.manifest import (
 from nspo.files.tables import load_table, read_table
 from nspo.judges.judge import Judge, RefusalPhrases
 from nspo.judges.make import added_judges
-from nspo.models.generation import Generate, chat_ids
+from nspo.models.chat import chat_ids
+from nspo.models.generation import Generate
 from nspo.models.loading import load_model, load_tokenizer, model_identity
 from nspo.models.vllm_engine import answering, check_engine
 from nspo.preference.model import CostModel

@@ -18,8 +18,9 @@ from nspo.errors import UserError
 from nspo.evaluation.walk.match import Match, Point, match
 from nspo.judges.judge import flags
 from nspo.judges.refusal import is_refusal
+from nspo.models.chat import chat_ids
 from nspo.models.drift import FIGURES, Remembered, drift, token_weights
-from nspo.models.generation import chat_ids, generate
+from nspo.models.generation import generate
 from nspo.models.line import Line
 from nspo.models.loading import load_model, load_tokenizer
 from nspo.preference.model import CostModel

@@ -14,7 +14,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nspo.data.tables import domains, load_prompts
-from nspo.models.generation import chat_ids, generate
+from nspo.models.chat import chat_ids
+from nspo.models.generation import generate
 
 BATCH = 32
 BENIGN = "benign"  # the look-alikes, among the prompts and among the inputs behind the bases

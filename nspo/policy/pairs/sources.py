@@ -13,7 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from nspo.errors import UserError
 from nspo.files.journal import JsonLines
 from nspo.judges.refusal import is_refusal
-from nspo.models.generation import chat_ids, generate
+from nspo.models.chat import chat_ids
+from nspo.models.generation import generate
 from nspo.policy.rollouts.reward import Scorer, safety_reward, score_where
 from nspo.run.devices import has_bf16
 from nspo.run.progress import say, track

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from nspo.data.tables import load_prompts
 from nspo.errors import UserError
-from nspo.models.generation import chat_ids
+from nspo.models.chat import chat_ids
 from nspo.settings.policy.section import RolloutSettings
 
 

@@ -38,7 +38,9 @@ def leakage(runs: Sequence[Run], figures: Figures) -> dict[str, Any]:
         for run in certified
         if run.certificate
     ]
-    return {"figures": found, "rows": rows}
+    coverage = [(run.certificate or {}).get("coverage") or {} for run in certified]
+    inputs = sorted({kind for covered in coverage for kind in covered.get("unprotected_inputs", ())})
+    return {"figures": found, "rows": rows, "unprotected_inputs": inputs}
 
 
 def _leakage_line(run: Run, column: str, label: str, colour: str) -> dict[str, Any]:
