@@ -401,6 +401,7 @@ def test_a_gradient_that_is_hardly_kept_is_reported(inputs, capsys):
         return {"gradient_norm": before, "projected_norm": after, "kept": after / before if before else 0.0}
 
     callback.constraint = SimpleNamespace(step_stats=step_stats)  # type: ignore[assignment]
+    capsys.readouterr()  # the bar of the loading
     for step in (1, 2):
         callback.columns(step)
     assert capsys.readouterr().err == ""
