@@ -246,7 +246,7 @@ def train(args: argparse.Namespace, name: str, seed: int, scratch: Path) -> Path
 
 def conclude(args: argparse.Namespace, runs: list[tuple[str, int]]) -> None:
     """Every run at its matched scale, a row each; the curves of all."""
-    found = [json.loads(path.read_text()) for path in sorted((args.out / "arms").glob("*.json"))]
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((args.out / "arms").glob("*.json"))]
     order = {each: place for place, each in enumerate(runs)}
     found = sorted((r for r in found if (r["arm"], r["seed"]) in order), key=lambda r: order[r["arm"], r["seed"]])
     rows = []

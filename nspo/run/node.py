@@ -54,7 +54,9 @@ def main(arguments: Sequence[str]) -> None:
         raise UserError("several nodes: expected `accelerate launch` and its arguments")
     hosts = []
     if nodes := os.environ.get("SLURM_JOB_NODELIST"):
-        listed = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+        listed = subprocess.run(
+            ["scontrol", "show", "hostnames", nodes], capture_output=True, encoding="utf-8", check=True
+        )
         hosts = listed.stdout.split()
     command = ["accelerate", "launch", *machine_flags(os.environ, hosts), *arguments[2:]]
     os.execvp(command[0], command)

@@ -99,7 +99,9 @@ def _namespace() -> str:
     node for the workflow's.
     """
     place, boot = Path("/proc/self/ns/pid"), Path("/proc/sys/kernel/random/boot_id")
-    return f"{place.stat().st_ino}-{boot.read_text().strip()}" if place.exists() and boot.exists() else ""
+    return (
+        f"{place.stat().st_ino}-{boot.read_text(encoding='utf-8').strip()}" if place.exists() and boot.exists() else ""
+    )
 
 
 def _wait_and_end(workflow: int) -> None:
