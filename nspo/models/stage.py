@@ -97,7 +97,8 @@ def _plain(model: PreTrainedModel) -> PreTrainedModel:
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     plain = empty_model(model.config, type(model))
-    plain.load_state_dict(model.float().state_dict(), assign=True)
+    state = {name: value.float() if value.is_floating_point() else value for name, value in model.state_dict().items()}
+    plain.load_state_dict(state, assign=True)
     plain.tie_weights()
     plain.generation_config = model.generation_config
     return plain
