@@ -17,10 +17,10 @@ import torch
 from common import conclude
 from preference import label_sets
 
+from nspo.data.leaks import overlaps
 from nspo.data.stage import prepare_labels
 from nspo.data.tables import load_labels
 from nspo.evaluation.agreement import ALL, compare
-from nspo.evaluation.benchmarks.leaks import overlaps
 from nspo.files.manifest import MANIFEST_NAME, read_json
 from nspo.judges.judge import RefusalPhrases
 from nspo.preference.model import CostModel

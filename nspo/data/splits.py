@@ -1,13 +1,17 @@
 """Which split a prompt belongs to, and which share of a set is used.
 
-A prompt belongs to the split that its own hash gives it, so no prompt is in two splits, whatever the set, and no file's
-order matters.
+Near duplicates and prompts of one template form a family (`nspo.data.leaks.families`), across all sets. A family
+belongs to the split that the hash of one of its members gives it, so nothing like a test prompt is ever trained on, and
+no file's order matters. Half of what is held out is sealed: the default run never shows it, a final evaluation opens it
+once (`evaluation.split`).
 """
 
 import hashlib
 import math
 from collections.abc import Sequence
 from typing import Any
+
+OPEN = 0.5  # share of the held-out prompts that a default run may ask
 
 
 def normal(prompt: str) -> str:
@@ -26,6 +30,19 @@ def split_of(place: float, heldout: float, validation: float) -> str:
     if place < heldout:
         return "heldout"
     return "validation" if place < heldout + validation else "train"
+
+
+def places(prompts: Sequence[str], families: Sequence[int], seed: int) -> list[tuple[float, bool]]:
+    """For each prompt its family's place in the shuffle, and whether the family is sealed where it is held out.
+
+    Sealed is a family of which every member stands in the second half of the order in which held-out prompts are asked.
+    """
+    name: dict[int, str] = {}
+    opened: dict[int, bool] = {}
+    for prompt, family in zip(prompts, families, strict=True):
+        name[family] = min(name.get(family, normal(prompt)), normal(prompt))
+        opened[family] = opened.get(family, False) or position(prompt, seed + 1) < OPEN
+    return [(position(name[family], seed), not opened[family]) for family in families]
 
 
 def sample(rows: Sequence[dict[str, Any]], fraction: float, seed: int) -> list[dict[str, Any]]:

@@ -4,14 +4,15 @@ Commands: `nspo prepare-prompts`, `nspo prepare-labels`; `nspo.data.tables` says
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from nspo.data import leaks
 from nspo.data.columns import encodable, matches, optional, text
 from nspo.data.labels import read_set
 from nspo.data.readers import read_rows
-from nspo.data.splits import normal, position, sample, split_of
+from nspo.data.splits import places, position, sample, split_of
 from nspo.data.tables import LABEL_COLUMNS, PROMPT_COLUMNS
 from nspo.errors import UserError
 from nspo.files.manifest import dumps, make_manifest
@@ -28,16 +29,19 @@ def prepare_prompts(settings: PromptSettings, wheels_dir: Path, out: Path) -> No
     Raises:
         UserError: a missing column, an empty prompt, or too few prompts to split, naming the file or key.
     """
-    rows: list[dict[str, Any]] = []
-    shares = {"heldout": settings.heldout_fraction, "validation": settings.validation_fraction}
-    for domain, data in settings.general.items():
-        rows += _read(data, "general", domain, f"data.general.{domain}", wheels_dir, settings, **shares)
+    sets = [(f"data.general.{domain}", "general", domain, data) for domain, data in settings.general.items()]
     for role, data in (("harmful", settings.harmful), ("benign", settings.benign)):
-        rows += _read(data, role, data.name or role, f"data.{role}", wheels_dir, settings, **shares)
-    for domain, data in settings.harmful_heldout.items():
-        key = f"data.harmful_heldout.{domain}"
-        rows += _read(data, "harmful", domain, key, wheels_dir, settings, heldout=1.0, validation=0.0)
-    _write(_without_leaks(rows), PROMPT_COLUMNS, "prompts", settings, out)
+        sets.append((f"data.{role}", role, data.name or role, data))
+    heldout = [("general_heldout", "general", settings.general_heldout)]
+    heldout.append(("harmful_heldout", "harmful", settings.harmful_heldout))
+    for key, role, found in heldout:
+        sets += [(f"data.{key}.{domain}", role, domain, data) for domain, data in found.items()]
+    rows = {key: _read(data, role, domain, key, wheels_dir) for key, role, domain, data in sets}
+    _split(rows, [f"data.{key}.{domain}" for key, _, found in heldout for domain in found], settings)
+    kept: list[dict[str, Any]] = []
+    for key, _, _, data in sets:
+        kept += _sampled(rows[key], data, key, settings.seed)
+    _write(kept, PROMPT_COLUMNS, "prompts", settings, out)
 
 
 def prepare_labels(settings: LabelSettings, wheels_dir: Path, out: Path) -> None:
@@ -46,26 +50,21 @@ def prepare_labels(settings: LabelSettings, wheels_dir: Path, out: Path) -> None
     Raises:
         UserError: a missing column, a grade outside 0 to 1, or no rows, naming the file and the key.
     """
-    rows: list[dict[str, Any]] = []
+    sets: dict[str, list[dict[str, Any]]] = {}
     for name, labels in settings.labels.items():
-        found = read_set(name, labels, wheels_dir)
-        for index, row in enumerate(found):
+        sets[name] = read_set(name, labels, wheels_dir)
+        for index, row in enumerate(sets[name]):
             row["id"] = f"{name}-{index:05d}"
-            row["split"] = split_of(position(row["prompt"], settings.seed), settings.heldout_fraction, 0.0)
-        rows += sample(found, labels.fraction, settings.seed)
+    every = [row for found in sets.values() for row in found]
+    texts = [row["prompt"] for row in every]
+    for row, (place, _) in zip(every, places(texts, leaks.families(texts), settings.seed), strict=True):
+        row["split"] = split_of(place, settings.heldout_fraction, 0.0)
+    rows = [row for name, found in sets.items() for row in sample(found, settings.labels[name].fraction, settings.seed)]
     _write(rows, LABEL_COLUMNS, "labels", settings, out)
 
 
-def _read(
-    data: DataSet,
-    role: str,
-    domain: str,
-    key: str,
-    wheels_dir: Path,
-    settings: SplitSettings,
-    heldout: float,
-    validation: float,
-) -> list[dict[str, Any]]:
+def _read(data: DataSet, role: str, domain: str, key: str, wheels_dir: Path) -> list[dict[str, Any]]:
+    """The different prompts of a set, still without a split."""
     where = f"{key} ({data.source})"
     rows: dict[str, dict[str, Any]] = {}
     for index, item in enumerate(read_rows(Source.parse(data.source), wheels_dir)):
@@ -76,24 +75,40 @@ def _read(
             "id": optional(item, "id", where) or optional(item, "task_id", where) or f"{domain}-{index:05d}",
             "role": role,
             "domain": domain,
-            "split": split_of(position(prompt, settings.seed), heldout, validation),
             "prompt": prompt,
             "check": _check(item, data.prompt, where),
             "category": optional(item, "category", where),
         }
-    kept = sample(list(rows.values()), data.fraction, settings.seed)
+    return list(rows.values())
+
+
+def _split(sets: Mapping[str, list[dict[str, Any]]], only_heldout: Collection[str], settings: PromptSettings) -> None:
+    """Give every prompt the split of its family; sets for evaluation only lose what is like a prompt of training."""
+    every = [(key, row) for key, rows in sets.items() for row in rows]
+    families = leaks.families([row["prompt"] for _, row in every])
+    shuffled = places([row["prompt"] for _, row in every], families, settings.seed)
+    trained: set[int] = set()
+    for (key, row), family, (place, sealed) in zip(every, families, shuffled, strict=True):
+        share = 1.0 if key in only_heldout else settings.heldout_fraction
+        row["split"] = split_of(place, share, settings.validation_fraction)
+        if row["split"] != "heldout":
+            trained.add(family)
+        elif sealed:
+            row["split"] = "sealed"
+    for (key, row), family in zip(every, families, strict=True):
+        if key in only_heldout and family in trained:
+            sets[key].remove(row)
+
+
+def _sampled(rows: list[dict[str, Any]], data: DataSet, key: str, seed: int) -> list[dict[str, Any]]:
+    where = f"{key} ({data.source})"
+    kept = sample(rows, data.fraction, seed)
     if len(kept) < MIN_ROWS:
         raise UserError(f"{key}: {data.source} holds {len(kept)} different prompts, expected at least {MIN_ROWS}")
     twice = [name for name, count in Counter(row["id"] for row in kept).items() if count > 1]
     if twice:
         raise UserError(f"{where}: different prompts have the id {twice[0]!r}, expected each id once")
     return kept
-
-
-def _without_leaks(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Drop held-out prompts that some set also trains on: the same text in two files."""
-    seen = {normal(row["prompt"]) for row in rows if row["split"] != "heldout"}
-    return [row for row in rows if row["split"] != "heldout" or normal(row["prompt"]) not in seen]
 
 
 def _check(raw: dict[str, Any], prompt: str, key: str) -> str:

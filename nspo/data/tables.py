@@ -1,8 +1,8 @@
 """Prompts and human labels in one form each: who reads them never sees where they came from.
 
-`prompts.parquet` has one row per prompt: role (general, harmful, benign), domain, split (train, validation, heldout),
-prompt, check (JSON, how an answer is marked; empty if it is not), category. Rows stand in a seeded random order, so the
-first n of any filter are a random sample. Commands: `nspo prepare-prompts`, `nspo prepare-labels`.
+`prompts.parquet` has one row per prompt: role (general, harmful, benign), domain, split (train, validation, heldout,
+sealed), prompt, check (JSON, how an answer is marked; empty if it is not), category. Rows stand in a seeded random
+order, so the first n of any filter are a random sample. Commands: `nspo prepare-prompts`, `nspo prepare-labels`.
 
 `labels.parquet` has one row per judged response: id, set, target (cost or reward), split, prompt, response, category,
 and what people said of it:
@@ -13,8 +13,8 @@ and what people said of it:
   that they prefer, the safer for target cost and the better for target reward; the other is `rejected`. Both empty
   where a response stands alone. So the cost model scores `rejected` above `chosen`, the reward model the reverse.
 
-A prompt belongs to the split its own hash gives it, so no prompt is in two splits, whatever the set, and no file's
-order matters.
+A prompt and all that is nearly the same belong to one split (`nspo.data.splits`), so no prompt is in two, whatever the
+set, and no file's order matters.
 """
 
 import json

@@ -161,8 +161,8 @@ def _select(settings: EvaluationSettings, prompts: Path) -> list[dict[str, Any]]
     rows = [
         row
         for role, count in counts.items()
-        for domain in domains(prompts, role, "heldout")
-        for row in load_prompts(prompts, role, "heldout", domain, count)
+        for domain in domains(prompts, role, settings.split)
+        for row in load_prompts(prompts, role, settings.split, domain, count)
     ]
     if not settings.run_code:
         for row in rows:

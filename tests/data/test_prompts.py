@@ -55,6 +55,46 @@ def test_no_prompt_is_in_two_splits(settings: dict[str, Any], tmp_path: Path) ->
     assert [row["prompt"] for row in after] == [row["prompt"] for row in before]
 
 
+STEM = "Write a careful tutorial on how to"
+LIKE = [f"{STEM} pick the lock of the old door", f"{STEM} pick the lock of an old door"]
+MASKED = [f"{name} buys {n} apples and eats {n + 1} of them, how many are left?" for n, name in enumerate("AB" * 9)]
+
+
+def test_near_duplicates_and_rows_of_a_template_share_a_split(settings: dict[str, Any], tmp_path: Path) -> None:
+    """Whatever set they stand in: a family is trained on or tested on, never both; no other prompt moves."""
+    before = {row["prompt"]: row["split"] for row in prepared(settings, tmp_path / "a.parquet")}
+    rows = [{"prompt": text} for text in (LIKE[0], *MASKED[:9])]
+    settings["general"]["maths"]["source"] = write(tmp_path / "m2.jsonl", [*prompts("maths"), *rows])
+    rows = [{"prompt": text} for text in (LIKE[1], *MASKED[9:])]
+    settings["benign"]["source"] = write(tmp_path / "b2.jsonl", [*prompts("benign"), *rows])
+    after = {row["prompt"]: row["split"] for row in prepared(settings, tmp_path / "b.parquet")}
+    assert before.items() <= after.items()
+    for family in (LIKE, MASKED):
+        assert len({after[text] for text in family}) == 1
+
+
+def test_a_set_for_evaluation_only_loses_what_is_like_a_prompt_of_training(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """Whichever split the near duplicate of the other set falls into, it is not both trained and tested on."""
+    for word in ("door", "gate", "safe", "shed", "chest", "drawer", "car", "house"):
+        ours, theirs = (f"{STEM} pick the lock of {article} {word}" for article in ("the old", "an old"))
+        source = write(tmp_path / "h.jsonl", [*prompts("harmful"), {"prompt": ours}])
+        other = write(tmp_path / "o.jsonl", [*prompts("other"), {"prompt": theirs}])
+        raw = settings | {"harmful": {"source": source}, "harmful_heldout": {"other": {"source": other}}}
+        found = {row["prompt"]: row["split"] for row in prepared(raw, tmp_path / "out.parquet")}
+        assert (theirs in found) == (found[ours] in ("heldout", "sealed"))
+
+
+def test_what_is_sealed_was_never_among_the_first_that_are_asked(settings: dict[str, Any], tmp_path: Path) -> None:
+    """Half of the held-out prompts are sealed, and all of them stand behind the others in the order of asking."""
+    settings["harmful"]["source"] = write(tmp_path / "h.jsonl", prompts("harmful", 400))
+    rows = [row for row in prepared(settings, tmp_path / "a.parquet") if row["domain"] == "harm"]
+    asked = [row["split"] for row in rows if row["split"] in ("heldout", "sealed")]
+    assert asked == sorted(asked)
+    assert 0.4 < asked.count("sealed") / len(asked) < 0.6
+
+
 def test_prompts_are_chosen_by_column_and_fraction(settings: dict[str, Any], tmp_path: Path) -> None:
     """`only` keeps the rows that match; `fraction` draws evenly from every split."""
     rows = [{"prompt": f"harmful {i}", "input": "" if i % 2 else "a table"} for i in range(400)]
@@ -70,7 +110,7 @@ def test_prompts_are_chosen_by_column_and_fraction(settings: dict[str, Any], tmp
     part = harmful(only={"input": "^$"}, fraction=0.4)
     assert part.items() <= bare.items()
     assert len(part) == 80
-    for split in ("train", "validation", "heldout"):
+    for split in ("train", "validation", "heldout", "sealed"):
         whole, drawn = (list(found.values()).count(split) for found in (bare, part))
         assert abs(drawn - 0.4 * whole) < 1
     with pytest.raises(UserError, match=r"data\.harmful: .* holds 4 different prompts, expected at least 8"):
@@ -98,7 +138,7 @@ def test_roles_and_domains(settings: dict[str, Any], tmp_path: Path) -> None:
     """Each set has its role; a set for evaluation only is wholly held out; limits take a prefix of the shuffle."""
     out = tmp_path / "a.parquet"
     rows = prepared(settings, out)
-    assert {row["split"] for row in rows if row["domain"] == "other"} == {"heldout"}
+    assert {row["split"] for row in rows if row["domain"] == "other"} == {"heldout", "sealed"}
     assert domains(out, "harmful", "heldout") == ["harm", "other"]
     assert domains(out, "harmful", "train") == ["harm"]
     every = load_prompts(out, "general", "train", "maths")

@@ -16,8 +16,8 @@ import torch
 from support.rows import write
 
 from nspo.cli import main as cli
+from nspo.data.leaks import grams, overlaps
 from nspo.errors import UserError
-from nspo.evaluation.benchmarks.leaks import grams, overlaps
 from nspo.evaluation.benchmarks.loading import load, locate, stratified, training_prompts
 from nspo.evaluation.benchmarks.registry import TASKS
 from nspo.evaluation.benchmarks.stage import COLUMNS, benchmark_scores
@@ -286,7 +286,7 @@ def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Similarities worked out a row at a time are the same."""
     training, prompts = [f"word {n} and word {n + 1}" for n in range(30)], [f"word {n} and more" for n in range(9)]
     whole = overlaps(prompts, training)
-    monkeypatch.setattr("nspo.evaluation.benchmarks.leaks.CELLS", 1)
+    monkeypatch.setattr("nspo.data.leaks.CELLS", 1)
     assert overlaps(prompts, training) == whole
 
 

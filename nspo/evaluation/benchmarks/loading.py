@@ -126,7 +126,7 @@ def locate(name: str, settings: BenchmarkSettings) -> list[Path] | Source:
 def training_prompts(files: Sequence[Path]) -> list[str]:
     """The prompts of `prompts.parquet` or `labels.parquet` that training may have seen: all but the held-out ones."""
     rows = (row for path in files for row in read_table(path, ("prompt", "split")))
-    return sorted({row["prompt"] for row in rows if row["split"] != "heldout"})
+    return sorted({row["prompt"] for row in rows if row["split"] not in ("heldout", "sealed")})
 
 
 def stratified(items: Sequence[dict[str, Any]], limit: int, seed: int) -> list[dict[str, Any]]:
@@ -214,7 +214,7 @@ def _without_leaks(
     """The items that are no training prompt or nearly one, and what was found."""
     if training is None:
         return items, {"checked": False}
-    from nspo.evaluation.benchmarks.leaks import overlaps
+    from nspo.data.leaks import overlaps
 
     found = overlaps([item["text"] for item in items], training)
     leaked = [(item, o) for item, o in zip(items, found, strict=True) if o.similarity >= near]

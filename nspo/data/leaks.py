@@ -1,4 +1,4 @@
-"""Leaks: which prompts of a benchmark a model may have been trained on, word for word or nearly so.
+"""Leaks: which prompts are one, word for word or nearly so: of a benchmark and training, or within a run's own sets.
 
 Two texts are near duplicates when the sets of their word trigrams overlap by a given share (Jaccard), computed exactly
 for every pair by one sparse product, not estimated by hashing. Case, punctuation and spacing do not count.
@@ -10,8 +10,11 @@ from typing import NamedTuple
 
 import numpy as np
 from scipy import sparse
+from scipy.sparse.csgraph import connected_components
 
 WORDS = 3
+NEAR = 0.5  # prompts that share this much count as one when they are split
+SHORT = 5  # words below which a text has too few trigrams to be nearly anything
 CELLS = 2**24  # of a dense block of similarities: 128 MiB
 
 
@@ -47,6 +50,39 @@ def overlaps(prompts: Sequence[str], training: Sequence[str]) -> list[Overlap]:
         values = similarity[np.arange(len(best)), best]
         found += [Overlap(float(v), int(i) if v else -1) for v, i in zip(values, best, strict=True)]
     return found
+
+
+def families(prompts: Sequence[str]) -> list[int]:
+    """The family of each prompt, as the place of its first member: near duplicates, theirs, and so on.
+
+    Two prompts made from one template are near duplicates too: numbers count as one number, and capitalised words
+    within a sentence as one name. Texts of fewer than 5 words are as they stand.
+    """
+    vocabulary: dict[tuple[str, ...], int] = {}
+    ours = _matrix((grams(_template(text)) for text in prompts), vocabulary)
+    sizes = np.asarray(ours.sum(axis=1)).ravel()
+    step = max(1, CELLS // max(1, len(prompts)))
+    near = []
+    for start in range(0, len(prompts), step):
+        rows = slice(start, start + step)
+        shared = (ours[rows] @ ours.T).tocoo()
+        alike = shared.data >= NEAR * (sizes[rows][shared.row] + sizes[shared.col] - shared.data)
+        near.append((shared.row[alike] + start, shared.col[alike]))
+    row, column = (np.concatenate(places) for places in zip(*near, strict=True)) if near else ([], [])
+    graph = sparse.coo_matrix((np.ones(len(row)), (row, column)), shape=(len(prompts),) * 2)
+    labels = connected_components(graph, directed=False)[1].tolist()
+    return _first_places(labels)
+
+
+def _first_places(labels: Sequence[int]) -> list[int]:
+    first: dict[int, int] = {}
+    return [first.setdefault(label, place) for place, label in enumerate(labels)]
+
+
+def _template(text: str) -> str:
+    if len(text.split()) < SHORT:
+        return text
+    return re.sub(r"(?<=[a-z,;:] )[A-Z][a-z]+", "Name", re.sub(r"\d+(?:[.,]\d+)*", "0", text))
 
 
 def _matrix(sets: Iterable[set[tuple[str, ...]]], vocabulary: dict[tuple[str, ...], int]) -> sparse.csr_matrix:
