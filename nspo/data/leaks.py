@@ -62,14 +62,14 @@ def families(prompts: Sequence[str]) -> list[int]:
     ours = _matrix((grams(_template(text)) for text in prompts), vocabulary)
     sizes = np.asarray(ours.sum(axis=1)).ravel()
     step = max(1, CELLS // max(1, len(prompts)))
-    near = []
+    pairs: list[tuple[np.ndarray, np.ndarray]] = []
     for start in range(0, len(prompts), step):
         rows = slice(start, start + step)
         shared = (ours[rows] @ ours.T).tocoo()
         alike = shared.data >= NEAR * (sizes[rows][shared.row] + sizes[shared.col] - shared.data)
-        near.append((shared.row[alike] + start, shared.col[alike]))
-    row, column = (np.concatenate(places) for places in zip(*near, strict=True)) if near else ([], [])
-    graph = sparse.coo_matrix((np.ones(len(row)), (row, column)), shape=(len(prompts),) * 2)
+        pairs.append((shared.row[alike] + start, shared.col[alike]))
+    places = np.concatenate([np.stack(found) for found in pairs], axis=1) if pairs else np.empty((2, 0), dtype=int)
+    graph = sparse.coo_matrix((np.ones(places.shape[1]), places), shape=(len(prompts), len(prompts)))
     labels = connected_components(graph, directed=False)[1].tolist()
     return _first_places(labels)
 

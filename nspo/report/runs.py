@@ -33,6 +33,7 @@ class Run:
     benchmark_responses: Rows = field(default_factory=list)
     certificate: dict[str, Any] | None = None
     attribution: dict[str, Any] | None = None
+    match: dict[str, Any] | None = None  # where on its walk it was tested, and the figures of every stop
     training: Rows = field(default_factory=list)
     probes: Rows = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
@@ -51,6 +52,7 @@ def load_runs(
     policies: Sequence[Path],
     attributions: Sequence[Path] = (),
     benchmarks: Sequence[Path] = (),
+    matches: Sequence[Path] = (),
 ) -> list[Run]:
     """All runs: base first, then in the configuration's order of methods, by seed.
 
@@ -60,6 +62,7 @@ def load_runs(
         policies: folders METHOD/seedN with training.parquet, probes.parquet and settings.json.
         attributions: files METHOD/seedN.json.
         benchmarks: files METHOD/seedN/TASK/metrics.json, each beside its responses.parquet.
+        matches: files METHOD/seedN/match.json.
 
     Raises:
         UserError: for a missing or broken file, a method and seed twice, or no evaluation of the base model.
@@ -67,6 +70,7 @@ def load_runs(
     certified, attributed = (
         {(path.parent.name, path.stem): path for path in paths} for paths in (certificates, attributions)
     )
+    walked = {(path.parents[1].name, path.parent.name): path for path in matches}
     trained = {(path.parent.name, path.name): path for path in policies}
     metrics: dict[tuple[str, int], tuple[Path, dict[str, Any]]] = {}
     for folder in evaluations:
@@ -104,6 +108,7 @@ def load_runs(
                 ],
                 certificate=read_json(certificate) if certificate else None,
                 attribution=read_json(attribution) if attribution else None,
+                match=read_json(walked[place]) if place in walked else None,
                 training=read_table(policy / "training.parquet", ()) if policy else [],
                 probes=read_table(policy / "probes.parquet", ()) if policy else [],
                 settings=read_json(policy / "settings.json") if policy else {},

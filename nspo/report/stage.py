@@ -50,6 +50,7 @@ def write_report(
     attributions: list[Path] | None = None,
     benchmarks: list[Path] | None = None,
     screen: Path | None = None,
+    matches: list[Path] | None = None,
 ) -> None:
     """Write the page `out`, all scores as `summary` (CSV), and the folder `plots` with every figure as PNG and SVG;
     the headline as a LaTeX table, and the folder `cards` with a model card METHOD/seedN.md for every policy.
@@ -70,12 +71,15 @@ def write_report(
         attributions: files METHOD/seedN.json of where safety lives, where that was measured.
         benchmarks: files METHOD/seedN/TASK/metrics.json of published benchmarks, where any were asked.
         screen: screen.json, where first steps were compared before training.
+        matches: files METHOD/seedN/match.json of where each policy was tested.
 
     Raises:
         UserError: when an input is missing or broken, or no evaluation is the base model's.
     """
     settings = load_config(config)
-    runs = load_runs(settings, evaluations, certificates, policies, attributions or [], benchmarks or [])
+    runs = load_runs(
+        settings, evaluations, certificates, policies, attributions or [], benchmarks or [], matches or []
+    )
     with atomic_path(plots) as folder, track("report", 7, "section") as bar:
         folder.mkdir()
         figures = Figures(folder)

@@ -22,6 +22,7 @@ RESUMING = {
     "collect_activations",
     "compute_bases",
     "train_policy",
+    "match_safety",
     "evaluate",
     "benchmark",
     "judge_agreement",
@@ -29,6 +30,7 @@ RESUMING = {
 }
 AS = {
     "judge_agreement": "evaluate",
+    "match_safety": "evaluate",
     "screen": "train_policy",
     "prepare_model": "evaluate",
 }  # what is not planned, and what takes no less

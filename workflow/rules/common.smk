@@ -25,7 +25,7 @@ from nspo.run.gpus import devices
 from nspo.run.stage_code import code_hash as code
 from nspo.settings.bases import ScreenSettings, SelectionSettings
 from nspo.settings.data import LabelSettings, PromptSettings
-from nspo.settings.evaluation import BenchmarkSettings
+from nspo.settings.evaluation import AnsweringSettings, BenchmarkSettings
 from nspo.settings.judges import JudgeSettings
 from nspo.settings.policy.losses import WDOOR
 from nspo.settings.policy.methods import MethodSettings
@@ -142,7 +142,7 @@ def model_of(wildcards):
     """The model that a method and a seed name; `base` is the one before training."""
     if wildcards.method == inputs.BASE:
         return rules.prepare_model.output.model
-    return expand(rules.train_policy.output.policy, **wildcards)
+    return expand(rules.match_safety.output.policy, **wildcards)
 
 
 def method_of(wildcards):

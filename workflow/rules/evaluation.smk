@@ -103,7 +103,7 @@ rule judge_agreement:
 rule attribute:
     input:
         model=rules.prepare_model.output.model,
-        policy=rules.train_policy.output.policy,
+        policy=rules.match_safety.output.policy,
         certificate=rules.certify.output.certificate,
         cost=rules.train_cost.output.folder,
         evaluation=[rules.evaluate.output.metrics, rules.evaluate.output.responses],

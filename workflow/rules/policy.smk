@@ -114,11 +114,50 @@ rule train_policy:
         ' --logs "$(dirname {output.training:q})" --out {output.policy:q} 2>&1 | tee {log:q}'
 
 
+# Methods meet at equal safety: what is tested and certified is the model on the line from the base through the policy
+# where validation prompts are answered as safely as `matching.target_unsafe` says.
+rule match_safety:
+    input:
+        model=rules.prepare_model.output.model,
+        policy=rules.train_policy.output.policy,
+        cost=rules.train_cost.output.folder,
+        prompts=rules.prepare_prompts.output.prompts,
+        again=made_again("match_safety", "policy"),
+    output:
+        policy=directory("<results>/matched/{method}/seed{seed}"),
+        match="<results>/walks/{method}/seed{seed}/match.json",
+        walk="<results>/walks/{method}/seed{seed}/walk.parquet",
+    log:
+        "<logs>/match_safety/{method}-seed{seed}.log",
+    benchmark:
+        "<timings>/match_safety/{method}-seed{seed}.tsv"
+    wildcard_constraints:
+        method="|".join(map(re.escape, settings.policy.methods)),
+    conda:
+        "../envs/nspo.yaml"
+    threads: HEAVY_THREADS
+    resources:
+        **resources("match_safety"),
+        gpu=launch.gpus(settings),
+    params:
+        **tracked("matching", settings.matching),
+        **tracked("evaluation", settings.evaluation, AnsweringSettings.model_fields),
+        code=code("nspo.evaluation.walk.stage"),
+        flags=flags(settings.matching),
+        answering=flags(settings.evaluation, AnsweringSettings.model_fields),
+        start=start(),
+        runtime=runtime,
+    shell:
+        "{params.start} nspo walk {params.flags} {params.answering} {params.runtime} --name {wildcards.method}"
+        " --seed {wildcards.seed} --base {input.model:q} --policy {input.policy:q} --cost {input.cost:q}"
+        ' --prompts {input.prompts:q} --logs "$(dirname {output.match:q})" --out {output.policy:q} 2>&1 | tee {log:q}'
+
+
 # Apart from training, so that new bases measure an unconstrained policy again without training it again.
 rule certify:
     input:
         model=rules.prepare_model.output.model,
-        policy=rules.train_policy.output.policy,
+        policy=rules.match_safety.output.policy,
         bases=certified_bases,
         activations=[] if precomputed else rules.collect_activations.output.activations,
     output:

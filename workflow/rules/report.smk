@@ -28,6 +28,7 @@ rule report:
                 rules.train_policy.output.probes,
             ]
         ),
+        matches=every_policy(rules.match_safety.output.match),
         bases=bases_file,
         reward=rules.train_reward.output.metrics,
         cost=rules.train_cost.output.metrics,
@@ -65,9 +66,11 @@ rule report:
         attributions=optional("--attributions", "attributions"),
         benchmarks=optional("--benchmarks", "benchmarks"),
         screen=optional("--screen", "screen"),
+        matches=optional("--matches", "matches"),
     shell:
         "python -m nspo report --config {input.config:q} --evaluations {params.evaluations}"
         " --certificates {input.certificates:q} --policies {params.training} --bases {input.bases:q}"
         " --reward {params.reward} --cost {params.cost} {params.agreement} {params.attributions} {params.benchmarks} {params.screen}"
+        " {params.matches}"
         " --out {output.page:q} --summary {output.summary:q} --latex {output.latex:q} --cards {output.cards:q}"
         " --plots {output.plots:q} 2>&1 | tee {log:q}"

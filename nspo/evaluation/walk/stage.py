@@ -6,7 +6,7 @@ rate meets `matching.target_unsafe` (`nspo.evaluation.walk.match`). The model at
 an update in a null space stays in it along the line. So a rival also gets what interpolation alone gives it (Lin et
 al., 2309.06256; WARP, 2406.16768).
 
-The folder holds that model, `walk.parquet` (every stop, one row per prompt) and `match.json` (a*, how it was found, and
+The folder holds that model; beside it, or in `--logs`, lie `walk.parquet` (every stop, one row per prompt) and `match.json` (a*, how it was found, and
 the figures of every stop). Finished stops are kept in the working folder, so an interrupted walk goes on.
 
 Command: `nspo walk --name nspo --seed 0 --base results/model --policy results/policy/nspo/seed0 ... --out FOLDER`.
@@ -58,13 +58,15 @@ def match_safety(
     prompts: Path,
     out: Path,
     runtime: RuntimeSettings,
+    logs: Path | None = None,
 ) -> None:
-    """Walk `policy` and write the folder `out` with the model at a*.
+    """Walk `policy` and write the folder `out` with the model at a*; and match.json and walk.parquet.
 
     Args:
         name, seed: method and seed of the policy, for the record.
         base, policy: model folders.
         cost: folder of the cost model that judges the answers.
+        logs: folder of match.json and walk.parquet; by default they lie in `out`, with the model.
 
     Raises:
         UserError: a model, cost model or prompts file that is missing, broken, or of another architecture.
@@ -95,16 +97,19 @@ def match_safety(
     with atomic_path(out) as scratch:
         save_model(line.model, scratch, base)
         walker.tokenizer.save_pretrained(scratch)
-        table = [row for rows in stops.values() for row in rows]
-        pq.write_table(
-            pa.Table.from_pylist([{c: row.get(c) for c in COLUMNS} for row in table], pa.schema(list(COLUMNS.items()))),
-            scratch / "walk.parquet",
-            write_page_checksum=True,
-        )
-        write_json(scratch / "match.json", report)
+        _write_walk(stops, (logs or scratch) / "walk.parquet")
+        write_json((logs or scratch) / "match.json", report)
         tuned = model_identity(scratch)
         write_json(scratch / MANIFEST_NAME, make_manifest(KIND, **identity, method=name, seed=seed, tuned=tuned))
     work.unlink(missing_ok=True)
+
+
+def _write_walk(stops: Stops, path: Path) -> None:
+    rows = [{column: row.get(column) for column in COLUMNS} for found in stops.values() for row in found]
+    with atomic_path(path) as scratch:
+        pq.write_table(
+            pa.Table.from_pylist(rows, pa.schema(list(COLUMNS.items()))), scratch, write_page_checksum=True
+        )
 
 
 def told(found: Match, report: dict[str, Any], target: float | None) -> str:
