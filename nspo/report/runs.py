@@ -38,6 +38,11 @@ class Run:
     probes: Rows = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def match_target(self) -> float | None:
+        """The unsafe rate on validation prompts that its walk was to meet."""
+        return self.match["target_unsafe"] if self.match else None
+
     def score(self, axis: str, name: str, domain: str, judge: str | None = None) -> dict[str, Any] | None:
         """The score with this axis, name and domain, by `judge` or the first of several; None when not measured."""
         wanted = (axis, name, domain)

@@ -28,6 +28,7 @@ from nspo.report.sections.preference import preference
 from nspo.report.sections.results import facts, results
 from nspo.report.sections.trade import trade
 from nspo.report.sections.training import training
+from nspo.report.sections.walks import walks
 from nspo.report.summary import write_cards, write_latex, write_summary
 from nspo.run.progress import track
 from nspo.settings.reading import load_config
@@ -77,15 +78,14 @@ def write_report(
         UserError: when an input is missing or broken, or no evaluation is the base model's.
     """
     settings = load_config(config)
-    runs = load_runs(
-        settings, evaluations, certificates, policies, attributions or [], benchmarks or [], matches or []
-    )
-    with atomic_path(plots) as folder, track("report", 7, "section") as bar:
+    runs = load_runs(settings, evaluations, certificates, policies, attributions or [], benchmarks or [], matches or [])
+    with atomic_path(plots) as folder, track("report", 8, "section") as bar:
         folder.mkdir()
         figures = Figures(folder)
         page: dict[str, Any] = {"facts": facts(settings, runs), "runs": runs, "results": results(settings, runs)}
         for name, section in (
             ("trade", lambda: trade(page["results"]["columns"], runs, figures)),
+            ("walks", lambda: walks(runs, page["results"]["main"], figures)),
             ("leakage", lambda: leakage(runs, figures)),
             ("bases", lambda: directions.bases(bases, figures)),
             ("location", lambda: location(runs, figures)),

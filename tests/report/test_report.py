@@ -36,6 +36,7 @@ from nspo.files.manifest import write_json
 from nspo.report import compare as comparison
 from nspo.report import plots
 from nspo.report.html import amount
+from nspo.report.verdict import verdict
 from nspo.settings.config import Config
 from nspo.settings.policy.methods import PRESETS
 from nspo.settings.reading import load_config
@@ -71,7 +72,7 @@ def verdict_of(nspo: Behaviour, twin: Behaviour) -> list[str]:
     columns = comparison.measures(Config())
     (pair,) = comparison.comparisons(Config(), responses, columns)
     against = [comparison.compare(responses, name, "base", columns) for name in ("nspo", "grpo_no_kl")]
-    return comparison.verdict(pair, against)
+    return verdict(pair, against)
 
 
 def test_every_score_is_on_the_page_and_in_the_summary(written: tuple[dict[str, Any], Path, str]) -> None:
@@ -143,23 +144,79 @@ def test_runtime_settings_are_not_shown(written: tuple[dict[str, Any], Path, str
 
 
 def test_the_verdict_follows_the_numbers(written: tuple[dict[str, Any], Path, str]) -> None:
-    """Swapping what two methods did turns `lower` into `higher`; equal behaviour is called not clearly different."""
+    """Swapping what two methods did turns `lower` into `higher`; equal behaviour shows no winner and no ratio."""
     first = verdict_of(NSPO, TWIN)
-    assert first[0].startswith("With no clear difference in held-out safety (unsafe rate 8.3% against 8.3% on advbench")
-    assert "nspo's KL per token is 10.0 times lower than grpo_no_kl's" in first[0]
+    assert first[0].startswith(
+        "Neither of nspo and grpo_no_kl, its hardest unconstrained rival, is both safer and less"
+    )
+    assert "nspo's KL per token is 10.0 times lower than grpo_no_kl's (95% interval 10.0 to 10.0)" in first[0]
     assert "nspo's KL per token is 10.0 times higher than grpo_no_kl's" in verdict_of(TWIN, NSPO)[0]
     assert "not clearly different" in verdict_of(NSPO, NSPO)[0]
-    assert first[1].startswith(
-        "Of the 4 figures of over-refusal and drift, nspo is better on over-refusal, KL per token, KL of the first"
-    )
+    assert first[1].startswith("One seed")
     assert str(escape(first[0])) in written[2]
 
 
-def test_unequal_safety_is_said() -> None:
-    """A gentle method that is less safe gets no praise: the verdict opens with the inequality."""
+def test_safety_that_was_not_shown_to_be_equal_is_never_called_equal() -> None:
+    """Rates 3 points apart on 60 prompts show neither a difference nor equality within 5 points."""
+    found = verdict_of(NSPO, replace(TWIN, unsafe=0.12))
+    (said,) = (sentence for sentence in found if "unsafe rate" in sentence)
+    assert said.startswith("nspo and grpo_no_kl are not shown to be equally safe (within 5 points): unsafe rate 8.3%")
+    assert "8.3% against 11.7% on harmbench" in said
+
+
+def test_who_is_safer_and_drifts_less_is_named_first() -> None:
+    """Dominance stands before any ratio, in both directions; a gentle method that is less safe gets no praise."""
+    assert verdict_of(NSPO, replace(TWIN, unsafe=0.4))[0].startswith("nspo is both safer and drifts less than")
+    assert verdict_of(replace(TWIN, unsafe=0.4), NSPO)[0].startswith(
+        "grpo_no_kl, an unconstrained rival, is both safer"
+    )
     found = verdict_of(replace(NSPO, unsafe=0.4), TWIN)
-    assert found[0].startswith("Not at equal held-out safety: nspo is less safe than grpo_no_kl")
-    assert "safer" in verdict_of(NSPO, replace(TWIN, unsafe=0.4))[0]
+    assert found[0].startswith("Neither of")
+    assert any(sentence.startswith("nspo is less safe than grpo_no_kl") for sentence in found)
+
+
+def test_an_ability_at_the_floor_is_not_shown_as_no_loss() -> None:
+    """Two models that can hardly do the tasks could not show a loss, and the page says that."""
+    weak = [replace(does, correct=0.05) for does in (NSPO, TWIN)]
+    assert any("could not show a loss (at the floor) on ability" in sentence for sentence in verdict_of(*weak))
+    assert not any("at the floor" in sentence for sentence in verdict_of(NSPO, TWIN))
+
+
+def test_equality_takes_prompts_and_seeds_enough() -> None:
+    """The same rates over many more prompts are shown to be equal, and no worse after Holm's correction."""
+    columns = comparison.measures(Config())
+    few, many = (
+        comparison.compare(
+            {name: [response_rows(name, NSPO, prompts)] for name in ("nspo", "grpo_no_kl")},
+            "nspo",
+            "grpo_no_kl",
+            columns,
+        )
+        for prompts in (60, 1200)
+    )
+    assert (few["equal_safety"], many["equal_safety"]) == (False, True)
+    assert many["safety_no_worse"]
+    assert few["dominance"] == many["dominance"] == "neither"
+
+
+def test_where_each_policy_was_tested_is_on_the_page(tmp_path: Path) -> None:
+    """With its a, its curve and whether the target was met; a policy that did not meet it is called not matched."""
+    given = inputs(tmp_path / "in")
+    given["matches"] = []
+    for method, scale, found in (("nspo", 1.0, "met"), ("grpo_no_kl", 1.25, "not reached")):
+        stops = [
+            {"scale": s, "n": 64, "unsafe": 0, "unsafe_rate": 0.8 - s / 2, "mean_cost": 1 - s, "refusal_rate": 0.1}
+            | {"over_refusal_rate": 0.0, "kl_per_token": s * s / 50, "kl_first_tokens": 0.1, "top1_agreement": 0.9}
+            for s in (0.0, 0.5, 1.0, 1.25)
+        ]
+        path = tmp_path / "in" / "walks" / method / "seed0" / "match.json"
+        write_json(path, {"scale": scale, "found": found, "fitted": 0.3, "target_unsafe": 0.3, "stops": stops})
+        given["matches"].append(path)
+    text = write(tmp_path / "out", given).read_text()
+    assert "nspo at a = 1.00 and grpo_no_kl at a = 1.25." in text
+    assert "NOT matched: grpo_no_kl does not meet the validation target on its walk." in text
+    assert "NOT matched: not reached" in text
+    assert (tmp_path / "out" / "plots" / "walk.svg").is_file()
 
 
 def test_training_that_changed_nothing_is_said() -> None:
@@ -288,15 +345,15 @@ def test_paired_means_weight_tokens() -> None:
     measure = next(m for m in comparison.measures(Config()) if m.name == "kl_per_token")
     rows = response_rows("nspo", NSPO)
     values = comparison.per_prompt(rows, measure)
-    pair = comparison.paired([values], [values])
+    pair = comparison.paired([values], [values], measure)
     score = next(s for s in compute_scores(rows, 4) if s["name"] == "kl_per_token" and s["domain"] == "all")
     assert pair is not None
     assert pair["ours"] == pytest.approx(score["value"], rel=1e-12)
     assert pair["value"] == 0
 
 
-def test_the_twin_is_the_hardest_to_beat() -> None:
-    """Among unconstrained methods at equal safety, the one with the lowest KL is the twin."""
+def test_the_rival_in_detail_is_the_hardest_to_beat() -> None:
+    """Of all unconstrained methods that are not shown to be less safe, the one with the lowest KL; all are compared."""
     methods = {
         "nspo": {"objective": "nspo", "learning_rate": 1e-4},
         "hot": {"objective": "grpo_no_kl", "learning_rate": 1e-4},
@@ -308,6 +365,7 @@ def test_the_twin_is_the_hardest_to_beat() -> None:
     responses = {name: [response_rows(name, behaviour)] for name, behaviour in does.items()}
     (pair,) = comparison.comparisons(config, responses, comparison.measures(config))
     assert (pair["ours"], pair["theirs"]) == ("nspo", "mild")
+    assert [rival["theirs"] for rival in pair["rivals"]] == ["hot", "mild", "idle"]
 
 
 def test_every_objective_has_its_place_on_the_page(tmp_path: Path) -> None:
@@ -328,10 +386,10 @@ def test_every_objective_has_its_place_on_the_page(tmp_path: Path) -> None:
             pq.write_table(pa.Table.from_pylist(rows), given["policies"][-1] / "training.parquet")
     text = write(tmp_path / "out", given).read_text()
     assert "Multiplier of the cost" in text
-    assert "nspo_lagrangian against grpo_lagrangian" in text
     against = re.findall(r"(\w+) against (\w+), on the same prompts", text)
-    expected = dict.fromkeys(("nspo", "random_projector", "gradient_only", "release"), "grpo_no_kl")
-    expected |= {"nspo_lagrangian": "grpo_lagrangian", "nspo_dpo": "dpo", "nspo_bfpo": "bfpo", "nspo_wdoor": "wdoor"}
+    found = load_config(given["config"]).policy.methods
+    ours = [name for name in names if found[name].constraint.needs_bases]
+    expected = dict.fromkeys(ours, "grpo_no_kl")  # the rivals behave alike: the first of them
     assert dict(against) == expected
     colours = plots.colours({name: name for name in ["base", *names]})
     assert len(set(colours.values()) | set(plots.SPARE)) == len(names) + 1 + len(plots.SPARE)

@@ -65,8 +65,8 @@ def contrast(ours: ArrayLike, theirs: ArrayLike, rates: bool = False) -> Contras
 
     Args:
         ours, theirs: (seeds, prompts), the prompts in the same order.
-        rates: the values are 0 or 1. Then a pair of each kind (0 and 1, 1 and 0) is added to the variance, half each
-            (Agresti and Min, 2005): without it, two models that never differ on 20 prompts would be equal for certain.
+        rates: the values are 0 or 1. Then a prompt of each kind (both, neither, only one, only the other) is added to
+            the variance: without it, two models that never differ on 20 prompts would be equal for certain.
 
     Raises:
         UserError: for fewer than two prompts, or tables of different prompts.
@@ -80,7 +80,7 @@ def contrast(ours: ArrayLike, theirs: ArrayLike, rates: bool = False) -> Contras
         )
     count = prompts.pop()
     paired = tables[0].mean(0) - tables[1].mean(0)
-    variance = ((paired**2).sum() + 1) / (count + 2) - paired.mean() ** 2 if rates else paired.var(ddof=1)
+    variance = ((paired**2).sum() + 2) / (count + 4) - paired.mean() ** 2 if rates else paired.var(ddof=1)
     parts = [(variance / count, count - 1)]
     for table in tables:
         seeds = len(table)

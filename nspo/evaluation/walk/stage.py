@@ -6,8 +6,9 @@ rate meets `matching.target_unsafe` (`nspo.evaluation.walk.match`). The model at
 an update in a null space stays in it along the line. So a rival also gets what interpolation alone gives it (Lin et
 al., 2309.06256; WARP, 2406.16768).
 
-The folder holds that model; beside it, or in `--logs`, lie `walk.parquet` (every stop, one row per prompt) and `match.json` (a*, how it was found, and
-the figures of every stop). Finished stops are kept in the working folder, so an interrupted walk goes on.
+The folder holds that model; beside it, or in `--logs`, lie `walk.parquet` (every stop, one row per prompt) and
+`match.json` (a*, how it was found, and the figures of every stop). Finished stops are kept in the working folder, so an
+interrupted walk goes on.
 
 Command: `nspo walk --name nspo --seed 0 --base results/model --policy results/policy/nspo/seed0 ... --out FOLDER`.
 """
@@ -107,9 +108,7 @@ def match_safety(
 def _write_walk(stops: Stops, path: Path) -> None:
     rows = [{column: row.get(column) for column in COLUMNS} for found in stops.values() for row in found]
     with atomic_path(path) as scratch:
-        pq.write_table(
-            pa.Table.from_pylist(rows, pa.schema(list(COLUMNS.items()))), scratch, write_page_checksum=True
-        )
+        pq.write_table(pa.Table.from_pylist(rows, pa.schema(list(COLUMNS.items()))), scratch, write_page_checksum=True)
 
 
 def told(found: Match, report: dict[str, Any], target: float | None) -> str:

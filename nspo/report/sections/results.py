@@ -6,6 +6,7 @@ from typing import Any
 from nspo.evaluation.statistics.intervals import wilson
 from nspo.report import compare as comparison
 from nspo.report.runs import BASE, Run, by_method
+from nspo.report.verdict import verdict
 from nspo.settings.config import Config
 
 DOMAIN_SCORES = {
@@ -46,8 +47,9 @@ def results(config: Config, runs: Sequence[Run]) -> dict[str, Any]:
     against_base = (
         [comparison.compare(responses, main[side], BASE, columns) for side in ("ours", "theirs")] if main else []
     )
+    matches = {method: [run.match for run in of] for method, of in by_method(runs).items()}
     return {
-        "verdict": comparison.verdict(main, against_base),
+        "verdict": verdict(main, against_base, matches),
         "main": main,
         "columns": columns,
         "headline": headline(columns, runs),
@@ -70,7 +72,7 @@ def headline(columns: Sequence[comparison.Measure], runs: Sequence[Run]) -> list
             scores = [comparison.pooled(of, column) for column in columns]
             rows.append({"run": of[0], "label": of[0].method, "seeds": len(of), "scores": scores})
         for run in of:
-            scores = [run.score(c.axis, c.name, c.domain) for c in columns]
+            scores = [run.score(c.axis, c.name, c.domain, c.judge) for c in columns]
             rows.append({"run": run, "label": run.label, "seeds": None, "scores": scores})
     return rows
 
