@@ -71,11 +71,11 @@ def _safety(found: Mapping[str, Any], unsafe: Sequence[Mapping[str, Any]]) -> st
     ours, theirs, margin = found["ours"], found["theirs"], f"{100 * unsafe[0]['measure'].margin:.0f} points"
     if found["equal_safety"]:
         return f"{ours} and {theirs} are equally safe, within {margin}"
-    if found["safety_no_worse"]:
-        return f"{ours} is no less safe than {theirs}, within {margin}"
     readings = {row["reading"] for row in unsafe}
     if readings == {BETTER}:
         return f"{ours} is safer than {theirs}"
+    if found["safety_no_worse"]:
+        return f"{ours} is no less safe than {theirs}, within {margin}"
     if WORSE in readings:
         return f"{ours} is less safe than {theirs} on at least one set, so their drift is not compared at equal safety"
     return f"{ours} and {theirs} are not shown to be equally safe (within {margin})"
