@@ -53,7 +53,7 @@ def find_sites(model: PreTrainedModel, pattern: str = ".*") -> list[Site]:
         UserError: `pattern` is no regular expression or matches nothing; or a layer it matches holds experts of an
             unknown form, is not used exactly once per forward pass, or does not read one vector per token.
     """
-    blocks = _modules_in_blocks(model)
+    blocks = modules_in_blocks(model)
     experts = find_experts(blocks)
     by_module, own = {one.name: one for one in experts}, {one.own: one for one in experts}
     names: list[str] = []
@@ -126,7 +126,7 @@ def watch(model: PreTrainedModel, sites: Iterable[Site], receive: Receive) -> It
             handle.remove()
 
 
-def _modules_in_blocks(model: PreTrainedModel) -> dict[str, nn.Module]:
+def modules_in_blocks(model: PreTrainedModel) -> dict[str, nn.Module]:
     """Every module below the list of blocks: the decoder's outermost ModuleList with one entry per hidden layer.
 
     The decoder's, because the tower that reads images may have a list of the same length.

@@ -110,20 +110,22 @@ class _Plan:
         sequences = 1.5 * settings.samples * len(self.config.data.general)
         sequences += 1.5 * settings.harmful_samples + 1.5 * settings.benign_samples
         tokens = sequences * (_prompt(settings.max_prompt_tokens) + settings.max_new_tokens)
-        moments = sum(width**2 for width in self.shape.sites)
+        moments = self.shape.moments
         parts = (
             2 * len(self.config.data.general) + 2 * bool(settings.harmful_samples) + 2 * bool(settings.benign_samples)
         )
-        raw, packed = FP32 * tokens * sum(self.shape.sites), FP32 * parts * moments / 2
+        rows = sum(site.count * site.share * site.width for site in self.shape.sites)
+        products = sum(site.count * site.share * site.width**2 for site in self.shape.sites)
+        raw, packed = FP32 * tokens * rows, FP32 * parts * moments / 2
         disk = raw if settings.storage == "raw" or raw < settings.disk_budget_gb * 1e9 else packed
         seconds = self._decode(sequences, settings.max_new_tokens, self.collecting)
-        seconds += tokens * (2 * self.shape.multiplied + moments) / self.machine.flops / self.collecting
+        seconds += tokens * (2 * self.shape.multiplied + products) / self.machine.flops / self.collecting
         return Cost("collect_activations", seconds, self.collecting, FP32 * self.shape.weights, disk)
 
     def bases(self) -> Cost:
         """One eigenproblem per site, on the CPU, shared out among `bases.jobs`."""
-        seconds = sum(EIGEN * width**3 for width in self.shape.sites) / self.config.bases.jobs
-        return Cost("compute_bases", seconds, 0, 40 * max(self.shape.sites) ** 2, self._bases_bytes())
+        seconds = sum(EIGEN * site.count * site.width**3 for site in self.shape.sites) / self.config.bases.jobs
+        return Cost("compute_bases", seconds, 0, 40 * self.shape.widest**2, self._bases_bytes())
 
     def preference(self, target: str) -> Cost:
         """A forward pass through the leading blocks over the labelled answers."""
@@ -155,7 +157,7 @@ class _Plan:
             step += answers * length * 2 * shape.trained * self._share("cost", "reward") / flops
             step += self._decode(answers, settings.max_new_tokens, self.training)
         if method.constraint.needs_bases:  # the gradient and the weights: D U, and that times U^T
-            columns = sum(out * width * KEPT * width for out, width in shape.layers) * shape.num_hidden_layers
+            columns = sum(one.count * one.out * KEPT * one.width**2 for one in shape.matrices)
             step += settings.updates_per_step * 2 * 4 * columns / flops
         probes = 1 + math.ceil(settings.steps / settings.probe_every)
         probing = probes * self._decode(2 * settings.probe_prompts, settings.max_new_tokens, self.training)
@@ -171,9 +173,9 @@ class _Plan:
 
     def certify(self, label: str) -> Cost:
         """dW times the held-out second moments of every domain, on the CPU."""
-        work = 2 * sum(out * width**2 for out, width in self.shape.layers) * self.shape.num_hidden_layers
+        work = 2 * sum(one.count * one.out * one.width**2 for one in self.shape.matrices)
         domains = len(self.config.data.general)
-        return Cost(f"certify {label}", work * domains / CERTIFY, 0, 20 * max(self.shape.sites) ** 2, 1e6)
+        return Cost(f"certify {label}", work * domains / CERTIFY, 0, 20 * self.shape.widest**2, 1e6)
 
     def evaluate(self, label: str) -> Cost:
         """Greedy answers to every held-out prompt, and for a policy both models' distributions on them."""
@@ -210,11 +212,11 @@ class _Plan:
 
     def _share(self, *targets: str) -> float:
         """Share of the blocks that the preference models of `targets` read, the most of them."""
-        most = self.shape.num_hidden_layers
+        most = self.shape.blocks
         return min(max(getattr(self.config, target).backbone_layers or most for target in targets) / most, 1.0)
 
     def _bases_bytes(self) -> float:
-        return FP32 * KEPT * sum(width**2 for width in self.shape.sites)
+        return FP32 * KEPT * self.shape.moments
 
 
 def _prompt(most: int) -> int:
@@ -280,10 +282,12 @@ def show_plan(config: Path, model: str | None, machine: str | None, devices: int
     if devices is not None and devices < 1:
         raise UserError(f"--devices {devices}: expected at least 1")
     chosen = MACHINES[name]
-    costs = stages(settings, shape_of(model or settings.model.source), chosen, devices)
+    shape = shape_of(model or settings.model.source)
+    costs = stages(settings, shape, chosen, devices)
     sys.stdout.write(
-        f"{table(list(rows(costs, chosen)))}\n\nAssumed of one {name}: {chosen.flops / 1e12:.3g} TFLOP/s, "
-        f"{chosen.bandwidth / 1e12:.3g} TB/s, {chosen.memory / 1e9:.3g} GB; prompts of {PROMPT_TOKENS} tokens, answers "
-        f"at full length, {LABELS} labels, {QUESTIONS} prompts of a benchmark without limit.\nEverything else is "
-        "measured or counted (docs/scaling.md); expect a factor of two or three.\n"
+        f"{table(list(rows(costs, chosen)))}\n\nThe model: {shape.weights / 1e9:.3g} billion weights, "
+        f"{shape.active / 1e9:.3g} active per token, {shape.trained / 1e9:.3g} constrained.\nAssumed of one {name}: "
+        f"{chosen.flops / 1e12:.3g} TFLOP/s, {chosen.bandwidth / 1e12:.3g} TB/s, {chosen.memory / 1e9:.3g} GB; prompts "
+        f"of {PROMPT_TOKENS} tokens, answers at full length, {LABELS} labels, {QUESTIONS} prompts of a benchmark "
+        "without limit.\nEverything else is measured or counted (docs/scaling.md); expect a factor of two or three.\n"
     )

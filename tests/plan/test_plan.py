@@ -1,13 +1,18 @@
 """The plan: counts that must match real models, sizes that must match the default run, and the tables in the docs."""
 
+import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
+import transformers as tf
+from support.mixtures import mixture
 from transformers import AutoModelForCausalLM
 
 from nspo.errors import UserError
+from nspo.models.sites import find_sites
 from nspo.plan.plan import MACHINES, rows, show_plan, stages
-from nspo.plan.shapes import SHAPES, Shape, shape_of
+from nspo.plan.shapes import SHAPES, shape_of
 from nspo.settings.config import Config
 from nspo.settings.reading import check_config, load_config
 
@@ -16,12 +21,51 @@ SCALING = ROOT / "docs/scaling.yaml"
 
 
 def test_weights_are_those_of_the_model(tiny_model_dir: Path) -> None:
-    """All weights but the norms are counted, and the linear layers of the blocks among them."""
+    """All weights are counted, the linear layers of the blocks among them, and the inputs that those read."""
     model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
     shape = shape_of(str(tiny_model_dir))
+    assert shape.weights == sum(weight.numel() for weight in model.parameters())
     matrices = {name: weight for name, weight in model.named_parameters() if weight.ndim == 2}
-    assert shape.weights == sum(weight.numel() for weight in matrices.values())
     assert shape.trained == sum(weight.numel() for name, weight in matrices.items() if ".layers." in name)
+    sites = find_sites(model)
+    assert sorted(site.width for site in sites) == sorted(w for one in shape.sites for w in [one.width] * one.count)
+
+
+MOE = {"vocab_size": 151936, "hidden_size": 2048, "num_hidden_layers": 48, "num_attention_heads": 32, "head_dim": 128}
+MOE |= {"num_key_value_heads": 4, "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8}
+GEMMA = {"vocab_size": 262208, "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34}
+GEMMA |= {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256}
+SIGLIP = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16}
+
+
+@pytest.mark.parametrize(
+    ("config", "billions", "active"),
+    [
+        (tf.Qwen3MoeConfig(**MOE), 30.5, 3.3),
+        (tf.MixtralConfig(), 46.7, 12.9),
+        (tf.Gemma3Config(text_config=GEMMA, vision_config={**SIGLIP, "image_size": 896, "patch_size": 14}), 4.3, 4.3),
+    ],
+    ids=["qwen3-30b-a3b", "mixtral-8x7b", "gemma3-4b"],
+)
+def test_mixtures_and_nested_configurations_have_their_published_sizes(
+    config, billions, active, tmp_path: Path
+) -> None:
+    """All weights and those active per token, to 2%, from config.json alone."""
+    config.save_pretrained(tmp_path)
+    shape = shape_of(str(tmp_path / "config.json"))
+    assert shape.weights / 1e9 == pytest.approx(billions, rel=0.02)
+    assert shape.active / 1e9 == pytest.approx(active, rel=0.02)
+
+
+def test_experts_are_counted_as_they_are_collected() -> None:
+    """One shared input, and one for each expert with the share of the tokens that reach it."""
+    model = mixture("Qwen3Moe")
+    with TemporaryDirectory() as folder:
+        model.config.save_pretrained(folder)
+        shape = shape_of(folder)
+    found = sorted((site.width, site.share) for site in find_sites(model))
+    assert sorted(one for site in shape.sites for one in [(site.width, site.share)] * site.count) == found
+    assert shape.weights == sum(weight.numel() for weight in model.parameters())
 
 
 @pytest.mark.parametrize(
@@ -130,7 +174,16 @@ def test_refusals(model: str, machine: str | None, devices: int | None, said: st
         show_plan(ROOT / "config/smoke.yaml", model, machine, devices)
 
 
-def test_a_config_without_sizes_is_refused() -> None:
-    """What is no decoder names the size that it lacks."""
-    with pytest.raises(UserError, match=r"a/config\.json has no intermediate_size"):
-        Shape.of({"hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1}, "a/config.json")
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"model_type": "no-such-model"}, r"config\.json is no model that transformers knows"),
+        ({"model_type": "bart"}, r"encoder-decoder"),
+        ({"model_type": "jetmoe", "num_hidden_layers": 1}, r"holds experts in a form that cannot be constrained"),
+    ],
+)
+def test_what_is_no_decoder_of_ours_is_refused(config, said, tmp_path: Path) -> None:
+    """In one line, whatever stands in the file."""
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=said):
+        shape_of(str(tmp_path))
