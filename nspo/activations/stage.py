@@ -35,6 +35,7 @@ from nspo.activations.store import ActivationStore, PartWriter
 from nspo.errors import UserError
 from nspo.files.atomic import atomic_path
 from nspo.files.manifest import MANIFEST_NAME, fingerprint, make_manifest, read_json, write_json
+from nspo.models.coverage import blocks_of
 from nspo.models.generation import generate
 from nspo.models.linears import layer_norms
 from nspo.models.loading import load_model, load_tokenizer, model_identity
@@ -126,8 +127,10 @@ def _collect(
         time.sleep(POLL_SECONDS)
     processes.wait_for_everyone()  # so that the work folder goes away when nobody looks at it any more
     if processes.is_main_process:
+        blocks = blocks_of(network, norms)
         parts = [read_json(path) for path in finished]
-        write_json(store / MANIFEST_NAME, make_manifest("activations", **identity, parts=parts, layer_norms=norms))
+        facts = {"parts": parts, "layer_norms": norms, "blocks": blocks}
+        write_json(store / MANIFEST_NAME, make_manifest("activations", **identity, **facts))
         with atomic_path(out) as scratch:
             shutil.move(store, scratch)
         shutil.rmtree(work)

@@ -85,10 +85,14 @@ def merge(several: Sequence[NullSpaceBases]) -> NullSpaceBases:
             stacklevel=2,
         )
     identities = [_identity(bases) for bases in several]
+    for identity in identities:
+        identity.pop("blocks", None)  # of the model, the same for all
     models = [identity.pop("model", {}) for identity in identities]
     shared = {key: value for key, value in models[0].items() if all(model.get(key) == value for model in models)}
     parts = [part for identity in identities for part in identity.get("merged", [identity])]
-    return NullSpaceBases(sites, first.manifest["layer_norms"], model=shared, merged=parts)
+    return NullSpaceBases(
+        sites, first.manifest["layer_norms"], model=shared, blocks=first.manifest.get("blocks"), merged=parts
+    )
 
 
 def _check_mergeable(first: NullSpaceBases, other: NullSpaceBases, name: str, of: str) -> None:

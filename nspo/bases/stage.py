@@ -24,6 +24,7 @@ from nspo.activations.store import HARMFUL, ActivationStore
 from nspo.bases.file import NullSpaceBases
 from nspo.errors import UserError
 from nspo.files.manifest import check_made_with, fingerprint, make_manifest
+from nspo.models.coverage import coverage_of, in_words
 from nspo.models.sites import Site
 from nspo.nullspace.basis import Kind, SiteBasis
 from nspo.nullspace.spectra import (
@@ -95,7 +96,8 @@ def compute_bases(
             f"{TOKENS_PER_DIRECTION} tokens per direction and stay frozen ({names}{', ...' * (len(idle) > 3)}; "
             "`nspo bases info` names all)"
         )
-    bases = NullSpaceBases([ready[site.name] for site in wanted], norms, **identity, domains=_domains(store))
+    facts = {"domains": _domains(store), "blocks": store.manifest.get("blocks")}
+    bases = NullSpaceBases([ready[site.name] for site in wanted], norms, **identity, **facts)
     if part is None:
         bases.check_free()
     bases.save(out)
@@ -103,6 +105,7 @@ def compute_bases(
     free = statistics.mean(site.null_dim / site.width for site in bases.values())
     rule = f"{settings.rule} {settings.threshold:g}"
     say(f"bases: rule {rule}, {len(bases)} sites, {free:.0%} of a site free on average")
+    say(f"bases: {in_words(coverage_of(bases.manifest))}")
 
 
 def share_of(sites: list[Site], part: str | None) -> list[Site]:

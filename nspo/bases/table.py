@@ -10,6 +10,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from nspo.models.coverage import coverage_of, in_words
+
 if TYPE_CHECKING:
     from nspo.bases.file import NullSpaceBases
     from nspo.nullspace.basis import SiteBasis
@@ -33,7 +35,7 @@ def kind_of(layers: Sequence[str]) -> str:
     """What the layers that read one input are called in every block: `self_attn.q/k/v_proj`; experts share a kind."""
     names: dict[str, list[str]] = {}
     for layer in layers:
-        parent, _, name = re.sub(r"\.\d+\.", ".*.", _BLOCK.sub("", layer, count=1)).rpartition(".")
+        parent, _, name = re.sub(r"\.\d+(?=\.|$)", ".*", _BLOCK.sub("", layer, count=1)).rpartition(".")
         names.setdefault(parent, []).append(name)
     joined = (("/".join(parts).replace("_proj/", "/"), parent) for parent, parts in names.items())
     return " + ".join(f"{parent}.{name}" if parent else name for name, parent in joined)
@@ -84,6 +86,7 @@ def facts(bases: "NullSpaceBases") -> dict[str, str]:
         "tokenizer": str(model.get("tokenizer", "not recorded")),
         "rule": "; ".join(rules) + _weights(bases.manifest),
         "data": "; ".join(data) or "not recorded",
+        "coverage": in_words(coverage_of(bases.manifest)),
     }
 
 

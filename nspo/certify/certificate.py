@@ -28,12 +28,12 @@ import torch
 from torch import Tensor
 
 from nspo.activations.store import HARMFUL, ActivationStore
-from nspo.bases.coverage import block_weights, coverage
 from nspo.bases.file import NullSpaceBases
 from nspo.certify.checkpoints import CheckpointPair
 from nspo.errors import UserError
 from nspo.files.journal import JsonLines
 from nspo.files.manifest import check_made_with, fingerprint, make_manifest
+from nspo.models.coverage import block_weights, coverage
 from nspo.models.loading import load_config, model_identity
 from nspo.nullspace.basis import SiteBasis
 from nspo.nullspace.moments import add_second_moment

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from nspo.bases.coverage import block_weights, coverage, coverage_line
 from nspo.bases.file import NullSpaceBases
 from nspo.constraint.anchors import given_weights, holders, narrow, own_weights, saved_weights
 from nspo.constraint.layers import Layer
 from nspo.constraint.refusals import refuse_engines, refuse_late_freeze, refuse_weights
 from nspo.constraint.zero import Partition, ZeroLayer, own_rows, partitions, zero_optimizer
 from nspo.errors import UserError
+from nspo.models.coverage import block_weights, coverage, coverage_line
 from nspo.models.linears import Weight, canonical_name, find_weights, frobenius, matrices, whole_shape
 from nspo.nullspace.projection import inner_product, project_, reanchor_, squared_norm
 
@@ -36,7 +36,7 @@ class Constraint:
         mode: "both", "anchor" or "gradient".
         frozen_names: canonical names of the parameters that `constrain` froze.
         unprotected_share: share of the trainable weights that no basis covers.
-        coverage: shares of the blocks' weights that are constrained, frozen and unprotected (`nspo.bases.coverage`).
+        coverage: shares of the blocks' weights that are constrained, frozen and unprotected (`nspo.models.coverage`).
 
     Nothing here belongs in a checkpoint: a resumed run calls `constrain` again with the base folder as anchor.
     """

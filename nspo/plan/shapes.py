@@ -135,7 +135,7 @@ def count(folder: Path) -> Shape:
     from nspo.models.sites import modules_in_blocks
 
     config = load_config(folder, f"--model {folder}")
-    model = empty_model(config)
+    model: Any = empty_model(config)
     blocks = modules_in_blocks(model)
     if unknown := next(unknown_experts(blocks), None):
         raise UserError(f"--model {folder}: {unknown} holds experts in a form that cannot be constrained")

@@ -6,6 +6,7 @@ from typing import Any
 from nspo.bases.table import block_of, kind_of
 from nspo.files.manifest import read_json
 from nspo.files.tensors import read_tensor_manifest
+from nspo.models.coverage import coverage_of, in_words
 from nspo.report import plots
 from nspo.report.figures import Figures
 from nspo.report.sections.leakage import _cycle, _mean, _spread
@@ -63,6 +64,7 @@ def bases(path: Path, figures: Figures) -> dict[str, Any]:
         "rule": first["rule"],
         "threshold": first["threshold"],
         "manifest": manifest,
+        "coverage": in_words(coverage_of(manifest)),
     }
 
 

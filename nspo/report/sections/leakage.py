@@ -33,6 +33,7 @@ def leakage(runs: Sequence[Run], figures: Figures) -> dict[str, Any]:
             "constrained": run.certificate["constrained"],
             "layers": len(run.certificate["layers"]),
             "summary": run.certificate["summary"],
+            "coverage": run.certificate.get("coverage") or {},
             "theory": run.settings.get("theory"),
         }
         for run in certified
