@@ -72,6 +72,7 @@ def test_facts_name_model_rule_and_data() -> None:
         "tokenizer": "not recorded",
         "rule": "rank, threshold 1, maths weighs 2",
         "data": "harmful 5 tokens (0 held out); maths 8 tokens (4 held out)",
+        "coverage": "not recorded",
     }
     assert facts(bases(1))["data"] == "not recorded"
     names = [row["domain"] for row in data_rows(merge([one, one]).manifest)]

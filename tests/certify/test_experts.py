@@ -1,5 +1,7 @@
 """The certificate of a mixture of experts: every expert on the saved weights, and how much of the blocks is covered."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from support.mixtures import EXPERTS, MIXTURES, mixture, mixture_bases
@@ -90,3 +92,28 @@ def test_the_attribution_takes_the_experts_of_a_parameter_together(tmp_path):
     norm = float((tuned[DOWN].double() - base[DOWN].double()).norm())
     assert changed[DOWN]["update_norm"] == pytest.approx(norm, rel=1e-5)
     assert (changed[DOWN]["block"], changed[DOWN]["part"]) == (1, "MLP")
+
+
+NAMED = [
+    "qwen3_moe",
+    "qwen3_5_moe",
+    "gpt_oss",
+    "mixtral",
+    "olmoe",
+    "glm4_moe",
+    "deepseek_v3",
+    "minimax",
+    "granitemoe",
+    "lfm2_moe",
+    "nemotron_h",
+]
+
+
+@pytest.mark.parametrize("kind", NAMED)
+def test_the_table_of_the_docs_has_the_families_that_people_align(kind):
+    """Each works, with most of its blocks constrained and rounding alone leaked."""
+    page = Path(__file__).parents[2].joinpath("docs/models.md").read_text()
+    cells = next(line for line in page.splitlines() if line.startswith(f"| {kind} |")).split("|")
+    constrained, _, leakage = (cell.strip() for cell in cells[3:6])
+    assert float(constrained.rstrip("%")) > 90
+    assert float(leakage) < 1e-6

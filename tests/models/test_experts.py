@@ -6,6 +6,7 @@ import transformers as tf
 from support.mixtures import COMMON, EXPERTS, LOCAL, MIXTURES, mixture
 
 from nspo.errors import UserError
+from nspo.models.coverage import blocks_of, coverage_of, in_words
 from nspo.models.linears import find_weights, locate
 from nspo.models.sites import find_sites, watch
 from nspo.nullspace.projection import project_
@@ -132,3 +133,24 @@ def test_some_experts_of_a_parameter_alone_are_refused():
         locate(model, ["model.layers.0.mlp.experts.down_proj.2"])
     with pytest.raises(UserError, match=r"no layer model\.layers\.0\.mlp\.experts\.down_proj\.4"):
         locate(model, [f"model.layers.0.mlp.experts.down_proj.{number}" for number in range(1, 5)])
+
+
+def test_the_coverage_names_what_is_frozen_and_what_is_not_read():
+    """Shares are of all weights of the blocks; routers and norms are named, and towers that read images."""
+    model = mixture("Qwen3Moe")
+    sites = find_sites(model)
+    found = blocks_of(model, [layer for site in sites for layer in site.layers])
+    inside = {name: p.numel() for name, p in model.named_parameters() if ".layers." in name}
+    assert found["weights"] == sum(inside.values())
+    assert found["frozen"]["mlp.gate.weight"] == sum(n for name, n in inside.items() if name.endswith("gate.weight"))
+    assert sum(found["layers"].values()) + sum(found["frozen"].values()) == found["weights"]
+    rows = {site.name: {"site": site.name, "layers": site.layers, "null_dim": 3} for site in sites}
+    idle = sites[-1].name
+    rows[idle]["null_dim"] = 0
+    covered = coverage_of({"blocks": {**found, "unprotected_inputs": ["image"]}, "sites": rows})
+    free = sum(count for layer, count in found["layers"].items() if layer != idle)
+    assert covered["constrained"] == pytest.approx(free / found["weights"])
+    said = in_words(covered)
+    assert f"1 sites without a free direction ({idle})" in said
+    assert "image inputs are unprotected" in said
+    assert in_words(coverage_of({})) == "not recorded"
