@@ -40,8 +40,8 @@ from nspo.models.loading import load_model
 from nspo.models.stage import prepare_model
 from nspo.run.progress import say, silence
 from nspo.settings.bases import ActivationSettings, BasesSettings
+from nspo.settings.model import ModelSettings
 from nspo.settings.runtime import RuntimeSettings
-from nspo.sources import Source
 
 STEPS, LIMIT_S = 3, 150
 
@@ -79,7 +79,7 @@ def path(model: Any, folder: Path) -> dict[str, Any]:
         TOKENIZER.save_pretrained(folder / "made")
 
     def prepare() -> None:
-        prepare_model(Source.parse(str(folder / "made")), folder, base)
+        prepare_model(ModelSettings(source=str(folder / "made")), folder, base)
 
     def gather() -> None:
         prompts = write_prompts(folder / "prompts.parquet")
