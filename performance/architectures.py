@@ -35,7 +35,7 @@ from nspo.certify.certificate import verify
 from nspo.errors import UserError, first_line
 from nspo.files.atomic import atomic_path
 from nspo.files.manifest import read_json, write_json
-from nspo.models.classes import model_class
+from nspo.models.folders.classes import model_class
 from nspo.models.loading import load_model
 from nspo.models.stage import prepare_model
 from nspo.run.progress import say, silence

@@ -28,7 +28,7 @@ from nspo.activations.chunks import Answered, kept_positions, make_chunks, padde
 from nspo.activations.stage import BATCH_TOKENS, forward
 from nspo.activations.store import PartWriter
 from nspo.models.loading import load_model, load_tokenizer
-from nspo.models.sites import Site, find_sites
+from nspo.models.structure.sites import Site, find_sites
 from nspo.run.devices import device_of
 from nspo.run.progress import say
 from nspo.run.tables import table

@@ -40,8 +40,8 @@ from nspo.files.atomic import atomic_path
 from nspo.models.chat import chat_ids
 from nspo.models.drift import FIGURES, Remembered, drift, token_weights
 from nspo.models.generation import generate
-from nspo.models.linears import find_weights
 from nspo.models.loading import load_model, load_tokenizer
+from nspo.models.structure.linears import find_weights
 from nspo.nullspace.basis import Kind, SiteBasis
 from nspo.nullspace.projection import project_
 from nspo.nullspace.spectra import contrast_free, energies, protected_rank, share, symmetric_eigh

@@ -26,9 +26,9 @@ from transformers import Qwen2Config, Qwen2Model
 
 from nspo import NullSpaceBases, constrain
 from nspo.constraint.constrain import Mode, freeze_uncovered
-from nspo.models.linears import find_weights, layer_norms
 from nspo.models.loading import load_model
-from nspo.models.sites import find_sites
+from nspo.models.structure.linears import find_weights, layer_norms
+from nspo.models.structure.sites import find_sites
 from nspo.nullspace.basis import Kind, SiteBasis
 from nspo.nullspace.projection import reanchor_
 from nspo.report import plots

@@ -30,7 +30,7 @@ from nspo.bases.file import NullSpaceBases
 from nspo.certify.checkpoints import INDEX
 from nspo.files.manifest import MANIFEST_NAME, make_manifest, write_json
 from nspo.models.loading import model_identity
-from nspo.models.sites import Site
+from nspo.models.structure.sites import Site
 from nspo.models.tiny import tiny_tokenizer
 from nspo.nullspace.basis import SiteBasis
 

@@ -12,9 +12,9 @@ import torch
 from nspo.bases.file import NullSpaceBases
 from nspo.bases.stage import compute_basis
 from nspo.certify.certificate import verify
-from nspo.models.linears import layer_norms
 from nspo.models.loading import load_model, model_identity
-from nspo.models.sites import find_sites
+from nspo.models.structure.linears import layer_norms
+from nspo.models.structure.sites import find_sites
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*.py"))

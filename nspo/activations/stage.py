@@ -1,9 +1,9 @@
 """Collect the inputs K of a model's linear layers over prompts and the model's own greedy answers.
 
-Per site (see `nspo.models.sites`) the store keeps either every kept token's input (`raw`) or the exact second moment
-S = sum_n k_n k_n^T (`moments`), apart for every domain and for the two splits `basis` (chooses what to protect) and
-`heldout` (certifies it). Prompts that an evaluation calls held-out never enter the basis. Padding, positions after the
-end of an answer and the first `drop_first` positions are never kept.
+Per site (see `nspo.models.structure.sites`) the store keeps either every kept token's input (`raw`) or the exact second
+moment S = sum_n k_n k_n^T (`moments`), apart for every domain and for the two splits `basis` (chooses what to protect)
+and `heldout` (certifies it). Prompts that an evaluation calls held-out never enter the basis. Padding, positions after
+the end of an answer and the first `drop_first` positions are never kept.
 
 Products are summed in float32 within one batch, across batches in float64, and stored as float32 (see
 `nspo.activations.store`). Held are one batch, moments, and a short queue of rows,
@@ -35,11 +35,11 @@ from nspo.activations.store import ActivationStore, PartWriter
 from nspo.errors import UserError
 from nspo.files.atomic import atomic_path
 from nspo.files.manifest import MANIFEST_NAME, fingerprint, make_manifest, read_json, write_json
-from nspo.models.coverage import blocks_of
 from nspo.models.generation import generate
-from nspo.models.linears import layer_norms
 from nspo.models.loading import load_model, load_tokenizer, model_identity
-from nspo.models.sites import Site, find_sites, watch
+from nspo.models.structure.coverage import blocks_of
+from nspo.models.structure.linears import layer_norms
+from nspo.models.structure.sites import Site, find_sites, watch
 from nspo.run.processes import own_device, processes_of
 from nspo.run.progress import say, track
 from nspo.settings.bases import ActivationSettings

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from nspo.errors import UserError
 from nspo.files.manifest import MANIFEST_NAME, check_manifest, read_json
-from nspo.models.sites import Site
+from nspo.models.structure.sites import Site
 from nspo.nullspace.moments import add_second_moment, mirror, unpack, upper_blocks
 
 HARMFUL, BENIGN = "harmful", "benign"  # the domains that do not come from general tasks

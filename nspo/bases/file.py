@@ -14,7 +14,7 @@ from torch import nn
 from nspo.errors import UserError
 from nspo.files.manifest import check_made_with, fingerprint_model, make_manifest
 from nspo.files.tensors import load_tensors, save_tensors
-from nspo.models.linears import Weight, canonical_name, find_weights, layer_norms
+from nspo.models.structure.linears import Weight, canonical_name, find_weights, layer_norms
 from nspo.nullspace.basis import Kind, SiteBasis
 
 __all__ = ["Kind", "NullSpaceBases", "SiteBasis"]

@@ -24,8 +24,8 @@ from nspo.activations.store import HARMFUL, ActivationStore
 from nspo.bases.file import NullSpaceBases
 from nspo.errors import UserError
 from nspo.files.manifest import check_made_with, fingerprint, make_manifest
-from nspo.models.coverage import coverage_of, in_words
-from nspo.models.sites import Site
+from nspo.models.structure.coverage import coverage_of, in_words
+from nspo.models.structure.sites import Site
 from nspo.nullspace.basis import Kind, SiteBasis
 from nspo.nullspace.spectra import (
     ROUNDING,

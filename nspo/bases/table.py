@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from nspo.models.coverage import coverage_of, in_words
+from nspo.models.structure.coverage import coverage_of, in_words
 
 if TYPE_CHECKING:
     from nspo.bases.file import NullSpaceBases

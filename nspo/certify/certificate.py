@@ -33,8 +33,8 @@ from nspo.certify.checkpoints import CheckpointPair
 from nspo.errors import UserError
 from nspo.files.journal import JsonLines
 from nspo.files.manifest import check_made_with, fingerprint, make_manifest
-from nspo.models.coverage import block_weights, coverage
 from nspo.models.loading import load_config, model_identity
+from nspo.models.structure.coverage import block_weights, coverage
 from nspo.nullspace.basis import SiteBasis
 from nspo.nullspace.moments import add_second_moment
 from nspo.nullspace.projection import protected_part

@@ -1,9 +1,9 @@
 """Two checkpoints of one architecture on disk, read side by side in slices of rows.
 
-Weights go by their names in memory (`nspo.models.weights`). Neither model and no tensor is ever whole in memory, but
-for those that transformers stacks or splits as it loads them: a slice is copied out of the mapped file, and the file
-is closed after each tensor, so that the pages it touched are given back. Dtypes may differ; differences are taken in
-float32.
+Weights go by their names in memory (`nspo.models.folders.weights`). Neither model and no tensor is ever whole in
+memory, but for those that transformers stacks or splits as it loads them: a slice is copied out of the mapped file, and
+the file is closed after each tensor, so that the pages it touched are given back. Dtypes may differ; differences are
+taken in float32.
 """
 
 import math
@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from nspo.errors import UserError
-from nspo.models.classes import empty_model, model_class, unprotected_inputs
-from nspo.models.linears import Weight, locate
+from nspo.models.folders.classes import empty_model, model_class, unprotected_inputs
+from nspo.models.folders.weights import Weights, open_weights
 from nspo.models.loading import load_config
-from nspo.models.weights import Weights, open_weights
+from nspo.models.structure.linears import Weight, locate
 
 SLICE = 2**25  # values of a tensor in memory at a time: 128 MiB in float32
 

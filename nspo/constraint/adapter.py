@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from nspo.bases.file import NullSpaceBases
 from nspo.constraint.constrain import VERIFY_TOLERANCE
 from nspo.errors import UserError
-from nspo.models.linears import canonical_name, is_transposed, locate
+from nspo.models.structure.linears import canonical_name, is_transposed, locate
 from nspo.nullspace.basis import SiteBasis
 from nspo.nullspace.projection import protected_part, squared_norm
 

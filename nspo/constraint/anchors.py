@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from nspo.constraint.zero import whole
 from nspo.errors import UserError
-from nspo.models.linears import Weight, find_weights, local, whole_shape
+from nspo.models.structure.linears import Weight, find_weights, local, whole_shape
 
 
 def own_weights(weights: Mapping[str, Weight]) -> Iterator[tuple[str, Tensor]]:
@@ -37,7 +37,7 @@ def saved_weights(folder: Path, model: nn.Module, weights: Mapping[str, Weight])
     Raises:
         UserError: when the folder has no safetensors, lacks a weight, or has another shape for it.
     """
-    from nspo.models.weights import open_weights  # here: a constraint without a folder needs no transformers
+    from nspo.models.folders.weights import open_weights  # here: a constraint without a folder needs no transformers
 
     saved = open_weights(folder, model)
     for name, weight in weights.items():

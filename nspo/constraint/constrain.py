@@ -20,8 +20,8 @@ from nspo.constraint.layers import Layer
 from nspo.constraint.refusals import refuse_engines, refuse_late_freeze, refuse_weights
 from nspo.constraint.zero import Partition, ZeroLayer, own_rows, partitions, zero_optimizer
 from nspo.errors import UserError
-from nspo.models.coverage import block_weights, coverage, coverage_line
-from nspo.models.linears import Weight, canonical_name, find_weights, frobenius, matrices, whole_shape
+from nspo.models.structure.coverage import block_weights, coverage, coverage_line
+from nspo.models.structure.linears import Weight, canonical_name, find_weights, frobenius, matrices, whole_shape
 from nspo.nullspace.projection import inner_product, project_, reanchor_, squared_norm
 
 Mode = Literal["both", "anchor", "gradient"]
@@ -36,7 +36,8 @@ class Constraint:
         mode: "both", "anchor" or "gradient".
         frozen_names: canonical names of the parameters that `constrain` froze.
         unprotected_share: share of the trainable weights that no basis covers.
-        coverage: shares of the blocks' weights that are constrained, frozen and unprotected (`nspo.models.coverage`).
+        coverage: shares of the blocks' weights that are constrained, frozen and unprotected
+        (`nspo.models.structure.coverage`).
 
     Nothing here belongs in a checkpoint: a resumed run calls `constrain` again with the base folder as anchor.
     """

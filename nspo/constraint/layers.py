@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nspo.models.linears import Weight, matrices, sum_over_shards
+from nspo.models.structure.linears import Weight, matrices, sum_over_shards
 from nspo.nullspace.basis import Kind
 from nspo.nullspace.projection import exact_inner_product, protected_part, squared_norm
 

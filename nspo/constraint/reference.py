@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from nspo.bases.file import NullSpaceBases
-from nspo.models.linears import find_weights
+from nspo.models.structure.linears import find_weights
 
 
 @torch.no_grad()

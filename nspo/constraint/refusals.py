@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from nspo.errors import UserError
-from nspo.models.linears import Weight, canonical_name
+from nspo.models.structure.linears import Weight, canonical_name
 
 _UNSUPPORTED_OPTIMIZERS = re.compile(r"schedulefree|lomo|layerwise", re.IGNORECASE)
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nspo.constraint.layers import Layer
-from nspo.models.linears import whole_shape
+from nspo.models.structure.linears import whole_shape
 from nspo.nullspace.projection import exact_inner_product
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from nspo.errors import UserError, first_line
-from nspo.models.template import frozen
+from nspo.models.folders.template import frozen
 
 PROBE = "What is nspo?"
 # Templates of multimodal models read a turn's content as a list of parts, and many show nothing of plain text.

@@ -16,10 +16,10 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 from nspo.errors import UserError, first_line
 from nspo.files.manifest import MANIFEST_NAME, check_fingerprints, read_json
 from nspo.models.chat import read_plain_text
-from nspo.models.classes import model_class
-from nspo.models.files import check_model_files
+from nspo.models.folders.classes import model_class
+from nspo.models.folders.files import check_model_files
+from nspo.models.folders.template import frozen
 from nspo.models.generation import plain_generation
-from nspo.models.template import frozen
 from nspo.sources import Source
 
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]  # no pickle, no code

@@ -19,10 +19,10 @@ from nspo.errors import UserError, first_line
 from nspo.files.atomic import atomic_path
 from nspo.files.manifest import MANIFEST_NAME, fingerprint_model, make_manifest, write_json
 from nspo.models.chat import set_chat
-from nspo.models.classes import empty_model, model_class
-from nspo.models.files import check_model_files
+from nspo.models.folders.classes import empty_model, model_class
+from nspo.models.folders.files import check_model_files
+from nspo.models.folders.template import date_of
 from nspo.models.loading import hub_folder, load_config, load_model, load_whole, read_tokenizer, save_model
-from nspo.models.template import date_of
 from nspo.settings.model import ModelSettings
 from nspo.sources import Source
 

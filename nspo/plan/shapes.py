@@ -128,11 +128,11 @@ def count(folder: Path) -> Shape:
     """
     from torch import nn
 
-    from nspo.models.classes import empty_model
-    from nspo.models.experts import find_experts, is_router, unknown_experts
-    from nspo.models.linears import Weight, is_transposed
+    from nspo.models.folders.classes import empty_model
     from nspo.models.loading import load_config
-    from nspo.models.sites import modules_in_blocks
+    from nspo.models.structure.experts import find_experts, is_router, unknown_experts
+    from nspo.models.structure.linears import Weight, is_transposed
+    from nspo.models.structure.sites import modules_in_blocks
 
     config = load_config(folder, f"--model {folder}")
     model: Any = empty_model(config)

@@ -21,8 +21,8 @@ from nspo.files.journal import JsonLines
 from nspo.files.manifest import MANIFEST_NAME, fingerprint, fingerprint_files, make_manifest, read_json, write_json
 from nspo.files.tables import write_table
 from nspo.judges.make import judge_of
+from nspo.models.folders.weights import saved_as_in_memory
 from nspo.models.loading import load_model, load_tokenizer, model_identity, save_model
-from nspo.models.weights import saved_as_in_memory
 from nspo.policy.log import REMEDY, LogCallback, LoggedCallback, theory
 from nspo.policy.methods.objectives import (
     check_given,

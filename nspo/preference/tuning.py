@@ -21,7 +21,7 @@ from transformers.trainer_callback import PrinterCallback
 from trl import RewardConfig, RewardTrainer
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
-from nspo.models.weights import saved_as_in_memory
+from nspo.models.folders.weights import saved_as_in_memory
 from nspo.preference.objective import CENTRE, Judgements
 from nspo.run.devices import has_bf16
 from nspo.run.progress import say

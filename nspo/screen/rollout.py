@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from nspo.judges.refusal import is_refusal
 from nspo.models.chat import chat_ids
 from nspo.models.generation import generate
-from nspo.models.linears import Weight
+from nspo.models.structure.linears import Weight
 from nspo.policy.methods.replay import IGNORED, encode
 from nspo.policy.rollouts.reward import Scorer, safety_reward, score_where
 from nspo.run.progress import track

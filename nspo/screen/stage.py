@@ -31,8 +31,8 @@ from nspo.files.manifest import MANIFEST_NAME, fingerprint, fingerprint_files, m
 from nspo.models.chat import chat_ids
 from nspo.models.drift import Remembered, drift, token_weights
 from nspo.models.generation import generate
-from nspo.models.linears import Weight, find_weights
 from nspo.models.loading import load_model, load_tokenizer, model_identity
+from nspo.models.structure.linears import Weight, find_weights
 from nspo.policy.rollouts.prompts import rollout_prompts
 from nspo.preference.model import PreferenceModel
 from nspo.run.devices import device_of

@@ -29,7 +29,7 @@ from nspo.errors import UserError
 from nspo.files.manifest import MANIFEST_NAME, fingerprint, make_manifest, write_json
 from nspo.models import loading as models
 from nspo.models.chat import chat_ids
-from nspo.models.sites import Site, find_sites
+from nspo.models.structure.sites import Site, find_sites
 from nspo.nullspace.moments import add_second_moment, mirror, unpack, upper_blocks
 from nspo.settings.bases import ActivationSettings
 from nspo.settings.runtime import RuntimeSettings
@@ -236,9 +236,9 @@ def test_reserved_domain_name_is_refused(tmp_path, tiny_model_dir, prompts):
 
 
 def test_nan_inputs_are_refused_with_the_layer_that_reads_them(tmp_path, tiny_model_dir, prompts):
-    """A broken weight surfaces at the first layer that reads its output."""
+    """A weight so large that its output overflows is told at the first layer that reads it."""
     model = models.load_model(tiny_model_dir)
-    model.model.layers[1].input_layernorm.weight.data[3] = float("nan")
+    model.model.layers[1].input_layernorm.weight.data[3] = 3.4e38
     copy_model(tiny_model_dir, tmp_path / "model")
     model.save_pretrained(tmp_path / "model")
     with pytest.raises(UserError, match=r"layer model\.layers\.1\.self_attn\.q_proj reads NaN or Inf"):

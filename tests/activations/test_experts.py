@@ -13,7 +13,7 @@ from nspo.activations.stage import choose_storage, collect, stored_bytes
 from nspo.activations.store import ActivationStore
 from nspo.bases.file import NullSpaceBases
 from nspo.bases.stage import compute_bases
-from nspo.models.sites import Site
+from nspo.models.structure.sites import Site
 from nspo.models.tiny import tiny_tokenizer
 from nspo.settings.bases import ActivationSettings, BasesSettings
 from nspo.settings.runtime import RuntimeSettings

@@ -16,7 +16,7 @@ from nspo.bases.stage import compute_basis
 from nspo.cli import main as cli
 from nspo.constraint.constrain import constrain
 from nspo.errors import UserError
-from nspo.models.linears import layer_norms
+from nspo.models.structure.linears import layer_norms
 from nspo.nullspace.basis import SiteBasis
 
 MODEL = {"architecture": "LlamaForCausalLM", "weights": "abc", "tokenizer": "def"}

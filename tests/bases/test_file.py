@@ -14,7 +14,7 @@ from nspo.bases.stage import compute_basis
 from nspo.errors import UserError
 from nspo.files.manifest import make_manifest
 from nspo.files.tensors import save_tensors
-from nspo.models.linears import canonical_name, layer_norms
+from nspo.models.structure.linears import canonical_name, layer_norms
 from nspo.nullspace.spectra import complement, contrast_free, protected_rank, symmetric_eigh
 
 TOKENS = 10_000

@@ -14,7 +14,7 @@ from nspo.bases.file import NullSpaceBases
 from nspo.bases.stage import compute_bases, share_of
 from nspo.errors import UserError
 from nspo.files.manifest import MANIFEST_NAME, make_manifest, write_json
-from nspo.models.sites import Site
+from nspo.models.structure.sites import Site
 from nspo.settings.bases import BasesSettings
 from nspo.settings.runtime import RuntimeSettings
 

@@ -9,7 +9,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForC
 from nspo.certify import checkpoints
 from nspo.certify.checkpoints import CheckpointPair
 from nspo.errors import UserError
-from nspo.models.linears import is_transposed
+from nspo.models.structure.linears import is_transposed
 
 
 def moved(model, folder):

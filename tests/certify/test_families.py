@@ -9,7 +9,7 @@ from nspo import constrain
 from nspo.bases.file import NullSpaceBases
 from nspo.certify.certificate import verify
 from nspo.models.loading import load_model, model_identity
-from nspo.models.sites import find_sites
+from nspo.models.structure.sites import find_sites
 from tests.support.constrained import EXACT, bases_of
 from tests.support.families import TOKENIZER, VISION, tiny_family
 

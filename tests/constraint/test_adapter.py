@@ -16,9 +16,9 @@ from nspo.certify.certificate import verify
 from nspo.constraint.adapter import free_directions, merge_adapter, null_space_adapter, verify_adapter
 from nspo.constraint.constrain import constrain
 from nspo.errors import UserError
-from nspo.models.linears import layer_norms
 from nspo.models.loading import load_model, model_identity
-from nspo.models.sites import find_sites
+from nspo.models.structure.linears import layer_norms
+from nspo.models.structure.sites import find_sites
 from nspo.models.tiny import tiny_model
 from nspo.nullspace.basis import SiteBasis
 

@@ -12,7 +12,7 @@ from nspo import NullSpaceCallback, constrain, null_space_adapter
 from nspo.constraint.anchors import copied_weights
 from nspo.constraint.refusals import refuse_weights
 from nspo.errors import UserError
-from nspo.models.linears import locate
+from nspo.models.structure.linears import locate
 
 EXACT = 1e-6
 IDLE = "layers.1.mlp.experts.down_proj.2"  # an expert that no basis lets move

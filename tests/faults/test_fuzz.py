@@ -25,7 +25,7 @@ from nspo.files.manifest import make_manifest, read_json
 from nspo.files.tables import load_table, write_table
 from nspo.files.tensors import load_tensors, save_tensors
 from nspo.judges.replies import verdict
-from nspo.models.files import check_model_files
+from nspo.models.folders.files import check_model_files
 from nspo.settings.judges import InWords
 from nspo.settings.reading import load_config
 

@@ -12,7 +12,8 @@ from support.hostile import with_json, with_weights
 from support.model_copy import copy_model
 
 from nspo.errors import UserError
-from nspo.models.generation import chat_ids, generate
+from nspo.models.chat import chat_ids
+from nspo.models.generation import generate
 from nspo.models.loading import load_model, load_tokenizer, model_identity
 from nspo.models.stage import prepare_model
 from nspo.sources import Source

@@ -10,8 +10,8 @@ import torch
 from support.hostile import HOSTILE, with_json
 
 from nspo.errors import UserError
-from nspo.models import template
 from nspo.models.chat import chat_ids
+from nspo.models.folders import template
 from nspo.models.generation import generate
 from nspo.models.loading import load_model, load_tokenizer
 from nspo.models.stage import prepare_model

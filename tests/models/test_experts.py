@@ -6,9 +6,9 @@ import transformers as tf
 from support.mixtures import COMMON, EXPERTS, LOCAL, MIXTURES, mixture
 
 from nspo.errors import UserError
-from nspo.models.coverage import blocks_of, coverage_of, in_words
-from nspo.models.linears import find_weights, locate
-from nspo.models.sites import find_sites, watch
+from nspo.models.structure.coverage import blocks_of, coverage_of, in_words
+from nspo.models.structure.linears import find_weights, locate
+from nspo.models.structure.sites import find_sites, watch
 from nspo.nullspace.projection import project_
 
 IDS = torch.arange(3, 9)[None]  # fewer tokens than any width, so that every site has a free space

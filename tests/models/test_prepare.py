@@ -9,10 +9,10 @@ import transformers
 
 from nspo.errors import UserError
 from nspo.models.chat import chat_ids, chat_text
+from nspo.models.folders.weights import open_weights
 from nspo.models.loading import load_model, load_tokenizer, model_identity
 from nspo.models.stage import prepare_model
 from nspo.models.tiny import tiny_tokenizer
-from nspo.models.weights import open_weights
 from nspo.settings.model import ModelSettings
 from tests.support.families import EXPERTS, tiny_family
 from tests.support.quantised import to_fp8, to_mxfp4

@@ -9,9 +9,9 @@ from safetensors.torch import load_file, save_file
 
 from nspo.certify.checkpoints import CheckpointPair
 from nspo.errors import UserError
-from nspo.models.classes import model_class, unprotected_inputs
+from nspo.models.folders.classes import model_class, unprotected_inputs
+from nspo.models.folders.weights import open_weights, saved_as_in_memory
 from nspo.models.loading import load_config, load_model
-from nspo.models.weights import open_weights, saved_as_in_memory
 from tests.support.families import CONFIGS, tiny_config, tiny_family
 
 

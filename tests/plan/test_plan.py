@@ -10,7 +10,7 @@ from support.mixtures import mixture
 from transformers import AutoModelForCausalLM
 
 from nspo.errors import UserError
-from nspo.models.sites import find_sites
+from nspo.models.structure.sites import find_sites
 from nspo.plan.plan import MACHINES, rows, show_plan, stages
 from nspo.plan.shapes import SHAPES, shape_of
 from nspo.settings.config import Config

@@ -24,7 +24,7 @@ from transformers.integrations.fsdp import is_fsdp_managed_module
 from nspo.constraint.callback import NullSpaceCallback
 from nspo.constraint.zero import partitions, zero_optimizer
 from nspo.errors import UserError
-from nspo.models.linears import whole_shape
+from nspo.models.structure.linears import whole_shape
 from nspo.policy.log import LogCallback
 from nspo.policy.rollouts import trainer as grpo
 from nspo.policy.sharding import check_processes, prepare_engine

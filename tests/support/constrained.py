@@ -8,7 +8,7 @@ from torch import nn
 
 from nspo import NullSpaceBases
 from nspo.bases.stage import compute_basis
-from nspo.models.linears import layer_norms
+from nspo.models.structure.linears import layer_norms
 
 EXACT = 1e-6
 

@@ -4,7 +4,7 @@ import torch
 import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from nspo.models.classes import model_class
+from nspo.models.folders.classes import model_class
 from nspo.models.tiny import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()

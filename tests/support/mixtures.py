@@ -7,8 +7,8 @@ import transformers as tf
 
 from nspo import NullSpaceBases
 from nspo.bases.stage import compute_basis
-from nspo.models.linears import layer_norms
-from nspo.models.sites import find_sites
+from nspo.models.structure.linears import layer_norms
+from nspo.models.structure.sites import find_sites
 
 HIDDEN, EXPERTS, ASKED = 16, 4, 2
 COMMON: dict[str, Any] = {

@@ -19,9 +19,9 @@ from nspo.bases.file import NullSpaceBases
 from nspo.bases.stage import compute_basis
 from nspo.cli.main import RUNTIME_FLAGS, to_flags
 from nspo.data.tables import PROMPT_COLUMNS
-from nspo.models.linears import layer_norms
 from nspo.models.loading import load_model, model_identity
-from nspo.models.sites import find_sites
+from nspo.models.structure.linears import layer_norms
+from nspo.models.structure.sites import find_sites
 from nspo.policy import stage as stage
 from nspo.policy.log import LogCallback
 from nspo.policy.rollouts import trainer as grpo

@@ -17,7 +17,7 @@ from nspo.bases.file import NullSpaceBases
 from nspo.constraint.adapter import merge_adapter
 from nspo.constraint.anchors import holders, saved_weights
 from nspo.errors import UserError
-from nspo.models.linears import find_weights
+from nspo.models.structure.linears import find_weights
 from nspo.nullspace.projection import project_
 
 if TYPE_CHECKING:

@@ -32,9 +32,9 @@ from nspo.bases.derived import only_layers, random_like
 from nspo.bases.file import NullSpaceBases
 from nspo.constraint.adapter import null_space_adapter
 from nspo.errors import UserError
-from nspo.models.linears import is_transposed
 from nspo.models.loading import load_model
-from nspo.models.sites import find_sites
+from nspo.models.structure.linears import is_transposed
+from nspo.models.structure.sites import find_sites
 from nspo.policy.log import LoggedCallback, LoggedConstraint
 from nspo.policy.methods.adapters import lora, merged, project_after
 from nspo.policy.methods.ogpsa import OGPSA

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nspo.constraint.anchors import narrow
-from nspo.models.weights import open_weights
+from nspo.models.folders.weights import open_weights
 from nspo.policy.log import LoggedCallback
 from nspo.policy.methods.replay import IGNORED, Sequence_, encode, endless, general_sequences
 

@@ -6,7 +6,7 @@ from typing import Any
 from nspo.bases.table import block_of, kind_of
 from nspo.files.manifest import read_json
 from nspo.files.tensors import read_tensor_manifest
-from nspo.models.coverage import coverage_of, in_words
+from nspo.models.structure.coverage import coverage_of, in_words
 from nspo.report import plots
 from nspo.report.figures import Figures
 from nspo.report.sections.leakage import _cycle, _mean, _spread

@@ -21,8 +21,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from nspo.errors import UserError
-from nspo.models.classes import empty_model
-from nspo.models.files import check_model_files, weight_files
+from nspo.models.folders.classes import empty_model
+from nspo.models.folders.files import check_model_files, weight_files
 from nspo.models.loading import load_config
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}

@@ -4,7 +4,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from nspo.models.linears import locate
+from nspo.models.structure.linears import locate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -52,7 +52,7 @@ def blocks_of(model: "PreTrainedModel", layers: Iterable[str]) -> dict[str, Any]
         JSON-like: `weights`, how many the blocks have; `layers` {name: count}; `frozen` {kind of parameter: count},
         those that no layer has, such as norms, routers and convolutions; `unprotected_inputs` beside text.
     """
-    from nspo.models.classes import unprotected_inputs  # here: a constraint needs no transformers
+    from nspo.models.folders.classes import unprotected_inputs  # here: a constraint needs no transformers
 
     places = locate(model, layers)
     inside = block_weights({name: parameter.numel() for name, parameter in model.named_parameters()}, places)

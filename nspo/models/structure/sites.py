@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from nspo.errors import UserError
-from nspo.models.experts import Experts, find_experts, is_router, unknown_experts
-from nspo.models.linears import is_transposed, locate
+from nspo.models.structure.experts import Experts, find_experts, is_router, unknown_experts
+from nspo.models.structure.linears import is_transposed, locate
 
 PROBE_SHAPE = (2, 5)  # sequences and tokens of the forward pass that is watched
 
@@ -29,7 +29,7 @@ class Site:
 
     Attributes:
         name: the first of `layers`, for instance "model.layers.0.self_attn.q_proj".
-        layers: full names of the weights that read it (see `nspo.models.linears`).
+        layers: full names of the weights that read it (see `nspo.models.structure.linears`).
         width: d, the length of one token's input vector.
         share: the share of all tokens that reach it if every expert is asked as often; 1 where each token does.
     """

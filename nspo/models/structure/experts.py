@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from nspo.errors import UserError
-from nspo.models.linears import is_transposed
+from nspo.models.structure.linears import is_transposed
 
 TOLERANCE = 1e-3  # of the output rebuilt from the inputs: rounding is far below, another computation far above
 _ROUTER = re.compile(r"gate|router")
