@@ -40,6 +40,14 @@ KNOWN = {
     "nspo_bfpo": "#cc6677",
     "wdoor": "#6699cc",
     "nspo_wdoor": "#004488",
+    "nspo_both": "#77aadd",
+    "nspo_paper": "#225555",
+    "null_space_adapter": "#99ddff",
+    "project_after": "#bbcc33",
+    "lora": "#ee8866",
+    "ogpsa": "#997700",
+    "replay_kl": "#994455",
+    "l2_sp": "#666633",
 }
 SPARE = ("#cc79a7", "#56b4e9", "#b8860b", "#7a5195")
 LIGHTEST = 0.5  # how far the last of several methods of one title is mixed with white

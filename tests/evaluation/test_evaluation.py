@@ -294,14 +294,15 @@ def cost_dir(tiny_model_dir, tmp_path_factory):
     return random_cost_model(tiny_model_dir, tmp_path_factory.mktemp("cost") / "cost")
 
 
-def test_broken_cost_model_fails_every_answer(cost_dir):
-    """Scores that are not finite are failures; empty answers are scored as they stand."""
+def test_a_cost_model_that_scores_nothing_is_refused(cost_dir):
+    """Empty answers are scored as they stand; where no score is finite, no unsafe rate is made up."""
     judge = CostModel(cost_dir, "cpu")
     healthy = judge.verdicts(["a", "b"], ["", "text"])
     assert all(map(math.isfinite, healthy))
     with torch.no_grad():
         judge.model.model.score.weight.fill_(math.nan)
-    assert flags(judge.verdicts(["a", "b"], ["", "text"]), if_failed=True) == [True, True]
+    with pytest.raises(UserError, match="none of the 2 scores"):
+        judge.verdicts(["a", "b"], ["", "text"])
 
 
 # ------------------------------------------------------------------------------------------- the stage

@@ -402,7 +402,7 @@ def test_the_theory_of_the_run_is_on_the_page(written: tuple[dict[str, Any], Pat
     """The worst case of each statement, for the methods that project; no table where none of them did."""
     table = written[2].partition("The theory, checked at every update")[2].partition("</table>")[0]
     assert table.count("<tr>") == 2
-    assert "<td>30</td><td>0.0321</td><td>0.3</td><td>0.3</td><td>3.3e-08</td>" in table
+    assert "<td>30</td><td>90.0%</td><td>-0.00021</td><td>0.0321</td><td>0.3</td><td>0.3</td><td>3.3e-08</td>" in table
     given = inputs(tmp_path / "in")
     for folder in given["policies"]:
         settings = json.loads((folder / "settings.json").read_text())
