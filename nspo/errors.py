@@ -21,8 +21,12 @@ class Paused(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """What a library's exception says, without the advice that follows; its name where it says nothing."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    """What a library's exception says, without the advice that follows; its name where it says nothing.
+
+    Nothing in it steers a terminal: what cannot be printed is written out.
+    """
+    line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in line)
 
 
 def unreadable(path: Path | str, expected: str, error: BaseException) -> UserError:

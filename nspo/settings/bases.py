@@ -89,7 +89,7 @@ class BasesSettings(SelectionSettings):
 class ScreenSettings(Section):
     """First steps from one rollout, compared by what they cost in drift for what they gain."""
 
-    enabled: bool = Field(True, description="Whether the workflow runs the screen and the page shows it.")
+    enabled: bool = Field(False, description="Whether the workflow runs the screen and the page shows it.")
     answers: list[Count] = Field(
         [16, 64, 256],
         min_length=1,

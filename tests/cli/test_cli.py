@@ -101,7 +101,7 @@ def test_help_and_settings_load_nothing_heavy() -> None:
         ("config check missing.yaml", "nspo: error: missing.yaml does not exist: expected a configuration file"),
         (
             "prepare-model --source wheel:x --wheels-dir w --out o",
-            "nspo: error: source 'wheel:x': expected wheel:NAME==VERSION:PATH/IN/WHEEL",
+            "nspo: error: prepare-model: source: source 'wheel:x': expected wheel:NAME==VERSION:PATH/IN/WHEEL",
         ),
     ],
 )
