@@ -13,7 +13,7 @@ demo: .venv/run.stamp
 	$(BIN)/snakemake --cores all
 
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest
 
 # The workflow on a real SLURM of one node, as root; needs Debian's slurm-wlm and munge, else it says what is missing.
 test-slurm: .venv/dev.stamp

@@ -8,16 +8,6 @@ from support.workflow_project import copy_project, snakemake
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-if "PYTEST_XDIST_WORKER" in os.environ:  # a core each
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of several workers, one runs a file whole, and one runs all that looks at the finished workflow."""
-    for item in items:
-        shared = "finished" in getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("workflow" if shared else str(item.path)))
 
 
 @pytest.fixture(scope="session")
