@@ -9,11 +9,11 @@ import sys
 from pathlib import Path
 
 # Jobs run the package that lies beside the Snakefile, or else the one installed for the Python that runs Snakemake.
-os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+os.environ.update(PATH=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
 beside = Path(str(workflow.current_basedir)).parents[1]
 if (beside / "nspo" / "workflow").is_dir():
     sys.path.insert(0, str(beside))
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(beside), os.environ.get("PYTHONPATH", "")])
+    os.environ.update(PYTHONPATH=os.pathsep.join([str(beside), os.environ.get("PYTHONPATH", "")]))
 
 from importlib.metadata import version
 
@@ -39,7 +39,7 @@ from nspo.workflow.resources import requests
 from nspo.workflow.whole import lacking
 
 local_package = (beside / "pyproject.toml").is_file() and (beside / "nspo" / "workflow").is_dir()
-os.environ["NSPO_PACKAGE"] = str(beside) if local_package else f"nspo=={version('nspo')}"  # for --sdm conda
+os.environ.update(NSPO_PACKAGE=str(beside) if local_package else f"nspo=={version('nspo')}")  # for --sdm conda
 signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # a cluster's warning is for the stages, which save and end
 os.environ[workflow_lock.PARENT] = workflow_lock.this_process()
 if workflow.is_main_process and not imported:
@@ -79,7 +79,7 @@ wildcard_constraints:
 
 def scratch(wildcards, threads):
     """Where an interrupted stage goes on from. Naming `threads` makes the value derived: it never causes a rerun."""
-    return "--workdir " + shlex.quote(str(Path(rules.write_config.output.config).parent / ".work"))
+    return f"--workdir {shlex.quote(str(Path(rules.write_config.output.config).parent / '.work'))}"
 
 
 def runtime(wildcards, threads):
@@ -121,7 +121,7 @@ def judge_files(section="evaluation.judges", judges=judge_settings.judges):
 
 
 def made_again(rule, output):
-    """No input, but a look at what the rule made: where a file was lost out of a folder, the rule runs again."""
+    """No input, but a look at a folder that was made before; where a file of it was lost, it is made again."""
 
     def look(wildcards):
         folder = str(getattr(getattr(rules, rule).output, output)).format(**wildcards)
@@ -219,9 +219,9 @@ def answers_of_base(rule):
     return files
 
 
-def compared(rule, wildcards):
+def compared(stage, wildcards):
     """Whether this evaluation, or this benchmark, compares a policy's answers with the base model's."""
-    if rule == "evaluate":
+    if stage == "evaluate":
         return True
     comparison = settings.benchmarks.comparison
     return bool(comparison and comparison.against == "base" and TASKS[wildcards.task].compared)
