@@ -71,20 +71,26 @@ ROWS = [
 
 
 def test_both_orders_decide(choosing: FakeEndpoint, tmp_path: Path) -> None:
-    """1 and 0 only where both orders agree, else a tie; a failure is none of them. Requests are greedy and keyed."""
+    """1 and 0 only where both orders agree, else a tie; a failure is none of them. Requests are greedy and keyed.
+
+    A request that is refused ends the first run; refused a second time, it counts as a failed verdict.
+    """
+    with pytest.raises(UserError, match="so 2 of 10 verdicts are missing"):
+        compared(choosing, ROWS, tmp_path / "wins")
     found = compared(choosing, ROWS, tmp_path / "wins")
     assert [row["win"] for row in found] == [1.0, 0.0, 0.5, 0.5, None, None]
     shown = [body["messages"][-1]["content"] for body in choosing.asked]
-    assert sorted(shown) == sorted(
+    assert set(shown) == {
         f"compare:{prompt}\x1f{a}\x1f{b}" for prompt, x, y in ROWS if x != y for a, b in ((x, y), (y, x))
-    )
+    }
     assert {body["temperature"] for body in choosing.asked} == {0}
     assert choosing.keys == {f"Bearer {KEY}"}
 
 
 def test_verdicts_are_kept(choosing: FakeEndpoint, tmp_path: Path) -> None:
     """The same command again asks for what failed only."""
-    compared(choosing, ROWS, tmp_path / "wins")
+    with pytest.raises(UserError, match="2 requests failed with status 400"):
+        compared(choosing, ROWS, tmp_path / "wins")
     before = len(choosing.asked)
     assert [row["win"] for row in compared(choosing, ROWS, tmp_path / "wins")] == [1.0, 0.0, 0.5, 0.5, None, None]
     assert {body["messages"][-1]["content"].split()[0] for body in choosing.asked[before:]} == {
@@ -201,7 +207,7 @@ def test_against_the_base(
     assert ": made with benchmark." in capsys.readouterr().err
     missing = ["--base-answers", str(tmp_path / "nothing.parquet")]
     assert run(choosing, tiny_model_dir, data, tmp_path / "other", *missing, against="base") == 2
-    assert "evaluate the base model on alpaca_eval first" in capsys.readouterr().err
+    assert "nothing.parquet does not exist: run the stage that makes it" in capsys.readouterr().err
 
 
 def test_a_file_without_answers_is_refused(

@@ -16,7 +16,7 @@ from nspo.models.chat import chat_ids
 from nspo.models.generation import generate
 from nspo.models.loading import load_model, load_tokenizer, model_identity
 from nspo.models.stage import prepare_model
-from nspo.sources import Source
+from nspo.settings.model import ModelSettings
 
 Weights = dict[str, Any]
 
@@ -164,7 +164,7 @@ def test_no_model_but_its_own(report: Report, tiny_model_dir: Path, tmp_path: Pa
     """Prepared or loaded, it is refused in one line that says what is wrong, and nothing is written."""
     folder = report.spoil(tiny_model_dir, tmp_path / "model")
     with pytest.raises(UserError, match=report.said) as caught:
-        prepare_model(Source.parse(str(folder)), Path("wheels"), tmp_path / "out")
+        prepare_model(ModelSettings(source=str(folder)), Path("wheels"), tmp_path / "out")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match=report.said):
@@ -219,8 +219,8 @@ def test_a_part_of_a_split_gguf_is_refused(name: str, count: int, tmp_path: Path
     writer.write_tensors_to_file()
     writer.close()
     with pytest.raises(UserError, match=f"one of {count or 2} parts of a split GGUF"):
-        prepare_model(Source.parse(str(path)), Path("wheels"), tmp_path / "out")
+        prepare_model(ModelSettings(source=str(path)), Path("wheels"), tmp_path / "out")
     path = tmp_path / "cut.gguf"
     path.write_bytes((tmp_path / name).read_bytes()[:40])
     with pytest.raises(UserError, match="not a whole GGUF file"):
-        prepare_model(Source.parse(str(path)), Path("wheels"), tmp_path / "out")
+        prepare_model(ModelSettings(source=str(path)), Path("wheels"), tmp_path / "out")

@@ -374,7 +374,7 @@ def test_without_a_multiplier_the_reward_alone_trains(inputs, tmp_path, monkeypa
     found = weights(run(inputs, tmp_path / "lagrangian", "grpo_lagrangian", **same))
     advantages = Recorder.seen["rollouts"][0]["advantages"]
     monkeypatch.setattr(SafetyReward, "judge", LagrangianReward.judge)
-    monkeypatch.setattr(SafetyReward, "combine", lambda self, cost, reward, harmful: reward)
+    monkeypatch.setattr(SafetyReward, "combine", lambda self, cost, reward, harmful, refused: reward)
     expected = weights(run(inputs, tmp_path / "plain", "grpo_no_kl", **same))
     torch.testing.assert_close(advantages, Recorder.seen["rollouts"][0]["advantages"], atol=1e-6, rtol=0)
     assert advantages.abs().max() > 0.5

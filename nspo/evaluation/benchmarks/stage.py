@@ -110,9 +110,9 @@ def run_benchmarks(
     """
     if not settings.tasks:
         raise UserError("no benchmark is named, expected --tasks NAME,NAME (see docs/evaluation.md)")
-    check_benchmarks(settings)
     device = device_of(runtime.device)
     check_engine("benchmarks.engine", settings.engine, device)
+    check_benchmarks(settings)
     identity = model_identity(model)
     seen = training_prompts(training) if training else None
     benchmarks = {task: load(task, settings, seen) for task in settings.tasks}
