@@ -146,7 +146,7 @@ def attempt(kind: str) -> dict[str, Any]:
         row: dict[str, Any] = {"type": kind, "architecture": "", "stage": "build"}
         row["said"] = f"TimeoutError: more than {LIMIT_S} s, or a crash"
         if result.is_file():
-            row = json.loads(result.read_text())
+            row = json.loads(result.read_text(encoding="utf-8"))
     return {**row, "seconds": time.perf_counter() - start}
 
 
@@ -155,7 +155,7 @@ def _child(kind: str, folder: Path, result: Path) -> None:
     transformers.logging.set_verbosity(transformers.logging.CRITICAL)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         row = walk(kind, folder)
-    result.write_text(json.dumps(row))
+    result.write_text(json.dumps(row), encoding="utf-8")
 
 
 def kinds() -> list[str]:
@@ -244,7 +244,7 @@ def main() -> None:
         write_json(file, {"transformers": transformers.__version__, "rows": rows})
     if arguments.docs:
         with atomic_path(arguments.docs) as scratch:
-            scratch.write_text(document([done[name] for name in sorted(done)]))
+            scratch.write_text(document([done[name] for name in sorted(done)]), encoding="utf-8")
 
 
 if __name__ == "__main__":

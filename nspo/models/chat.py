@@ -93,7 +93,7 @@ def _template_text(template: str) -> str:
     if "{" in template:
         return template
     try:
-        return Path(template).read_text()
+        return Path(template).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"model.chat_template: {template!r} is no Jinja text and cannot be read as a file ({first_line(error)})"

@@ -215,9 +215,12 @@ def model_identity(folder: Path | str) -> dict[str, Any]:
     Raises:
         UserError: when the manifest of the folder, where it has one, recorded other weights or another tokenizer.
     """
-    cls = model_class(load_config(folder, f"{folder}"))
+    config = load_config(folder, f"{folder}")
+    named = next(iter(config.architectures or ()), "")
+    scores = named.endswith("ForSequenceClassification")  # a judge or a backbone, which writes no text
     manifest = Path(folder, MANIFEST_NAME)
     written = read_json(manifest) if manifest.is_file() else {}
     origin = written.get("tuned") or written.get("model") or {}  # of a policy, or of a base model
     known = {key: origin[key] for key in ("source", "revision", "system_prompt") if origin.get(key)}
-    return {"architecture": cls.__name__, **known, **check_fingerprints(folder, origin)}
+    architecture = named if scores else model_class(config).__name__
+    return {"architecture": architecture, **known, **check_fingerprints(folder, origin)}
