@@ -60,7 +60,7 @@ def of(method: str, *rules: str) -> set[str]:
 
 
 METHODS = ("nspo", "grpo_no_kl")
-POLICY = ("train_policy", "evaluate", "certify", "attribute")
+POLICY = ("train_policy", "match_safety", "evaluate", "certify", "attribute")
 
 
 def test_all_results_are_there(finished: Path) -> None:
