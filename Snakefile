@@ -44,6 +44,10 @@ rule all:
     input:
         rules.report.output.page,
         rules.report.output.summary,
+        rules.prepare_model.output,
+        rules.train_reward.output,
+        rules.train_cost.output,
+        every_policy(rules.train_policy.output),
         every_benchmark(),
 
 

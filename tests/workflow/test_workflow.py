@@ -147,7 +147,7 @@ def test_a_reason_names_the_setting(finished: Path) -> None:
     """Of a changed key the plan shows its value before and now, and nothing of the others."""
     raw = yaml.safe_load((finished / "config/smoke.yaml").read_text())
     run = snakemake(finished, "--dry-run", config=changed(finished, policy={**raw["policy"], "clip": 0.3}))
-    assert "before: --clip 0.2 now: --clip 0.3" in run.stdout
+    assert "before: '--clip 0.2' now: '--clip 0.3'" in run.stdout
 
 
 def test_delete_all_output_leaves_no_weights(finished: Path) -> None:
