@@ -56,7 +56,16 @@ def test_every_command_gets_its_paths_whole(tmp_path: Path, own_bases: bool) -> 
     for name in ("python", "accelerate"):
         (programs / name).write_text(STUB, encoding="utf-8")
         (programs / name).chmod(0o755)
-    for name in ("evaluate", "benchmark", "train_policy", "certify", "attribute", "make_pairs", "fetch_wheel"):
+    for name in (
+        "evaluate",
+        "benchmark",
+        "train_policy",
+        "match_safety",
+        "certify",
+        "attribute",
+        "make_pairs",
+        "fetch_wheel",
+    ):
         (Path(results) / "logs" / name).mkdir(parents=True)
     (Path(results) / "logs/compute_bases").mkdir()
     empty = tmp_path / "empty"

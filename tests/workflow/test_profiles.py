@@ -18,6 +18,7 @@ EVERY_RULE = {
     "policy": {"methods": {name: {"objective": name, "learning_rate": 1e-4} for name in ("nspo", "dpo")}},
     "evaluation": {"judges": {"net": {"kind": "endpoint", "url": "http://127.0.0.1:9/v1", "model": "m"}}},
     "benchmarks": BENCHMARK,
+    "screen": {"enabled": True},
 }
 
 

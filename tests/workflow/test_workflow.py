@@ -206,7 +206,7 @@ def test_processes_share_out_the_training(finished: Path) -> None:
     """
     results = finished / "results/several"
     shutil.copytree(finished / "results/smoke", results)
-    for part in ("policy/nspo", "certificates/nspo"):
+    for part in ("policy/nspo", "matched/nspo", "certificates/nspo"):
         shutil.rmtree(results / part)
     policy = yaml.safe_load((finished / "config/smoke.yaml").read_text())["policy"]
     two = {**policy, "processes": 2, "micro_batch_size": 2}
@@ -239,13 +239,15 @@ def test_artifacts_are_cached_between_workflows(finished: Path, tmp_path: Path) 
 
 
 def test_an_edit_of_code_reruns_its_stage_and_a_touch_does_not(finished: Path) -> None:
-    """The content of a stage's modules counts, not their date, and not the modules of others."""
+    """What a stage's modules compute counts, not their date or comments, and not the modules of others."""
     module = finished / "nspo/certify/certificate.py"
     before = module.read_text()
     try:
         os.utime(module)
         assert plan(finished) == set()
-        module.write_text(before + "\n# an edit\n")
+        module.write_text(before + "\n# a comment\n")
+        assert plan(finished) == set()
+        module.write_text(before + "\nEDITED = True\n")
         assert plan(finished) == {"report", *(job for m in METHODS for job in of(m, "certify", "attribute"))}
     finally:
         module.write_text(before)
