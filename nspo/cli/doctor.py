@@ -57,8 +57,10 @@ class Results:
         return next((path for path in found if path.is_file()), None)
 
     def policy(self, manifest: Mapping[str, Any]) -> Path:
-        """The folder of the policy that an artifact is about."""
-        return self.root / "policy" / str(manifest.get("method")) / f"seed{manifest.get('seed')}"
+        """The folder of the model that an artifact is about: the policy where safety is matched, else as trained."""
+        run = Path(str(manifest.get("method")), f"seed{manifest.get('seed')}")
+        matched = self.root / "matched" / run
+        return matched if matched.is_dir() else self.root / "policy" / run
 
 
 def show_status(results: Path) -> None:

@@ -13,6 +13,7 @@ WARNING = "results/smoke was made elsewhere"
 def test_copied_results_are_warned_of_and_kept_by_touch(finished: Path, tmp_path: Path) -> None:
     """Where they were made there is no warning; in a copy there is, until `--touch` has taken them as they are."""
     assert WARNING not in snakemake(finished, "--dry-run").stdout
+    (tmp_path / "project").mkdir()
     project = copy_project(tmp_path / "project")
     shutil.copytree(finished / "results", project / "results")
     before = contents(project / "results")
