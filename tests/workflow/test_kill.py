@@ -21,7 +21,8 @@ def test_killed_runs_end_in_the_same_artifacts(finished: Path, tmp_path: Path) -
     target = "results/smoke/certificates/nspo/seed0.json"
     before = artifacts(finished)
     project = Path(shutil.copytree(finished, tmp_path / "project"))
-    shutil.rmtree(project / RESULTS / "policy/nspo")
+    for made in ("policy/nspo", "matched/nspo"):
+        shutil.rmtree(project / RESULTS / made)
     (project / target).unlink()
     chance = random.Random(0)
     hits = [kill_once(project, stage, victim, chance.uniform(1, 4), target) for stage, victim in KILLS]
