@@ -50,7 +50,7 @@ settings = (
     if imported
     else settings_of(config, workflow.overwrite_configfiles, workflow.config_settings.config)
 )
-if workflow.is_main_process and not imported and not workflow.touch:
+if workflow.is_main_process and not imported and not {"--touch", "-t"} & set(sys.argv):
     warn_if_copied(Path(settings.runtime.results), Path(".snakemake"))
 prompt_settings = with_own_wheels(part_of(settings.data, PromptSettings))
 label_settings = with_own_wheels(part_of(settings.data, LabelSettings))
