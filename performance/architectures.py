@@ -202,7 +202,8 @@ def document(rows: list[dict[str, Any]]) -> str:
 
 
 def _cell(text: str) -> str:
-    plain = re.sub(r"/tmp/\S*?architecture-\w+/", "", text).replace("|", "/").replace("\n", " ")
+    made_in = rf"{re.escape(tempfile.gettempdir())}/\S*?architecture-\w+/"
+    plain = re.sub(made_in, "", text).replace("|", "/").replace("\n", " ")
     return plain if len(plain) <= 220 else plain[:217] + "..."
 
 

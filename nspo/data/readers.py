@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from nspo.data.wheels import resolve
-from nspo.errors import UserError
+from nspo.errors import UserError, first_line
 from nspo.sources import Source
 
 
@@ -49,7 +49,7 @@ def read_file(path: Path) -> Any:
         data = path.read_bytes()
         return READERS[suffix](gzip.decompress(data) if path.suffix == ".gz" else data)
     except Exception as error:  # each reader's own family of exceptions, and whatever a damaged file makes it raise
-        raise UserError(f"{path}: cannot be read as {suffix}: {_first_line(error)}") from error
+        raise UserError(f"{path}: cannot be read as {suffix}: {first_line(error)}") from error
 
 
 def hub_rows(source: Source, subset: str | None = None, split: str = "train") -> list[dict[str, Any]]:
@@ -64,11 +64,7 @@ def hub_rows(source: Source, subset: str | None = None, split: str = "train") ->
     try:
         return list(load_dataset(source.location, subset, revision=source.revision, split=split))
     except (OSError, ValueError, DatasetsError) as error:
-        raise UserError(f"hub:{source.location}: cannot be loaded, split {split}: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise UserError(f"hub:{source.location}: cannot be loaded, split {split}: {first_line(error)}") from error
 
 
 def _text(data: bytes) -> str:
