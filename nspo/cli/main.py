@@ -15,9 +15,10 @@ import shlex
 import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import Any, NoReturn, get_origin
 
-from nspo.cli.stages import POSITIONAL, STAGES, Stage
+from nspo.cli.stages import GROUPS, POSITIONAL, STAGES, Stage
 from nspo.errors import Paused, UserError, first_line
 from nspo.run.launch import forget_foreign_group
 from nspo.run.workflow_lock import end_with_workflow
@@ -133,12 +134,37 @@ def _parser(argv: Sequence[str]) -> tuple[argparse.ArgumentParser, Sequence[str]
         return parser, argv[len(name.split()) :], name
     parser = _Parser(
         prog="nspo",
-        description="Null-Space constrained Policy Optimization. The workflow (`snakemake --cores all`) runs these:",
-        epilog="\n".join(f"  {name:18}{stage.help}" for name, stage in STAGES.items()),
+        description="Null-Space constrained Policy Optimization: safety training that leaves the rest of a model "
+        "alone.\nA whole comparison is `snakemake --cores all --configfile FILE`; these are its parts and its tools.",
+        epilog="\n\n".join(_group(title, names) for title, names in GROUPS.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("stage", metavar="STAGE", help="one of the stages below; `nspo STAGE --help` lists its flags")
+    parser.add_argument("stage", metavar="STAGE", help="one of the commands below; `nspo STAGE --help` lists its flags")
     return parser, argv, None
+
+
+def _group(title: str, names: Iterable[str]) -> str:
+    return "\n".join([f"{title}:", *(f"  {name:18}{STAGES[name].help}" for name in names)])
+
+
+def whole_parser() -> argparse.ArgumentParser:
+    """One parser that knows every stage and all its flags, for shells to complete."""
+    import shtab
+
+    top = _Parser(prog="nspo", allow_abbrev=False)
+    top.add_argument("--version", action="store_true", help="print the version")
+    holders = {"": top.add_subparsers()}
+    for name in sorted(STAGES):  # `bases` before `bases info`
+        first, _, second = name.partition(" ")
+        if second and first not in holders:
+            parent = holders[""].choices.get(first) or holders[""].add_parser(first, help=f"{first} ...")
+            holders[first] = parent.add_subparsers()
+        parser = holders[first if second else ""].add_parser(second or first, help=STAGES[name].help)
+        _fill(parser, STAGES[name])
+        for action in parser._actions:
+            if action.type is Path:
+                action.complete = shtab.FILE  # type: ignore[attr-defined]
+    return top
 
 
 def _run(argv: Sequence[str]) -> None:

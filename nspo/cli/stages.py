@@ -278,6 +278,23 @@ STAGES = {
             "out": Argument("JSON file to write"),
         },
     ),
+    "init": Stage(
+        "nspo.plan.init:write_first_config",
+        "write a first configuration for a model, data and GPUs of yours, with its plan beneath it",
+        arguments={
+            "model": Argument("folder, ORG/NAME[@REVISION] on the hub, or another source", type=str),
+            "data": Argument(
+                "harmful prompts: a file, or ORG/NAME[@REVISION] [the default's]", type=str, required=False
+            ),
+            "gpus": Argument("GPUs of one machine [0: the CPU]", type=int, required=False),
+            "out": Argument("YAML file to write [the screen]", required=False),
+        },
+    ),
+    "completion": Stage(
+        "nspo.cli.completion:show_completion",
+        'print what makes a shell complete commands and flags: eval "$(nspo completion bash)"',
+        arguments={"shell": Argument("bash, zsh, fish or tcsh", type=str)},
+    ),
     "config write": Stage(
         "nspo.cli.commands:write_config",
         "write config/config.yaml and its schema; with --out, one configuration with the given sections",
@@ -351,4 +368,23 @@ STAGES = {
         arguments={"file": BASES, "repo": REPO, "licence": LICENCE, "out": OUT_FILE},
     ),
 }
-POSITIONAL = {"file", "files", "results", "command"}
+POSITIONAL = {"file", "files", "results", "command", "shell"}
+# The same names by what a person wants to do, in the order of `nspo --help`.
+GROUPS = {
+    "Begin": ("init", "config check", "plan", "config write", "completion"),
+    "See what a run holds": ("status", "doctor", "bases info"),
+    "Judge any model, certify any two checkpoints": ("benchmark", "verify", "judge-agreement"),
+    "Share bases": ("bases push", "bases fetch", "bases card", "bases merge"),
+    "Run beside a model server": ("with-server",),
+    "Prepare, one stage at a time, as the workflow does": (
+        "fetch-wheel",
+        "prepare-model",
+        "prepare-prompts",
+        "prepare-labels",
+        "collect",
+        "bases",
+        "screen",
+    ),
+    "Train": ("train-preference", "make-pairs", "train-policy"),
+    "Compare and report": ("walk", "evaluate", "attribute", "report"),
+}

@@ -192,3 +192,17 @@ def test_table_is_aligned() -> None:
 def test_what_the_workflow_sets_reaches_the_stages():
     """Every key of `runtime` is a flag, but for the folder of all outputs and what the rules themselves start."""
     assert set(RuntimeSettings.model_fields) - set(cli.RUNTIME_FLAGS) == {"results", "processes"}
+
+
+def test_help_groups_every_command_once() -> None:
+    """`nspo --help` names each command under one heading."""
+    assert sorted(name for names in cli.GROUPS.values() for name in names) == sorted(cli.STAGES)
+
+
+def test_completion_knows_commands_and_flags(capsys: pytest.CaptureFixture[str]) -> None:
+    """The script for a shell holds every command and its flags; an unknown shell is one line."""
+    assert cli.main(["completion", "bash"]) == 0
+    script = capsys.readouterr().out
+    assert all(words in script for words in ("train-policy", "--learning-rate", "merge", "_shtab_compgen_files"))
+    assert cli.main(["completion", "tclsh"]) == 2
+    assert "expected one of bash, zsh" in capsys.readouterr().err
