@@ -7,10 +7,14 @@ CUDA := ^(nvidia-|cuda-|triton)
 
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: demo test test-slurm lint check-python lock clean
+.PHONY: demo docs test test-slurm lint check-python lock clean
 
 demo: .venv/run.stamp
 	$(BIN)/snakemake --cores all
+
+# The documentation site, in build/site: no network, and a link that leads nowhere ends it.
+docs: .venv/docs.stamp
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 test: lint
 	$(BIN)/python -m pytest
@@ -40,6 +44,10 @@ check-python:
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.lock
 	touch $@
 
+.venv/docs.stamp: .venv/run.stamp requirements-docs.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-docs.lock
+	touch $@
+
 # New exact versions for the ranges of pyproject.toml, found in a fresh environment.
 lock: | check-python
 	rm -rf build/lock
@@ -49,6 +57,9 @@ lock: | check-python
 	build/lock/bin/pip install --quiet -e '.[dev]'
 	(echo '-r requirements.lock'; build/lock/bin/pip freeze --exclude-editable | sed 's/+cpu$$//' | grep -Ev '$(CUDA)' | \
 	grep -vxFf requirements.lock) > requirements-dev.lock
+	build/lock/bin/pip install --quiet -e '.[docs]'
+	(echo '-r requirements.lock'; build/lock/bin/pip freeze --exclude-editable | sed 's/+cpu$$//' | grep -Ev '$(CUDA)' | \
+	grep -vxFf requirements-dev.lock -f requirements.lock) > requirements-docs.lock
 
 clean:
 	rm -rf .venv build .snakemake results/*

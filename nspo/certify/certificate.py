@@ -76,7 +76,8 @@ def verify(
     """Compare two model folders layer by layer; shows progress.
 
     Args:
-        base, tuned: folders with safetensors weights, sharded or not.
+        base: folder with safetensors weights, sharded or not.
+        tuned: another, of the same architecture.
         bases: computed on `base`, or their file.
         store: activations of `base`, for held-out inputs; without it the figures on held-out inputs are left out.
         workdir: folder in which the layers that are done are kept until all are, so that an interrupted call goes on.

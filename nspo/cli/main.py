@@ -124,7 +124,7 @@ def _plain(value: Any) -> Any:
     return {key: _plain(item) for key, item in value.items()} if isinstance(value, Mapping) else value
 
 
-def _parser(argv: Sequence[str]) -> tuple[argparse.ArgumentParser, Sequence[str], str | None]:
+def parser_for(argv: Sequence[str]) -> tuple[argparse.ArgumentParser, Sequence[str], str | None]:
     """The parser for this command line, the arguments left for it, and the stage; only that stage's flags are built."""
     longest_first = sorted(STAGES, key=len, reverse=True)  # `bases info` before `bases`
     name = next((n for n in longest_first if list(argv[: len(n.split())]) == n.split()), None)
@@ -168,7 +168,7 @@ def whole_parser() -> argparse.ArgumentParser:
 
 
 def _run(argv: Sequence[str]) -> None:
-    parser, rest, name = _parser(argv)
+    parser, rest, name = parser_for(argv)
     if name is None:
         typed = parser.parse_known_args(rest or ["--help"])[0].stage
         close = difflib.get_close_matches(typed, STAGES, n=1)

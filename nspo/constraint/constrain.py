@@ -37,7 +37,7 @@ class Constraint:
         frozen_names: canonical names of the parameters that `constrain` froze.
         unprotected_share: share of the trainable weights that no basis covers.
         coverage: shares of the blocks' weights that are constrained, frozen and unprotected
-        (`nspo.models.structure.coverage`).
+            (`nspo.models.structure.coverage`).
 
     Nothing here belongs in a checkpoint: a resumed run calls `constrain` again with the base folder as anchor.
     """
