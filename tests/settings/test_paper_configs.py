@@ -6,6 +6,7 @@ biases or its chat template, and its own sampling defaults; only sizes, places a
 
 import copy
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -206,15 +207,21 @@ def lines(path: Path, rows: list[dict[str, Any]]) -> str:
     return str(path)
 
 
+def phrase(number: int) -> str:
+    """Six made-up words, others for every number: prompts of one template would be near duplicates of each other."""
+    letters = random.Random(number)
+    return " ".join("".join(letters.choices("abcdefghijklmnop", k=4)) for _ in range(6))
+
+
 def like_the_data(folder: Path) -> dict[str, str]:
     """Files with the columns of the hub's data sets, by the start of the source that they stand for."""
     alpaca = [
-        {"instruction": f"Name {i} things in a kitchen.", "input": "" if i % 4 else "x", "output": "y"}
+        {"instruction": f"Name {phrase(i)}.", "input": "" if i % 4 else "x", "output": "y"}
         for i in range(200)
     ]
     safe_rlhf = [
         {
-            "prompt": f"How does one take {i} spoons?",
+            "prompt": f"How does one take {phrase(1000 + i)}?",
             "response_0": f"Ask for them, {i} times.",
             "response_1": f"Take them and run, {i} of them!!!",
             "is_response_0_safe": True,
@@ -225,10 +232,10 @@ def like_the_data(folder: Path) -> dict[str, str]:
         for i in range(200)
     ]
     refusals = [
-        {"objective": f"Count {i} cups.", "assistant_response": "No." * (i % 2) + f"{i} cups", "human_score": i % 2}
+        {"objective": f"Count {phrase(i)}.", "assistant_response": "No." * (i % 2) + f"{i} cups", "human_score": i % 2}
         for i in range(80)
     ]
-    others = [{"prompt": f"How to take plate {i}?", "value": f"How to take fork {i}?"} for i in range(20)]
+    others = [{"prompt": f"How to take {phrase(2000 + i)}?", "value": f"How to leave {phrase(3000 + i)}?"} for i in range(20)]
     return {
         "hub:tatsu-lab/alpaca": lines(folder / "alpaca.jsonl", alpaca),
         "hub:PKU-Alignment/PKU-SafeRLHF": lines(folder / "safe_rlhf.jsonl", safe_rlhf),
