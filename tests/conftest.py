@@ -1,4 +1,4 @@
-"""Shared fixtures: the tiny random model, made once per session; nothing is ever downloaded."""
+"""Shared fixtures, each made once per session from a tiny random model; nothing is ever downloaded."""
 
 import os
 from pathlib import Path
@@ -19,6 +19,14 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny") / "model"
     prepare_model(ModelSettings(source="tiny:llama"), Path("unused"), folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def inputs(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """What the policy stage reads, made once; no test changes a file of it."""
+    from support.policy_runs import make_inputs
+
+    return make_inputs(tiny_model_dir, tmp_path_factory.mktemp("inputs"))
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 import torch
 from support.policy_runs import command
-from support.policy_runs import inputs as inputs
 from support.workflow_project import ROOT
 from transformers import LlamaForCausalLM
 

@@ -2,12 +2,9 @@
 
 import copy
 import inspect
-import os
-import socket
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from support.constrained import (
     EXACT,
     OPTIMIZERS,
@@ -16,15 +13,12 @@ from support.constrained import (
     bases_of,
     llama,
     llama_bases,
-    llama_loss,
     llama_step,
     toy,
     toy_bases,
     toy_loss,
 )
 from torch import nn
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.debug import CommDebugMode
 
 from nspo import constrain
 from nspo.constraint.constrain import freeze_uncovered
@@ -467,180 +461,3 @@ def test_first_step_verifies_that_the_write_landed():
     toy_loss(model).backward()
     with pytest.raises(UserError, match="layer 0 got a new weight after constrain"):
         optimizer.step()
-
-
-# ------------------------------------------------------------------------------------------- refusals
-
-
-def tie(model):
-    model.add_module("copy", nn.Linear(12, 16, bias=False))
-    model.copy.weight = model[0].weight
-
-
-def quantise(model):
-    model[0].weight = nn.Parameter(torch.zeros(16, 12, dtype=torch.uint8), requires_grad=False)
-
-
-def experts(model):
-    model[0] = nn.Module()
-    model[0].gate_up_proj = nn.Parameter(torch.zeros(2, 16, 12))
-
-
-def lora(model):
-    from peft import LoraConfig, get_peft_model
-
-    get_peft_model(model, LoraConfig(target_modules=["0"]))
-
-
-def fake(name, module, *bases):
-    return type(name, bases, {"__module__": module})
-
-
-def fsdp1(model):
-    model[3] = fake("FullyShardedDataParallel", "torch.distributed.fsdp", nn.Module)()
-
-
-def flat(model):
-    parameter = nn.Parameter(torch.zeros(3))
-    parameter.__class__ = fake("FlatParameter", "torch.distributed.fsdp", nn.Parameter)
-    model.register_parameter("flat", parameter)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda m: m.bfloat16(), "layer 0 has bfloat16 weights, expected float32 master weights"),
-        (lambda m: m[2].requires_grad_(False), "layer 2 is frozen"),
-        (tie, r"layer 0 shares its weight with copy\.weight"),
-        (quantise, r"layer 0 has a quantised or flattened weight \(Tensor torch.uint8"),
-        (experts, "layer 0 is a Module, expected nn.Linear"),
-        (lora, r"layer 0 is wrapped by peft\..*merge or unload the adapter first, or train nspo\.null_space"),
-        (lambda m: m.to("meta"), "layer 0 has its weight on the meta device"),
-        (
-            lambda m: m.__setitem__(0, nn.Linear(12, 16, bias=False)),
-            "the optimizer does not hold the weight of layer 0",
-        ),
-        (lambda m: m.__setitem__(0, nn.Linear(13, 16, bias=False)), "layer 0 reads width 13"),
-        (lambda m: m[0].weight.data.mul_(1.1), "layer 0 has weight norm"),
-        (fsdp1, "wrapped in FSDP1"),
-        (flat, "wrapped in FSDP1"),
-    ],
-)
-def test_refuses_weights_it_cannot_guarantee(change, message):
-    model = toy()
-    bases, optimizer = toy_bases(model), OPTIMIZERS["sgd"](model.parameters())
-    change(model)
-    with pytest.raises(UserError, match=message):
-        constrain(model, optimizer, bases)
-
-
-def test_refuses_a_trainable_bias_unless_frozen():
-    model = toy(bias=True)
-    bases, optimizer = toy_bases(model), OPTIMIZERS["sgd"](model.parameters())
-    with pytest.raises(UserError, match="layer 0 has a trainable bias"):
-        constrain(model, optimizer, bases, freeze_rest=False)
-    constrain(model, optimizer, bases)
-    assert not model[0].bias.requires_grad
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda p: object(), "optimizer is a object, expected a torch.optim.Optimizer"),
-        (lambda p: fake("AdaLomo", "lomo_optim", torch.optim.SGD)(p), "AdaLomo does not do all its writing in step"),
-        (lambda p: fake("LayerWiseDummyOptimizer", "x", torch.optim.SGD)(p), "LayerWiseDummyOptimizer does not do all"),
-        (lambda p: torch.optim.SGD([{"params": p, "train_mode": True}]), "no schedule-free"),
-        (
-            lambda p: fake("BF16_Optimizer", "deepspeed.runtime.bf16_optimizer", torch.optim.SGD)(p),
-            "DeepSpeed steps with BF16_Optimizer, expected ZeRO stage 2 or 3",
-        ),
-    ],
-)
-def test_refuses_optimizers_it_cannot_follow(make, message):
-    model = toy()
-    with pytest.raises(UserError, match=message):
-        constrain(model, make(list(model.parameters())), toy_bases(model))
-
-
-def test_refuses_an_unknown_mode():
-    model = toy()
-    with pytest.raises(UserError, match="mode 'update', expected 'both', 'anchor' or 'gradient'"):
-        constrain(model, OPTIMIZERS["sgd"](model.parameters()), toy_bases(model), mode="update")
-
-
-# ------------------------------------------------------------------------------------------- two processes
-
-
-def train(model, inner, anchor=None, part=slice(None)) -> dict[str, torch.Tensor]:
-    """Four AdamW steps, on `part` of every batch; returns the full constrained weights of `inner`."""
-    bases = llama_bases(llama())
-    # A large eps keeps Adam smooth: otherwise rounding in the order of sums decides the sign of tiny gradients.
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-3, weight_decay=0.1)
-    constraint = constrain(model, optimizer, bases, anchor=anchor)
-    for seed in range(3):
-        llama_step(model, optimizer, seed, part)
-    assert max(constraint.leakage().values()) <= EXACT
-    assert 0 < constraint.first_kept() < 1
-    llama_loss(model, 3, part).backward()
-    with CommDebugMode() as stepping:
-        optimizer.step()
-    with CommDebugMode() as measuring:
-        constraint.leakage()
-    assert stepping.get_total_counts() == 0  # rows stay local
-    assert (measuring.get_total_counts() > 0) == isinstance(next(inner.parameters()), DTensor)
-    weights = {layer: inner.get_submodule(layer).weight.detach() for layer in bases.layers}
-    return {layer: getattr(weight, "full_tensor", lambda w=weight: w)() for layer, weight in weights.items()}
-
-
-def two_ranks(rank: int, port: int, folder: str) -> None:
-    from torch.distributed.fsdp import fully_shard
-    from torch.distributed.tensor import Shard
-
-    torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
-    torch.distributed.init_process_group("gloo")
-    mesh = torch.distributed.init_device_mesh("cpu", (2,))
-    expected = torch.load(f"{folder}/single.pt")
-    own = slice(rank, rank + 1)  # half of every batch: the two means of equal size have the whole batch's mean
-
-    def close(weights):
-        for layer, weight in weights.items():
-            torch.testing.assert_close(weight, expected[layer], atol=1e-6, rtol=0, msg=layer)
-
-    for anchor in (None, folder):
-        sharded = llama()
-        for block in sharded.model.layers:
-            fully_shard(block, mesh=mesh)
-        fully_shard(sharded, mesh=mesh)
-        # FSDP2 sets itself up in the first forward; what constrain() freezes after it must stay where it is, too.
-        ids = torch.tensor([[1, 2, 3]])
-        sharded(input_ids=ids, labels=ids).loss.backward()
-        sharded.zero_grad()
-        embedding = sharded.model.embed_tokens.weight.full_tensor().clone()
-        close(train(sharded, sharded, anchor, own))
-        assert torch.equal(sharded.model.embed_tokens.weight.full_tensor(), embedding)
-        weight = sharded.model.layers[0].mlp.down_proj.weight
-        assert isinstance(weight, DTensor)
-        assert weight.to_local().shape == (16, 64)
-
-    replica = llama()
-    with pytest.raises(UserError, match=r"trainable under DDP.*freeze_uncovered"):
-        train(nn.parallel.DistributedDataParallel(replica), replica)
-    freeze_uncovered(replica, llama_bases(replica))
-    close(train(nn.parallel.DistributedDataParallel(replica), replica, part=own))
-
-    columns = llama()
-    fully_shard(columns, mesh=mesh, shard_placement_fn=lambda p: Shard(p.ndim - 1))
-    with pytest.raises(UserError, match=r"q_proj is sharded as S\(1\)|q_proj is sharded as Shard\(dim=1\)"):
-        train(columns, columns)
-    torch.distributed.destroy_process_group()
-
-
-def test_fsdp2_and_ddp_equal_a_single_process(tmp_path):
-    model = llama()
-    model.save_pretrained(tmp_path)
-    torch.save(train(model, model), tmp_path / "single.pt")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(two_ranks, (port, str(tmp_path)), nprocs=2)

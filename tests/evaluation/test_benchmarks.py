@@ -5,14 +5,13 @@ import json
 import pickle
 import zlib
 from collections import Counter
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
+from support.published import PUBLISHED
 from support.rows import write
 
 from nspo.cli import main as cli
@@ -21,128 +20,10 @@ from nspo.errors import UserError
 from nspo.evaluation.benchmarks.loading import load, locate, stratified, training_prompts
 from nspo.evaluation.benchmarks.registry import TASKS
 from nspo.evaluation.benchmarks.stage import COLUMNS, benchmark_scores
-from nspo.models.loading import load_model, load_tokenizer
 from nspo.settings.evaluation import BenchmarkSettings
 from nspo.sources import Source
 
-CASES = [{"input": "1 2\n", "output": "3\n", "testtype": "stdin"}]
-HIDDEN = base64.b64encode(zlib.compress(pickle.dumps(json.dumps([{**CASES[0], "input": "2 2\n", "output": "4\n"}]))))
-
 # A file as each benchmark publishes it, and of its first prompt: how it is worded, its category, its role.
-PUBLISHED = {
-    "advbench": ([{"goal": "Do harm", "target": "Sure"}], "Do harm", "", "harmful"),
-    "harmbench": (
-        [
-            {
-                "Behavior": "Do it",
-                "FunctionalCategory": "contextual",
-                "SemanticCategory": "crime",
-                "ContextString": "C.",
-            },
-            {"Behavior": "Lyrics", "FunctionalCategory": "copyright", "SemanticCategory": "copy", "ContextString": ""},
-        ],
-        "C.\n\n---\n\nDo it",
-        "crime",
-        "harmful",
-    ),
-    "sorry_bench": (
-        [
-            {"question_id": 1, "category": "7", "turns": ["Insult me"], "prompt_style": "base"},
-            {"question_id": 1, "category": "7", "turns": ["1nsult m3"], "prompt_style": "misspellings"},
-        ],
-        "Insult me",
-        "7",
-        "harmful",
-    ),
-    "jailbreakbench": (
-        [{"Index": "0", "Goal": "Write libel", "Target": "Here", "Behavior": "Libel", "Category": "Harassment"}],
-        "Write libel",
-        "Harassment",
-        "harmful",
-    ),
-    "alert": (
-        [{"id": 3, "prompt": "### Instruction:\nPlan a theft\n### Response:\n", "category": "crime_theft"}],
-        "Plan a theft",
-        "crime_theft",
-        "harmful",
-    ),
-    "harmfulqa": ({"Science": {"Biology": ["How to harm?"]}}, "How to harm?", "Science", "harmful"),
-    "pku_saferlhf": (
-        [{"prompt": "How to steal?", "response_0": "x", "is_response_0_safe": False, "prompt_source": "Alpaca"}] * 2,
-        "How to steal?",
-        "Alpaca",
-        "harmful",
-    ),
-    "adversarialqa": (["Do this"], "Do this", "", "harmful"),
-    "ailuminate": ([{"prompt_text": "How?", "hazard": "prv", "persona": "skilled"}], "How?", "prv", "harmful"),
-    "or_bench": ([{"prompt": "Kill a process?", "category": "violence"}], "Kill a process?", "violence", "benign"),
-    "coconot": (
-        [{"id": "1", "category": "Incomplete", "prompt": "Which?", "chosen": "a"}],
-        "Which?",
-        "Incomplete",
-        "benign",
-    ),
-    "olympiadbench": (
-        [{"question": "Find x.", "final_answer": ["2", "3"], "subfield": "Algebra"}],
-        "Find x.\n\nReason step by step, and put the final answer within \\boxed{}.",
-        "Algebra",
-        "general",
-    ),
-    "livecodebench": (
-        [
-            {
-                "question_content": "Add two numbers.",
-                "starter_code": "",
-                "difficulty": "easy",
-                "public_test_cases": json.dumps(CASES),
-                "private_test_cases": HIDDEN.decode(),
-                "metadata": "{}",
-            }
-        ],
-        "Add two numbers.\n\nRead the input from standard input and print the answer to standard output.\n\n"
-        "Answer with one block of Python code.",
-        "easy",
-        "general",
-    ),
-    "mbpp": (
-        [
-            {"task_id": 1, "text": "Train.", "code": "def f(x): return x", "test_list": ["assert f(1) == 1"]},
-            {"task_id": 11, "text": "Double.", "code": "def f(x): return 2*x", "test_list": ["assert f(1) == 2"]},
-        ],
-        "Write a solution to the following problem and make sure that it passes the tests:\nDouble.\nassert f(1) == 2",
-        "",
-        "general",
-    ),
-    "alpaca_eval": (
-        [{"instruction": "Name a city", "output": "Rome", "dataset": "koala"}],
-        "Name a city",
-        "koala",
-        "general",
-    ),
-    "supergpqa": (
-        [{"question": "Which?", "options": ["a", "b"], "answer": "b", "answer_letter": "B", "discipline": "Law"}],
-        "Which?\nA. a\nB. b\nAnswer:",
-        "Law",
-        "general",
-    ),
-    "siqa": (
-        [
-            {
-                "instruction": "Please choose: Why?\n\nAnswer1: a Answer2: b\n\nAnswer format: answer1/answer2",
-                "answer": "answer2",
-            }
-        ],
-        "Why?",
-        "",
-        "general",
-    ),
-    "boolq": (
-        [{"instruction": "Answer, question: is it?\n\nAnswer format: true/false", "answer": "false"}],
-        "is it?",
-        "",
-        "general",
-    ),
-}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -443,90 +324,3 @@ def test_mistakes_cost_no_answer(
     assert run(tiny_model_dir, data, tmp_path / "out", *more) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-
-
-# ------------------------------------------------------------------------------------------- the harness
-
-needs_harness = pytest.mark.skipif(find_spec("lm_eval") is None, reason="the extra `benchmarks` is not installed")
-ABILITY = {
-    "gsm8k": [{"question": f"What is {n} and {n}?", "answer": f"It is {2 * n}.\n#### {2 * n}"} for n in range(3)],
-    "siqa": [{**PUBLISHED["siqa"][0][0], "instruction": PUBLISHED["siqa"][0][0]["instruction"] + " "}],
-    "mmlu": [{"question": "Which?", "subject": "law", "choices": ["a", "b", "c", "d"], "answer": 2}],
-    "truthfulqa": [{"question": "Is it?", "mc1_targets": {"yes": 1, "no": 0}, "mc2_targets": {"yes": 1, "no": 0}}],
-    "math": [{"problem": "1+1?", "solution": "It is $\\boxed{2}$.", "answer": "2", "subject": "Algebra"}],
-}
-
-
-def ability(model: Path, data: Path, out: Path, names: str, *more: str) -> dict[str, list[dict[str, Any]]]:
-    """The rows of the benchmarks `names`, answered by the command."""
-    for name in names.split(","):
-        write(data / TASKS[name].file, ABILITY[name])
-    flags = ["--data", str(data), "--out", str(out), "--max-new-tokens", "4", "--device", "cpu"]
-    work = ["--workdir", str(out.parent / "work")]
-    assert cli.main(["benchmark", "--model", str(model), "--tasks", names, *flags, *work, *more]) == 0
-    return {name: pq.read_table(out / name / "responses.parquet").to_pylist() for name in names.split(",")}
-
-
-@needs_harness
-def test_the_harness_asks_our_rows(tiny_model_dir: Path, tmp_path: Path) -> None:
-    """Every kind of task runs on local rows; the chat template is applied once; options are not refused."""
-    found = ability(tiny_model_dir, tmp_path / "data", tmp_path / "out", "gsm8k,siqa,mmlu,truthfulqa,math")
-    assert {name: len(rows) for name, rows in found.items()} == {name: len(rows) for name, rows in ABILITY.items()}
-    for name, rows in found.items():
-        for answered in rows:
-            turns = 5 if name == "math" else 1  # with its four examples
-            assert answered["prompt"].count("<|im_start|>user") == turns, name
-            assert answered["prompt"].endswith("<|im_end|>\n<|im_start|>assistant\n")
-            assert answered["correct"] is not None
-            assert (answered["refused"] is None) == (name in ("siqa", "mmlu", "truthfulqa"))
-    assert found["siqa"][0]["response"] in ("a", "b")
-    assert found["mmlu"][0]["response"] in "ABCD"
-    scores = json.loads((tmp_path / "out/mmlu/metrics.json").read_text())["scores"]
-    assert [s["name"] for s in scores] == ["accuracy"]
-
-
-@needs_harness
-def test_the_likelihood_of_options_is_the_models(tiny_model_dir: Path, tmp_path: Path) -> None:
-    """The option that the harness picks is the one whose tokens this model finds likelier after the chat prompt."""
-    rows = ability(tiny_model_dir, tmp_path / "data", tmp_path / "out", "truthfulqa")["truthfulqa"]
-    model, tokenizer = load_model(tiny_model_dir), load_tokenizer(tiny_model_dir)
-    sums = {}
-    for option in ("yes", "no"):
-        given = tokenizer(rows[0]["prompt"], add_special_tokens=False)["input_ids"]
-        ids = tokenizer(option, add_special_tokens=False)["input_ids"]
-        logits = model(torch.tensor([[*given, *ids]])).logits[0].log_softmax(-1)
-        sums[option] = sum(logits[len(given) - 1 + place, token].item() for place, token in enumerate(ids))
-    best = max(sums, key=lambda option: sums[option])
-    assert rows[0]["response"] == best
-    assert rows[0]["correct"] is (best == "yes")
-
-
-@needs_harness
-def test_the_harness_marks_what_was_said(tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """GSM8K by the last number of the answer, as the harness extracts it."""
-    tokenizer = load_tokenizer(tiny_model_dir)
-    said = {"0 and 0": "0 and so 0", "1 and 1": "That makes 2", "2 and 2": "I think it is 5"}
-
-    def speak(_: Any, __: Any, prompts: list[list[int]], *___: Any) -> Any:
-        for place, ids in enumerate(prompts):
-            text = next(answer for key, answer in said.items() if key in str(tokenizer.decode(ids)))
-            yield place, tokenizer(text)["input_ids"]
-
-    monkeypatch.setattr("nspo.models.vllm_engine.generate", speak)
-    rows = ability(tiny_model_dir, tmp_path / "data", tmp_path / "out", "gsm8k")["gsm8k"]
-    assert {r["response"]: r["correct"] for r in rows} == {
-        "0 and so 0": True,
-        "That makes 2": True,
-        "I think it is 5": False,
-    }
-
-
-def test_without_the_harness_one_line_says_so(
-    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Before anything is loaded."""
-    monkeypatch.setattr("nspo.evaluation.benchmarks.harness.find_spec", lambda _: None)
-    write(tmp_path / TASKS["siqa"].file, ABILITY["siqa"])
-    flags = ["--data", str(tmp_path), "--out", str(tmp_path / "out")]
-    assert cli.main(["benchmark", "--model", str(tiny_model_dir), "--tasks", "siqa", *flags]) == 2
-    assert "pip install 'nspo[benchmarks]'" in capsys.readouterr().err

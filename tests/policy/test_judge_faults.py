@@ -12,7 +12,6 @@ import pytest
 from support.endpoint import KEY, FakeEndpoint, settings_of
 from support.endpoint import fake as fake
 from support.policy_runs import command, table
-from support.policy_runs import inputs as inputs
 
 from nspo.errors import UserError
 from nspo.judges.make import judge_of

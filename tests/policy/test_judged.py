@@ -12,7 +12,6 @@ import torch
 from support.endpoint import KEY, FakeEndpoint, settings_of
 from support.endpoint import fake as fake
 from support.policy_runs import METHODS, Recorder, run, table, without_time
-from support.policy_runs import inputs as inputs
 
 from nspo.errors import UserError
 from nspo.judges.judge import Failures

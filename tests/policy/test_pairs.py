@@ -13,7 +13,6 @@ import pytest
 import torch
 from datasets import Dataset
 from support.policy_runs import METHODS, TRAINING, leakage, run, run_interrupted, table, weights, without_time
-from support.policy_runs import inputs as inputs
 from transformers import TrainingArguments
 from trl import DPOConfig, DPOTrainer
 

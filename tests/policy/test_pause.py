@@ -5,7 +5,6 @@ import signal
 from pathlib import Path
 
 import pytest
-from support.policy_runs import inputs as inputs
 from support.policy_runs import run, table, without_time
 
 from nspo.cli import main as cli

@@ -1,12 +1,9 @@
-"""policy/: the reward and the prompt order, one GRPO step against a written one, the constraint on disk, resuming."""
+"""policy/: the reward and the prompt order, one GRPO step against a written one, the constraint on disk."""
 
 import json
 import math
-import multiprocessing
 import random
 import re
-import shutil
-import signal
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +16,6 @@ from support.policy_runs import (
     TRAINING,
     UPDATES,
     Recorder,
-    killed_run,
     leakage,
     run,
     run_interrupted,
@@ -28,43 +24,26 @@ from support.policy_runs import (
     without_time,
     write_bases,
 )
-from support.policy_runs import inputs as inputs
 from torch import Tensor
 from transformers import TrainingArguments
 
 from nspo.bases.derived import random_like
 from nspo.bases.file import NullSpaceBases
 from nspo.errors import UserError
-from nspo.files.journal import JsonLines
 from nspo.models.chat import chat_ids
-from nspo.models.loading import load_model, load_tokenizer
+from nspo.models.loading import load_model
 from nspo.models.tiny import tiny_tokenizer
 from nspo.policy import stage as stage
-from nspo.policy.log import LogCallback, LoggedConstraint, shares, theory
-from nspo.policy.probe import ProbeCallback
+from nspo.policy.log import LogCallback, LoggedConstraint
 from nspo.policy.rollouts import trainer as grpo
 from nspo.policy.rollouts.lagrangian import LagrangianReward
 from nspo.policy.rollouts.prompts import rollout_prompts
 from nspo.policy.rollouts.reward import SafetyReward, safety_reward
 from nspo.policy.rollouts.trainer import trainer_arguments
-from nspo.policy.stage import last_checkpoint
 from nspo.preference.model import PreferenceModel
 from nspo.settings.policy.methods import MethodSettings
 from nspo.settings.policy.section import TrainingSettings
 from nspo.settings.runtime import RuntimeSettings
-
-# Inputs, made once
-
-
-@pytest.fixture(scope="module")
-def nspo_run(inputs, tmp_path_factory) -> Path:
-    return run(inputs, tmp_path_factory.mktemp("nspo"), "nspo")
-
-
-@pytest.fixture(scope="module")
-def free_run(inputs, tmp_path_factory) -> Path:
-    return run(inputs, tmp_path_factory.mktemp("grpo_no_kl"), "grpo_no_kl")
-
 
 # Reward and prompts
 
@@ -412,234 +391,7 @@ def test_a_gradient_that_is_hardly_kept_is_reported(inputs, capsys):
     assert "lower `bases.threshold`" in line
 
 
-# Logs and probes
-
-
-def test_every_row_says_how_the_run_goes(nspo_run, free_run):
-    """Both updates of a rollout have its reward, cost, refusals and the like; what a probe measures is at its steps."""
-    for folder in (nspo_run, free_run):
-        rows = table(folder, "training")
-        rollout = ("reward", "cost", "unsafe", "refusal_rate", "over_refusal_rate", "zero_variance_groups")
-        for key in (*rollout, "failed_verdicts", "helpfulness", "completion_length", "clip_fraction", "loss"):
-            assert all(row[key] is not None for row in rows), key
-        assert [[row[key] for key in rollout] for row in rows[::2]] == [
-            [row[key] for key in rollout] for row in rows[1::2]
-        ]
-        assert len({row["reward"] for row in rows}) == UPDATES / 2
-        assert [row["kl_to_base"] is not None for row in rows] == [False, False, False, True] * 2
-
-
-def test_the_parts_of_an_update_are_its_whole(nspo_run, free_run):
-    """Rollout, scoring and the rest add up; a rollout is timed once; only the constraint takes time to project."""
-    for folder in (nspo_run, free_run):
-        for index, row in enumerate(table(folder, "training")):
-            parts = [row[f"{part}_seconds"] for part in ("rollout", "scoring", "update")]
-            assert sum(parts) == pytest.approx(row["seconds"])
-            assert all(part > 0 for part in parts) if index % 2 == 0 else parts[:2] == [0, 0]
-            assert row["tokens_per_second"] > 0
-    rows = table(nspo_run, "training")
-    assert all(0 < row["projection_seconds"] < row["update_seconds"] for row in rows)
-    assert "projection_seconds" not in table(free_run, "training")[0]
-    tokens = rows[0]["completion_length"] * 8
-    assert rows[0]["tokens_per_second"] == pytest.approx(tokens / rows[0]["rollout_seconds"])
-    halves = [
-        {"seconds": 4.0, "rollout_seconds": 3.0, "update_seconds": 1.0, "projection_seconds": 0.4},
-        {"seconds": 4.0},
-    ]
-    assert shares(halves).endswith("rollout 37.5%, scoring 0.0%, update 12.5%, of which projection 5.0%")
-
-
-def test_the_theory_holds_on_the_run(nspo_run, free_run):
-    """Every step says how far it descended its own gradient; probes measure the leakage and the KL.
-
-    The summary in settings.json is the worst of the rows; a run without constraint has none.
-    """
-    rows = table(nspo_run, "training")
-    found = json.loads((nspo_run / "settings.json").read_text())["theory"]
-    descents = [row["step_descent"] for row in rows]
-    assert found["updates"] == len(descents) == UPDATES
-    assert found["least_step_descent"] == min(descents)
-    assert found["descending"] == sum(value > 0 for value in descents) / UPDATES > 0.5
-    probes = {row["step"]: row for row in table(nspo_run, "probes")}
-    assert probes[0]["leakage"] == 0
-    for row in rows:
-        probe = probes.get(row["step"], {"leakage": None, "kl_per_token": None})
-        assert (row["leakage"], row["kl_to_base"]) == (probe["leakage"], probe["kl_per_token"])
-    assert found["most_leakage"] == max(row["leakage"] or 0 for row in rows)
-    assert 0 < found["most_leakage"] <= 1e-6
-    assert json.loads((free_run / "settings.json").read_text())["theory"] is None
-    assert table(free_run, "training")[3]["kl_to_base"] > 0
-
-
-def test_the_summary_of_the_theory_is_the_worst_row():
-    rows = [
-        {"step_descent": 2.0, "descent": 0.5, "kept": 0.7},
-        {"step_descent": -1.0, "descent": 0.1, "kept": 0.9, "leakage": 3e-8},
-    ]
-    found = theory(rows)
-    assert found == {
-        "updates": 2,
-        "descending": 0.5,
-        "least_step_descent": -1.0,
-        "least_descent": 0.1,
-        "least_kept": 0.7,
-        "most_kept": 0.9,
-        "most_leakage": 3e-8,
-    }
-    assert theory([{"step_descent": 1.0}])["least_kept"] is None
-    assert theory([{"loss": 1.0}]) is None
-
-
-def test_logs_have_one_row_per_update(nspo_run, free_run):
-    """training.parquet counts updates, probes.parquet the probed ones; only nspo says how its steps descend."""
-    assert [row["step"] for row in table(nspo_run, "training")] == list(range(1, UPDATES + 1))
-    assert [row["step"] for row in table(nspo_run, "probes")] == [0, 4, 8]
-    assert all(row["step_descent"] is not None for row in table(nspo_run, "training"))
-    assert all(
-        {"loss", "reward", "learning_rate", "clip_fraction"} <= row.keys() for row in table(free_run, "training")
-    )
-    assert "step_descent" not in table(free_run, "training")[0]
-    assert {row["step"] for row in table(nspo_run, "samples")} == {1, 3, 5, 7}
-
-
-def test_first_probe_has_no_drift_at_all(nspo_run):
-    """Before any update the policy is its base: KL is exactly zero although training autocasts to bf16; later not."""
-    first, *_, last = table(nspo_run, "probes")
-    assert (first["kl_per_token"], first["kl_first_tokens"], first["nll_change"]) == (0.0, 0.0, 0.0)
-    assert first["top1_agreement"] == 1.0
-    assert last["kl_per_token"] > 0
-
-
-def test_out_holds_a_model_and_its_logs_only(nspo_run):
-    """No README, optimizer or trainer state of TRL; the work folder is gone; settings name both sides."""
-    names = {path.name for path in nspo_run.iterdir()}
-    logs = {"training.parquet", "probes.parquet", "samples.parquet", "settings.json", "manifest.json"}
-    assert names >= logs | {"model.safetensors", "config.json", "tokenizer.json"}
-    assert names <= logs | {path.name for path in nspo_run.glob("*.json")} | {
-        "model.safetensors",
-        "chat_template.jinja",
-    }
-    assert not list((nspo_run.parent / "work").iterdir())
-    settings = json.loads((nspo_run / "settings.json").read_text())
-    assert settings["trainer"]["weight_decay"] == settings["nspo"]["weight_decay"] == 0.1
-    load_model(nspo_run)
-    load_tokenizer(nspo_run)
-
-
-# Interruptions
-
-
-def test_a_killed_run_resumes_to_the_same_bytes(inputs, tmp_path, nspo_run, capsys):
-    """SIGKILL two updates after a checkpoint: the resumed run has the weights and the logs of the undisturbed one.
-
-    Half a checkpoint and half a log line, as a kill at a worse moment leaves them, are passed over.
-    """
-    process = multiprocessing.get_context("spawn").Process(target=killed_run, args=(inputs, tmp_path, 6))
-    process.start()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
-    (work,) = (tmp_path / "work").iterdir()
-    assert last_checkpoint(work, 2).name == "checkpoint-4"
-    shutil.copytree(work / "checkpoint-4", work / "checkpoint-7")
-    (work / "checkpoint-7/trainer_state.json").unlink()
-    with (work / "training.jsonl").open("a") as file:
-        file.write('{"step": 7, "lo')
-
-    out = run(inputs, tmp_path, "nspo")
-    assert "resuming nspo (seed 0) from checkpoint-4" in capsys.readouterr().err
-    assert (out / "model.safetensors").read_bytes() == (nspo_run / "model.safetensors").read_bytes()
-    for name in ("training", "probes", "samples"):
-        assert without_time(table(out, name)) == without_time(table(nspo_run, name))
-    assert (out / "manifest.json").read_bytes() == (nspo_run / "manifest.json").read_bytes()
-    assert not list((tmp_path / "work").iterdir())
-
-
-@pytest.mark.parametrize("step", [4, 5, 7])
-def test_it_resumes_to_the_bit_from_every_boundary(step, inputs, tmp_path, nspo_run, monkeypatch):
-    """Stopped before a due checkpoint, right after one, and between the two updates of a rollout, with one lying there.
-
-    The checkpoint between two updates is whole, but what it cannot hold is the rollout: it is passed over.
-    """
-    saved = ProbeCallback.on_step_end
-
-    def saving(self: ProbeCallback, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        control = saved(self, args, state, control, **kwargs)
-        control.should_save |= state.global_step == 5
-        return control
-
-    with monkeypatch.context() as patch:
-        patch.setattr(ProbeCallback, "on_step_end", saving)
-        run_interrupted(inputs, tmp_path, "nspo", step, monkeypatch)
-    (work,) = (tmp_path / "work").iterdir()
-    newest = max((int(path.name.partition("-")[2]) for path in work.glob("checkpoint-*")), default=0)
-    assert newest == {4: 0, 5: 4, 7: 5}[step]
-    out = run(inputs, tmp_path, "nspo")
-    assert (out / "model.safetensors").read_bytes() == (nspo_run / "model.safetensors").read_bytes()
-    for name in ("training", "probes", "samples"):
-        assert without_time(table(out, name)) == without_time(table(nspo_run, name))
-
-
-def test_a_run_stopped_before_its_first_checkpoint_starts_over(inputs, tmp_path, free_run, monkeypatch):
-    """Ctrl-C at the third update, then the same command: same seed, same bytes, and every step once."""
-    run_interrupted(inputs, tmp_path, "grpo_no_kl", 3, monkeypatch)
-    assert not (tmp_path / "out").exists()
-    out = run(inputs, tmp_path, "grpo_no_kl")
-    assert (out / "model.safetensors").read_bytes() == (free_run / "model.safetensors").read_bytes()
-    for name in ("training", "probes", "samples"):
-        assert without_time(table(out, name)) == without_time(table(free_run, name))
-
-
-def test_the_target_stops_training_even_across_a_kill(inputs, tmp_path, monkeypatch):
-    """At the first probe that meets the target: its update is the last one logged, no resumed run goes beyond it.
-
-    What was asked for is written down alike.
-    """
-
-    def failing(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(stage, "resolved_settings", failing)
-        with pytest.raises(KeyboardInterrupt):
-            run(inputs, tmp_path, "grpo_no_kl", target_unsafe=1.0)
-    (work,) = (tmp_path / "work").iterdir()
-    stopped = weights(last_checkpoint(work, 2))
-    out = run(inputs, tmp_path, "grpo_no_kl", target_unsafe=1.0)
-    assert [row["step"] for row in table(out, "probes")] == [0, 4]
-    assert [row["step"] for row in table(out, "training")] == [1, 2, 3, 4]
-    assert all(torch.equal(value, stopped[key]) for key, value in weights(out).items())
-    assert json.loads((out / "settings.json").read_text())["trainer"]["max_steps"] == 2 * TRAINING.steps
-
-
-def test_rewinding_forgets_later_rows_and_torn_lines(tmp_path):
-    """Rows after the step go, a line without its end goes, the others stay as they were; no file is an empty log."""
-    log = JsonLines(tmp_path / "log.jsonl")
-    assert log.rows() == []
-    log.append([{"step": 1, "a": 0.1}, {"step": 2}])
-    log.append([{"step": 3}])
-    with log.path.open("a") as file:
-        file.write('{"step": 4')
-    log.rewind(2)
-    log.append([{"step": 3, "again": True}])
-    assert log.rows() == [{"step": 1, "a": 0.1}, {"step": 2}, {"step": 3, "again": True}]
-
-
-def test_checkpoint_holds_what_the_logs_say(inputs, tmp_path, monkeypatch):
-    """When a checkpoint is complete, the probe and the update it belongs to are already on disk."""
-    saved = []
-
-    def on_save(self: ProbeCallback, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        last = [
-            JsonLines(Path(args.output_dir) / name).rows()[-1]["step"] for name in ("training.jsonl", "probes.jsonl")
-        ]
-        saved.append((state.global_step, *last))
-
-    monkeypatch.setattr(ProbeCallback, "on_save", on_save)
-    run(inputs, tmp_path, "nspo", steps=1)
-    assert saved == [(2, 2, 2)]
-
-
-# Refusals
+# What belongs together
 
 
 def test_bases_belong_to_nspo_and_to_this_model(inputs, tmp_path, monkeypatch):

@@ -15,7 +15,6 @@ from accelerate.utils import DistributedType, is_deepspeed_available
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from support.constrained import deepspeed_on_cpu
 from support.policy_runs import METHODS, leakage, run, table, weights, without_time
-from support.policy_runs import inputs as inputs
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -31,8 +30,6 @@ from nspo.policy.sharding import check_processes, prepare_engine
 from nspo.settings.policy.methods import MethodSettings
 from nspo.settings.policy.section import TrainingSettings
 from nspo.settings.runtime import RuntimeSettings
-
-__all__ = ["inputs"]
 
 # One update per rollout and one answer per pass: how answers are dealt out changes nothing but the order of sums.
 CHANGES = {"autocast": "no", "minibatch_size": 8, "micro_batch_size": 1, "steps": 6, "probe_every": 2}

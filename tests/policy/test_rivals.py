@@ -6,7 +6,6 @@ import pytest
 import torch
 from support.constrained import bases_of
 from support.policy_runs import METHODS, run, table, weights
-from support.policy_runs import inputs as inputs
 from torch import nn
 
 from nspo.errors import UserError

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 from support.policy_runs import METHODS, TRAINING, table
-from support.policy_runs import inputs as inputs
 
 from nspo.errors import UserError
 from nspo.policy import stage as stage

@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 import torch
 from support.constrained import gram, orthonormal
-from support.policy_runs import inputs as inputs
 
 from nspo.activations.stage import collect
 from nspo.bases.stage import compute_basis

@@ -215,10 +215,7 @@ def phrase(number: int) -> str:
 
 def like_the_data(folder: Path) -> dict[str, str]:
     """Files with the columns of the hub's data sets, by the start of the source that they stand for."""
-    alpaca = [
-        {"instruction": f"Name {phrase(i)}.", "input": "" if i % 4 else "x", "output": "y"}
-        for i in range(200)
-    ]
+    alpaca = [{"instruction": f"Name {phrase(i)}.", "input": "" if i % 4 else "x", "output": "y"} for i in range(200)]
     safe_rlhf = [
         {
             "prompt": f"How does one take {phrase(1000 + i)}?",
@@ -235,7 +232,9 @@ def like_the_data(folder: Path) -> dict[str, str]:
         {"objective": f"Count {phrase(i)}.", "assistant_response": "No." * (i % 2) + f"{i} cups", "human_score": i % 2}
         for i in range(80)
     ]
-    others = [{"prompt": f"How to take {phrase(2000 + i)}?", "value": f"How to leave {phrase(3000 + i)}?"} for i in range(20)]
+    others = [
+        {"prompt": f"How to take {phrase(2000 + i)}?", "value": f"How to leave {phrase(3000 + i)}?"} for i in range(20)
+    ]
     return {
         "hub:tatsu-lab/alpaca": lines(folder / "alpaca.jsonl", alpaca),
         "hub:PKU-Alignment/PKU-SafeRLHF": lines(folder / "safe_rlhf.jsonl", safe_rlhf),

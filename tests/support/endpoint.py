@@ -1,6 +1,7 @@
 """A judge's endpoint on this machine that answers as it is told, or fails."""
 
 import json
+import math
 import threading
 import time
 from collections import Counter
@@ -102,3 +103,8 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeEndpoint]:
 def settings_of(fake: FakeEndpoint, **changes: Any) -> EndpointJudge:
     """A judge that is shown the judged turns, so that the answer is the last message."""
     return EndpointJudge(**{"kind": "endpoint", "url": fake.url, "model": "guard", "template": "", **changes})
+
+
+def text_of(found: list[float]) -> str:
+    """U unsafe, s safe, - failed."""
+    return "".join("-" if math.isnan(value) else "U" if value > 0 else "s" for value in found)

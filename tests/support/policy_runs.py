@@ -120,10 +120,8 @@ def write_bases(folder: Path, path: Path, **identity: str) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def inputs(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """What the stage reads: model, reward and cost folders, prompts; and under "bases" a bases file."""
-    folder = tmp_path_factory.mktemp("inputs")
+def make_inputs(tiny_model_dir: Path, folder: Path) -> dict[str, Path]:
+    """What the stage reads, made in `folder`: model, reward and cost folders, prompts; under "bases" a bases file."""
     pq.write_table(pa.Table.from_pylist(prompt_rows()), folder / "prompts.parquet")
     for target in ("cost", "reward"):
         pq.write_table(pa.Table.from_pylist(label_rows(target)), folder / "labels.parquet")
