@@ -28,6 +28,7 @@ from nspo.bases.stage import compute_bases
 from nspo.evaluation.walk.walker import Walker, matched, summary
 from nspo.files.manifest import write_json
 from nspo.models.stage import prepare_model
+from nspo.policy.methods.inputs import PolicyInputs
 from nspo.policy.stage import train_policy
 from nspo.preference.stage import train_preference
 from nspo.run.devices import device_of
@@ -227,14 +228,7 @@ def train(args: argparse.Namespace, name: str, seed: int, scratch: Path) -> Path
         method,
         name.replace(" ", "_"),
         seed,
-        model=folder / "model",
-        bases=bases,
-        layers=".*",
-        reward=folder / "reward",
-        cost=folder / "cost",
-        prompts=folder / "prompts.parquet",
-        pairs=None,
-        guide_policy=None,
+        PolicyInputs(folder / "model", bases, ".*", folder / "reward", folder / "cost", folder / "prompts.parquet"),
         out=out,
         runtime=RuntimeSettings(workdir=str(scratch / "work")),
     )

@@ -8,12 +8,14 @@ Command: `nspo --help`.
 import argparse
 import difflib
 import errno
+import inspect
 import io
 import json
 import os
 import shlex
 import sys
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn, get_origin
@@ -186,7 +188,17 @@ def _run(argv: Sequence[str]) -> None:
     if not name.startswith(TRANSFERS):  # only there a bar of the hub's can be a transfer; elsewhere it is noise
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     module, _, function = stage.function.partition(":")
-    getattr(import_module(module), function)(**keywords)
+    run = getattr(import_module(module), function)
+    run(**_gathered(run, keywords))
+
+
+def _gathered(run: Callable[..., None], keywords: dict[str, Any]) -> dict[str, Any]:
+    """`keywords`, where those that are fields of a dataclass which `run` takes are given as one."""
+    for name, kind in inspect.get_annotations(run).items():
+        if isinstance(kind, type) and is_dataclass(kind):
+            inside = {one.name: keywords.pop(one.name) for one in fields(kind)}
+            keywords[name] = kind(**inside)
+    return keywords
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -23,8 +23,10 @@ from nspo.models.drift import Remembered, drift, token_weights
 from nspo.models.generation import generate
 from nspo.models.loading import load_model
 from nspo.policy.log import FROM_PROBE, LoggedCallback
+from nspo.policy.methods.inputs import PolicyInputs
 from nspo.preference.model import PreferenceModel
 from nspo.run.progress import say
+from nspo.settings.policy.section import TrainingSettings
 
 BATCH = 32
 GENERAL_PER_DOMAIN = 6
@@ -60,16 +62,15 @@ class Probe:
     @classmethod
     def load(
         cls,
-        base_folder: Path,
+        training: TrainingSettings,
+        inputs: PolicyInputs,
         tokenizer: PreTrainedTokenizerBase,
         cost: PreferenceModel,
-        prompts: Path,
-        count: int,
-        max_new_tokens: int,
         device: torch.device,
     ) -> "Probe":
-        """Read `count` harmful and benign validation prompts and let the base model answer general ones."""
-        base = load_model(base_folder, device)
+        """Read harmful and benign validation prompts and let the base model answer general ones."""
+        base, prompts = load_model(inputs.model, device), inputs.prompts
+        count, max_new_tokens = training.probe_prompts, training.max_new_tokens
         general = [
             row["prompt"]
             for domain in domains(prompts, "general", "validation")

@@ -12,20 +12,21 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import Trainer, set_seed
 from transformers.trainer_callback import PrinterCallback
 
 from nspo.errors import Paused, UserError
 from nspo.files.atomic import atomic_path
 from nspo.files.journal import JsonLines
-from nspo.files.manifest import MANIFEST_NAME, fingerprint, fingerprint_files, make_manifest, read_json, write_json
+from nspo.files.manifest import MANIFEST_NAME, fingerprint, make_manifest, write_json
 from nspo.files.tables import write_table
 from nspo.judges.make import judge_of
 from nspo.models.folders.weights import saved_as_in_memory
 from nspo.models.loading import load_model, load_tokenizer, model_identity, save_model
 from nspo.policy.log import REMEDY, LogCallback, LoggedCallback, theory
+from nspo.policy.methods.inputs import PolicyInputs
 from nspo.policy.methods.objectives import (
-    check_given,
     constraint_of,
     final_weights,
     load_bases,
@@ -43,7 +44,6 @@ from nspo.policy.trackers import TENSORBOARD_FOLDER, check_trackers, tracker_cal
 from nspo.run.pause import PauseCallback
 from nspo.run.processes import own_device, processes_of
 from nspo.run.progress import say, silence
-from nspo.settings.policy.losses import WDOOR
 from nspo.settings.policy.methods import MethodSettings
 from nspo.settings.policy.section import TrainingSettings
 from nspo.settings.runtime import RuntimeSettings
@@ -54,14 +54,7 @@ def train_policy(
     method: MethodSettings,
     name: str,
     seed: int,
-    model: Path,
-    bases: Path | None,
-    layers: str,
-    reward: Path,
-    cost: Path,
-    prompts: Path,
-    pairs: Path | None,
-    guide_policy: Path | None,
+    inputs: PolicyInputs,
     out: Path,
     runtime: RuntimeSettings,
     logs: Path | None = None,
@@ -72,44 +65,33 @@ def train_policy(
     launch` the processes share out rollouts and updates, and the main one writes.
 
     Args:
-        pairs, guide_policy: for the preference objectives, and the policy that weighs tokens for W-DOOR.
         logs: folder of the logs; by default they lie in `out`, with the model.
-        layers: `activations.layers`. Unconstrained methods never see the bases, and so learn which layers to train.
 
     Raises:
-        UserError: bases or pairs missing or not asked for, made for another model or tokenizer; bases for other
-            layers than `layers` matches; a judge or tracker that is missing something; vLLM asked for where it
-            cannot run; no prompt short enough; or other processes than `policy.processes` and `policy.sharding` say.
+        UserError: an input missing or not asked for, made for another model or tokenizer; bases for other layers than
+            `activations.layers` matches; a judge or tracker that is missing something; vLLM asked for where it cannot
+            run; no prompt short enough; or other processes than `policy.processes` and `policy.sharding` say.
         Paused: after SIGTERM or SIGUSR1, with a checkpoint written.
     """
-    check_given(name, "pairs", pairs, method.loss.on_pairs)
-    check_given(name, "guide policy", guide_policy, isinstance(method.loss, WDOOR))
+    inputs.check(name, method)
     check_trackers(runtime.trackers)
+    model, on_rollouts = inputs.model, not method.loss.on_pairs
     with processes_of(runtime.device, "policy.processes") as processes:
         check_processes(training, method, processes)
         device = own_device(processes, runtime.device)
         if not processes.is_main_process:
             silence()
-        protected = load_bases(method, name, bases, model)
-        judge = (
-            judge_of("policy.judge", training.judge, runtime, stay=True) if training.judge and pairs is None else None
-        )
-        if pairs is None:
+        bases = load_bases(method, name, inputs.bases, model)
+        judge = judge_of("policy.judge", training.judge, runtime, stay=True) if training.judge and on_rollouts else None
+        if on_rollouts:
             check_rollout(training, runtime.vllm, device, processes.num_processes)
         identity = make_manifest(
             "policy",
             method=name,
             seed=seed,
             settings={**training.identity(), **method.identity()},
-            layers=layers,
-            base=model_identity(model),
-            bases=fingerprint_files([bases]) if bases else None,
-            reward=read_json(reward / MANIFEST_NAME),
-            cost=read_json(cost / MANIFEST_NAME),
             judge=judge and judge.identity,
-            prompts=fingerprint_files([prompts]),
-            pairs=fingerprint_files([pairs]) if pairs else None,
-            guide=model_identity(guide_policy) if guide_policy else None,
+            **inputs.identity(),
         )
         work = Path(runtime.workdir) / f"policy-{name}-seed{seed}-{fingerprint(identity)}"
         work.mkdir(parents=True, exist_ok=True)
@@ -117,20 +99,19 @@ def train_policy(
         set_seed(seed)
         tokenizer = load_tokenizer(model)
         policy = load_model(model, device)
-        prepare_layers(policy, method, layers, protected)
-        constraint = constraint_of(method, seed, protected, policy, model)
-        pulls = pulls_of(method, training, policy, tokenizer, model, prompts)
-        learner: RolloutLearner | PairLearner
-        if pairs is None:
-            judged = JudgedCost(judge, work / f"verdicts-{processes.process_index}.jsonl") if judge else None
-            learner = RolloutLearner(training, method, cost, reward, prompts, device, judged)
-        else:
-            learner = PairLearner(method, model, cost, pairs, guide_policy, device)
-        count, length = training.probe_prompts, training.max_new_tokens
-        probe = Probe.load(model, tokenizer, learner.cost, prompts, count, length, device)
+        prepare_layers(policy, method, inputs.layers, bases)
+        constraint = constraint_of(method, seed, bases, policy, model)
+        pulls = pulls_of(method, training, policy, tokenizer, model, inputs.prompts)
+        judged = JudgedCost(judge, work / f"verdicts-{processes.process_index}.jsonl") if judge else None
+        learner = learner_of(training, method, inputs, device, judged)
         updates = training.updates_per_step
-        also = [constraint.leakage] if constraint is not None else []
-        probes = ProbeCallback(probe, work, training.probe_every * updates, training.target_unsafe, also)
+        probes = ProbeCallback(
+            Probe.load(training, inputs, tokenizer, learner.cost, device),
+            work,
+            training.probe_every * updates,
+            training.target_unsafe,
+            [] if constraint is None else [constraint.leakage],
+        )
         checkpoint = last_checkpoint(work, updates)
         asked = training.steps * updates
         if checkpoint is not None and probes.met_target(step_of(checkpoint)):
@@ -141,7 +122,7 @@ def train_policy(
         watched = tracker_callbacks(runtime.trackers, work, step_of(checkpoint) if checkpoint else 0)
         pause = PauseCallback(updates)
         callbacks = [*parts, log, probes, pause, *watched]
-        trained = trained_part(method, policy, protected)
+        trained = trained_part(method, policy, bases)
         trainer = learner.trainer(training, trained, tokenizer, seed, work, runtime, callbacks)
         trainer.remove_callback(PrinterCallback)
         prepare_engine(trainer, training.sharding, training.autocast)
@@ -150,7 +131,7 @@ def train_policy(
         learn(trainer, checkpoint, name)
         if pause.paused:
             raise Paused(f"{name} (seed {seed}): stopped after update {trainer.state.global_step}, as a signal asked")
-        state = final_weights(trainer, method, policy, protected, model)
+        state = final_weights(trainer, method, policy, bases, model)
         processes.wait_for_everyone()  # nobody writes to the work folder any more
         if processes.is_main_process:
             settings = resolved_settings(trainer, identity) | {"theory": theory(log.steps.rows())}
@@ -165,6 +146,19 @@ def train_policy(
                 write_json(scratch / MANIFEST_NAME, {**identity, "tuned": model_identity(scratch)})
             shutil.rmtree(work)
         end_rollouts(trainer)
+
+
+def learner_of(
+    training: TrainingSettings,
+    method: MethodSettings,
+    inputs: PolicyInputs,
+    device: torch.device,
+    judged: JudgedCost | None,
+) -> RolloutLearner | PairLearner:
+    """What the method learns from: pairs where it is given some, else answers that it samples as it goes."""
+    if inputs.pairs is not None:
+        return PairLearner(method, inputs.model, inputs.cost, inputs.pairs, inputs.guide_policy, device)
+    return RolloutLearner(training, method, inputs.cost, inputs.reward, inputs.prompts, device, judged)
 
 
 def learn(trainer: Trainer, checkpoint: Path | None, name: str) -> None:

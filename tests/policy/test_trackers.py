@@ -9,6 +9,7 @@ from support.policy_runs import METHODS, TRAINING, table
 from nspo.errors import UserError
 from nspo.policy import stage as stage
 from nspo.policy import trackers
+from nspo.policy.methods.inputs import PolicyInputs
 from nspo.policy.stage import train_policy
 from nspo.settings.policy.section import TrainingSettings
 from nspo.settings.runtime import RuntimeSettings
@@ -30,7 +31,7 @@ def train(inputs: dict[str, Path], folder: Path, *names: str) -> Path:
     settings = TrainingSettings(**TRAINING.dump() | {"steps": 2})
     runtime = RuntimeSettings(device="cpu", workdir=str(folder / "work"), trackers=list(names))  # type: ignore[arg-type]
     given = inputs | {"bases": None, "layers": ".*", "pairs": None, "guide_policy": None}
-    train_policy(settings, METHODS["grpo_no_kl"], "run", 0, **given, out=folder / "out", runtime=runtime)
+    train_policy(settings, METHODS["grpo_no_kl"], "run", 0, PolicyInputs(**given), out=folder / "out", runtime=runtime)
     return folder / "out"
 
 

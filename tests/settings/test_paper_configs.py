@@ -33,6 +33,7 @@ from nspo.models.chat import chat_ids
 from nspo.models.loading import load_tokenizer
 from nspo.models.stage import prepare_model
 from nspo.models.tiny import tiny_tokenizer
+from nspo.policy.methods.inputs import PolicyInputs
 from nspo.policy.rollouts.trainer import trainer_arguments
 from nspo.policy.stage import train_policy
 from nspo.preference.stage import train_preference
@@ -280,8 +281,8 @@ def test_the_run_of_the_file_on_a_tiny_model_like_it(name, tmp_path):
     training = TrainingSettings(**{key: getattr(config.policy, key) for key in TrainingSettings.model_fields})
     method, out = config.policy.methods["nspo"], tmp_path / "policy"
     scores = {"reward": tmp_path / "reward", "cost": tmp_path / "cost"}
-    given = {"pairs": None, "guide_policy": None, "layers": config.activations.layers, "prompts": prompts} | scores
-    train_policy(training, method, "nspo", 0, model, bases, **given, out=out, runtime=runtime)
+    inputs = PolicyInputs(model=model, bases=bases, layers=config.activations.layers, prompts=prompts, **scores)
+    train_policy(training, method, "nspo", 0, inputs, out, runtime)
 
     text = load_tokenizer(model).decode(chat_ids(load_tokenizer(model), "Hi"))
     start = "<|im_start|>system\nYou are Qwen" if name == "qwen2.5-7b" else "<|begin_of_text|><|start_header_id|>user"

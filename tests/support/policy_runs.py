@@ -24,6 +24,7 @@ from nspo.models.structure.linears import layer_norms
 from nspo.models.structure.sites import find_sites
 from nspo.policy import stage as stage
 from nspo.policy.log import LogCallback
+from nspo.policy.methods.inputs import PolicyInputs
 from nspo.policy.rollouts import trainer as grpo
 from nspo.policy.stage import train_policy
 from nspo.preference.stage import train_preference
@@ -145,7 +146,7 @@ def run(
     given |= {"bases": inputs["bases"] if METHODS[name].constraint.needs_bases else None} | (paths or {})
     settings = TrainingSettings(**TRAINING.dump() | changes)
     runtime = RuntimeSettings(device="cpu", workdir=str(folder / "work"), recompute_activations=recompute)
-    train_policy(settings, METHODS[name], name, 0, **given, out=folder / "out", runtime=runtime)
+    train_policy(settings, METHODS[name], name, 0, PolicyInputs(**given), out=folder / "out", runtime=runtime)
     return folder / "out"
 
 

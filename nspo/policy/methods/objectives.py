@@ -58,25 +58,12 @@ from nspo.settings.policy.section import TrainingSettings
 MLP = "mlp"  # in the names of MLP layers, as the release tells them
 
 
-def check_given(name: str, what: str, path: Path | None, needed: bool) -> None:
-    """Refuse an input that is missing, or given although the method has no use for it.
-
-    Raises:
-        UserError: naming the method and the flag.
-    """
-    if (path is not None) != needed:
-        says = f"needs {what}, found none" if needed else f"takes no {what}, found {path}"
-        flag = f"`--{what.replace(' ', '-')}`"
-        raise UserError(f"method {name!r} {says}", change=f"give the path ({flag})" if needed else f"leave {flag} out")
-
-
 def load_bases(method: MethodSettings, name: str, path: Path | None, model: Path) -> NullSpaceBases | None:
-    """The bases of the file `path`, checked against the model folder; None for a method without constraint.
+    """The bases of the file `path`, checked against the model folder; None where there is none.
 
     Raises:
-        UserError: bases missing or not asked for, or made for another model or tokenizer.
+        UserError: when they were made for another model, tokenizer or method.
     """
-    check_given(name, "bases", path, method.constraint.needs_bases)
     if path is None:
         return None
     bases = NullSpaceBases.load(path)
