@@ -1,4 +1,4 @@
-"""Results that were copied without `.snakemake`: said before anything is removed, and kept by `--touch`."""
+"""Results that were copied without `.snakemake`: said before anything is removed, and kept by `--touch --forceall`."""
 
 import shutil
 from pathlib import Path
@@ -11,7 +11,7 @@ WARNING = "results/smoke was made elsewhere"
 
 
 def test_copied_results_are_warned_of_and_kept_by_touch(finished: Path, tmp_path: Path) -> None:
-    """Where they were made there is no warning; in a copy there is, until `--touch` has taken them as they are."""
+    """Where they were made there is no warning; in a copy there is, until all is taken as it is."""
     assert WARNING not in snakemake(finished, "--dry-run").stdout
     (tmp_path / "project").mkdir()
     project = copy_project(tmp_path / "project")
@@ -20,8 +20,8 @@ def test_copied_results_are_warned_of_and_kept_by_touch(finished: Path, tmp_path
     plan = snakemake(project, "--dry-run")
     assert plan.returncode == 0
     assert WARNING in plan.stdout
-    assert "--touch" in plan.stdout
-    touched = snakemake(project, "--touch")
+    assert "--touch --forceall" in plan.stdout
+    touched = snakemake(project, "--touch", "--forceall")
     assert touched.returncode == 0, touched.stdout[-2000:]
     assert WARNING not in touched.stdout
     again = snakemake(project, "--dry-run")

@@ -19,6 +19,9 @@ from support.kill_harness import artifacts, difference
 from support.slurm_cluster import Cluster, cluster, missing
 from support.workflow_project import BENCHMARK, copy_project, set_config
 
+from nspo.settings.reading import load_config
+from nspo.workflow.resources import requests
+
 pytest.importorskip("snakemake_executor_plugin_slurm", reason="the dev extra installs the SLURM plugin")
 pytestmark = [pytest.mark.slurm, pytest.mark.skipif(missing() is not None, reason=f"no SLURM: {missing()}")]
 
@@ -36,6 +39,7 @@ JOBS = {
     "train_cost": 1,
     "train_reward": 1,
     "train_policy": 2,
+    "match_safety": 2,
     "certify": 2,
     "evaluate": 3,
     "benchmark": 3,
@@ -103,13 +107,27 @@ def test_the_workflow_runs_on_the_cluster(project: Path, slurm: Cluster, tmp_pat
     ended = slurm.accounted()
     assert {job: entry["JobState"] for job, entry in ended.items()} == dict.fromkeys(jobs, "COMPLETED")
     assert {of_rule(job) for job in jobs.values() if job.get("TresPerJob") != "gres:gpu:1"} == NO_GPU
-    # SLURM writes 64000 MB so; and twice as much as 125G.
     policy = next(job for job in jobs.values() if of_rule(job) == "train_policy")
-    assert (policy["MinMemoryNode"], policy["TimeLimit"]) == ("62.50G", "1-00:00:00")
+    assert asked(policy) == planned(project, attempt=1)
+
+
+def planned(project: Path, attempt: int) -> tuple[int, int]:
+    """Megabytes and minutes that the rule train_policy asks for."""
+    asks = requests(load_config(project / "config/smoke.yaml"))("train_policy")
+    return asks["mem_mb"](None, attempt), asks["runtime"](None, attempt)
+
+
+def asked(job: dict[str, str]) -> tuple[int, int]:
+    """Megabytes and minutes of a job, as SLURM writes them: 9000M or 8.79G, 1:00:00 or 1-00:00:00."""
+    number, unit = float(job["MinMemoryNode"][:-1]), job["MinMemoryNode"][-1]
+    days, _, clock = job["TimeLimit"].rpartition("-")
+    hours, minutes, _ = map(int, clock.split(":"))
+    return round(number * {"M": 1, "G": 1024}[unit]), (int(days or 0) * 24 + hours) * 60 + minutes
 
 
 def test_a_cancelled_job_is_submitted_again_with_more(project: Path, slurm: Cluster, tmp_path: Path) -> None:
-    """After `scancel` in mid-training the same run submits the job again with more memory and time: same policy."""
+    """After `scancel` in mid-training the same run submits the job again with more memory: same policy. It resumes, so
+    it asks for no more time."""
     before = artifacts(project)
     shutil.rmtree(project / POLICY)
     running = start(project, tmp_path / "log", str(POLICY))
@@ -118,7 +136,7 @@ def test_a_cancelled_job_is_submitted_again_with_more(project: Path, slurm: Clus
     assert running.wait() == 0, (tmp_path / "log").read_text()[-6000:]
     assert slurm.accounted()[job]["JobState"] == "CANCELLED"
     again = max(slurm.jobs().values(), key=lambda entry: int(entry["JobId"]))
-    assert (again["MinMemoryNode"], again["TimeLimit"], again["JobState"]) == ("125G", "2-00:00:00", "COMPLETED")
+    assert (asked(again), again["JobState"]) == (planned(project, attempt=2), "COMPLETED")
     assert "resuming nspo (seed 0) from" in (project / RESULTS / "logs/train_policy/nspo-seed0.log").read_text()
     assert difference(before, artifacts(project)) == []
 
