@@ -195,7 +195,7 @@ def _run(argv: Sequence[str]) -> None:
 def _gathered(run: Callable[..., None], keywords: dict[str, Any]) -> dict[str, Any]:
     """`keywords`, where those that are fields of a dataclass which `run` takes are given as one."""
     for name, kind in inspect.get_annotations(run).items():
-        if isinstance(kind, type) and is_dataclass(kind):
+        if name not in keywords and isinstance(kind, type) and is_dataclass(kind):
             inside = {one.name: keywords.pop(one.name) for one in fields(kind)}
             keywords[name] = kind(**inside)
     return keywords
