@@ -80,4 +80,5 @@ def _names() -> str:
     lines = ["# Names", "", "What `from nspo import ...` offers."]
     for name in nspo.__all__:
         lines += ["", f"::: {nspo._PLACES[name].replace(':', '.')}", "    options: {heading_level: 2}"]
+    lines += ["", "::: nspo.plot", "    options: {heading_level: 2, show_root_full_path: true}"]
     return "\n".join(lines)

@@ -15,6 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from nspo import plot as plot
     from nspo.bases.card import push_to_hub as push_to_hub
     from nspo.bases.file import NullSpaceBases as NullSpaceBases
     from nspo.certify.certificate import verify as verify
@@ -42,6 +43,8 @@ __all__ = [*sorted(_PLACES)]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "plot":
+        return import_module("nspo.plot")
     if name not in _PLACES:
         raise AttributeError(f"module 'nspo' has no attribute {name!r}")
     module, _, attribute = _PLACES[name].partition(":")

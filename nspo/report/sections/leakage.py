@@ -1,18 +1,20 @@
 """The section on leakage: what reaches protected inputs (the certificates)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean, median
 from typing import Any
+
+from matplotlib.figure import Figure
 
 from nspo.bases.table import block_of
 from nspo.report import plots
 from nspo.report.figures import Figures
 from nspo.report.runs import Run, trained_runs
 
-LEAKAGE_FIGURES = (  # column, the column of a random update of equal norm, title
-    ("leakage_heldout", "random_equal_norm", "Held-out general inputs"),
-    ("leakage_basis", "random_basis", "Protected directions"),
-)
+LEAKAGE_FIGURES = {  # column: the column of a random update of equal norm, title
+    "leakage_heldout": ("random_equal_norm", "Held-out general inputs"),
+    "leakage_basis": ("random_basis", "Protected directions"),
+}
 
 
 def leakage(runs: Sequence[Run], figures: Figures) -> dict[str, Any]:
@@ -21,12 +23,9 @@ def leakage(runs: Sequence[Run], figures: Figures) -> dict[str, Any]:
     With it what the run itself says of the theory (`nspo.policy.log`), where it projected gradients.
     """
     certified = [run for run in trained_runs(runs) if run.certificate]
-    found = []
-    for column, random, title in LEAKAGE_FIGURES:
-        lines = [_leakage_line(run, column, run.label, run.colour) for run in certified]
-        lines += [_leakage_line(run, random, f"random, as {run.label}", plots.MUTED) for run in certified[:1]]
-        if lines := [line for line in lines if line["dots"]]:
-            found.append(figures.add(column, plots.leakage(lines), title))
+    named = [(run.label, run.colour, run.certificate) for run in certified if run.certificate]
+    drawn = {column: draw(named, column) for column in LEAKAGE_FIGURES}
+    found = [figures.add(column, figure, LEAKAGE_FIGURES[column][1]) for column, figure in drawn.items() if figure]
     rows = [
         {
             "run": run,
@@ -44,8 +43,20 @@ def leakage(runs: Sequence[Run], figures: Figures) -> dict[str, Any]:
     return {"figures": found, "rows": rows, "unprotected_inputs": inputs}
 
 
-def _leakage_line(run: Run, column: str, label: str, colour: str) -> dict[str, Any]:
-    layers = (run.certificate or {})["layers"]
+def draw(certificates: Sequence[tuple[str, str, Mapping[str, Any]]], column: str) -> Figure | None:
+    """One column of each (label, colour, certificate) per layer, and in grey a random update as large as the first.
+
+    None where no certificate has it.
+    """
+    lines = [_line(found, column, label, colour) for label, colour, found in certificates]
+    random, _ = LEAKAGE_FIGURES[column]
+    lines += [_line(found, random, f"random, as {label}", plots.MUTED) for label, _, found in certificates[:1]]
+    lines = [line for line in lines if line["dots"]]
+    return plots.leakage(lines) if lines else None
+
+
+def _line(certificate: Mapping[str, Any], column: str, label: str, colour: str) -> dict[str, Any]:
+    layers = certificate["layers"]
     values = [(block_of(name), _all(layer.get(column))) for name, layer in layers.items()]
     dots = sorted((block, value) for block, value in values if value)  # a log axis has no place for exact zeros
     blocks = sorted({block for block, _ in dots})

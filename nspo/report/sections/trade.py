@@ -31,18 +31,28 @@ def trade(columns: Sequence[Measure], runs: Sequence[Run], figures: Figures) -> 
     pairs += [(other, against[name]) for other in unsafe[1:] for name in ("kl_per_token", "accuracy")]
     found: dict[str, list[dict[str, str]]] = {"first": [], "more": []}
     for y, x in pairs:
-        methods = [_ends(method, of, x, y, probes=y is unsafe[0]) for method, of in by_method(runs).items()]
-        if any(method["end"] for method in methods[1:]):
+        if drawn := figure(runs, x, y, probes=y is unsafe[0]):
             better = "right" if not x.lower_is_better else "left"
-            unit = {"nats": "nats", "rate": "share of prompts"}[x.unit]
-            figure = draw(methods, f"{x.title} ({unit})", f"Unsafe answers, {y.domain}", x.unit == "rate")
             title = (
                 f"{y.domain}: unsafe rate against {x.title[0].lower() + x.title[1:] if x.unit == 'rate' else x.title}"
             )
             name = f"trade_{x.name}" if y is unsafe[0] else f"trade_{x.name}_{y.domain}"
-            entry = figures.add(name, figure, f"{title} (better: down and {better})")
+            entry = figures.add(name, drawn, f"{title} (better: down and {better})")
             found["first" if (y, x) in pairs[:2] else "more"].append(entry)
     return found
+
+
+def figure(runs: Sequence[Run], x: Measure, y: Measure, probes: bool) -> Figure | None:
+    """The unsafe rate `y` of every method against `x`; None where no method has both.
+
+    Args:
+        probes: whether paths through training are drawn, on validation prompts.
+    """
+    methods = [_ends(method, of, x, y, probes) for method, of in by_method(runs).items()]
+    if not any(method["end"] for method in methods[1:]):
+        return None
+    unit = {"nats": "nats", "rate": "share of prompts"}[x.unit]
+    return draw(methods, f"{x.title} ({unit})", f"Unsafe answers, {y.domain}", x.unit == "rate")
 
 
 def _ends(method: str, runs: Sequence[Run], x: Measure, y: Measure, probes: bool) -> dict[str, Any]:
