@@ -17,6 +17,7 @@ import yaml
 from nspo.files.atomic import atomic_path
 from nspo.files.manifest import make_manifest, read_json
 from nspo.report.figures import Figures
+from nspo.report.first import first_screen
 from nspo.report.html import render
 from nspo.report.runs import load_runs
 from nspo.report.sections import bases as directions
@@ -30,7 +31,7 @@ from nspo.report.sections.trade import trade
 from nspo.report.sections.training import training
 from nspo.report.sections.walks import walks
 from nspo.report.summary import write_cards, write_latex, write_summary
-from nspo.run.progress import track
+from nspo.run.progress import say, track
 from nspo.settings.reading import load_config
 
 
@@ -97,6 +98,7 @@ def write_report(
         page["screen"] = directions.screened(screen, figures) if screen else None
         page["benchmarks"] = benchmark_tables(runs)
         page["agreement"] = read_json(agreement)["rows"] if agreement else []
+        page["first"] = first_screen(page["results"], runs, page["preference"][0])
         main = page["results"]["main"]
         page["answers"], page["browser"] = answers(runs, main), browser(runs, main)
         shown = settings.model_dump(mode="json", exclude={"runtime"})
@@ -113,3 +115,5 @@ def write_report(
         write_latex(columns, rows, page["facts"]["model"], scratch)
     with atomic_path(out) as scratch:
         scratch.write_text(html, encoding="utf-8")
+    found = page["first"]["sentence"] if page["first"] else page["results"]["verdict"][0]
+    say(f"{found} The page: {out}")

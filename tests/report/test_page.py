@@ -136,3 +136,25 @@ def test_nothing_overflows_a_small_screen(browser: Any, width: int) -> None:
     wide = browser.execute_script("return document.documentElement.scrollWidth")
     browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
     assert wide <= width
+
+
+def test_what_an_answer_changed_is_marked(browser: Any) -> None:
+    """The words that the base model's answer lacks are underlined, in the browser of answers; its own never are."""
+    pick(browser, "set", "maths")
+    marked = browser.find_elements("css selector", "#browser-list .case:first-child .answer:nth-child(2) mark")
+    assert [mark.text for mark in marked] == ["nspo"]
+    assert not browser.find_elements("css selector", "#browser-list .case:first-child .answer:nth-child(1) mark")
+
+
+def test_what_scrolls_is_reached_by_the_keyboard(browser: Any) -> None:
+    """On a phone every table and listing that is wider than the screen takes the focus."""
+    size = {"width": 360, "height": 800, "deviceScaleFactor": 1, "mobile": True}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    browser.execute_script("document.querySelectorAll('details').forEach((d) => { d.open = true })")
+    script = """const done = arguments[0];
+    requestAnimationFrame(() => setTimeout(() => done([...document.querySelectorAll('.scroll, pre')]
+      .filter((box) => box.scrollWidth > box.clientWidth).map((box) => box.tabIndex))))"""
+    found = browser.execute_async_script(script)
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    assert found
+    assert set(found) == {0}

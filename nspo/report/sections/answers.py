@@ -4,7 +4,9 @@ The browser is data (JSON on the page) that its one script shows as text, never 
 model's stands there once.
 """
 
+import re
 from collections.abc import Mapping, Sequence
+from difflib import SequenceMatcher
 from typing import Any
 
 from nspo.report.runs import BASE, Run
@@ -38,7 +40,7 @@ def answers(runs: Sequence[Run], main: Mapping[str, Any] | None) -> list[dict[st
             "harmful": case[0]["role"] == "harmful",
             "prompt": _cut(case[0]["prompt"], ANSWER_CHARACTERS),
             "answers": [
-                {"run": run, "text": _cut(row["response"], ANSWER_CHARACTERS), "notes": _notes(row)}
+                {"run": run, "parts": _marked(case[0]["response"], row["response"]), "notes": _notes(row)}
                 for run, row in zip(shown, case, strict=True)
             ],
         }
@@ -110,6 +112,14 @@ def _notes(row: Mapping[str, Any]) -> list[str]:
     if row.get("exact_match"):
         notes.append("same as base")
     return notes
+
+
+def _marked(before: str, after: str) -> list[tuple[str, bool]]:
+    """`after` in parts, each with whether `before` lacks its words there; none of an empty answer."""
+    old, new = (re.split(r"(\s+)", _cut(text, ANSWER_CHARACTERS)) for text in (before, after))
+    steps = SequenceMatcher(None, old, new, autojunk=False).get_opcodes()
+    parts = [("".join(new[start:stop]), kind != "equal") for kind, _, _, start, stop in steps]
+    return [(text, changed) for text, changed in parts if text]
 
 
 def _unique(cases: Sequence[Sequence[Mapping[str, Any]]]) -> list[str]:

@@ -51,6 +51,7 @@ def results(config: Config, runs: Sequence[Run]) -> dict[str, Any]:
     return {
         "verdict": verdict(main, against_base, matches),
         "main": main,
+        "against_base": against_base,
         "columns": columns,
         "headline": headline(columns, runs),
         "pairs": pairs,

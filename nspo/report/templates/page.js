@@ -4,6 +4,7 @@
   const data = JSON.parse(document.getElementById("browser-data").textContent);
   const root = document.getElementById("browser");
   const PAGE = 12;
+  const WORDS = 1e6; // most pairs of words that are compared to mark what changed
   let most = PAGE;
 
   const make = (tag, properties = {}, ...children) => {
@@ -60,11 +61,33 @@
     models, count, list, more,
   );
 
+  // The words of `text` in parts, those that `before` has in the same order apart from the others (longest common run).
+  const parts = (before, text) => {
+    const [old, now] = [before, text].map((one) => one.split(/(\s+)/));
+    if (old.length * now.length > WORDS) return [[text, false]];
+    const row = () => new Uint16Array(now.length + 1);
+    const best = [row()];
+    for (let i = old.length - 1; i >= 0; i -= 1) {
+      best.unshift(row());
+      for (let j = now.length - 1; j >= 0; j -= 1) best[0][j] = old[i] === now[j] ? best[1][j + 1] + 1 : Math.max(best[1][j], best[0][j + 1]);
+    }
+    const found = [];
+    const say = (word, changed) => (found.length && found.at(-1)[1] === changed ? (found.at(-1)[0] += word) : found.push([word, changed]));
+    let i = 0;
+    for (let j = 0; j < now.length; j += 1) {
+      while (i < old.length && old[i] !== now[j] && best[i + 1][j] >= best[i][j + 1]) i += 1;
+      const kept = i < old.length && old[i] === now[j];
+      say(now[j], !kept);
+      if (kept) i += 1;
+    }
+    return found;
+  };
+
   const answer = (found, place) => {
     const [text, notes] = found.answers[place];
     const same = text === 0;
     const shown = same ? "the same answer as the base model's" : text || "(empty answer)";
-    const box = make("div", { className: "answer" }, make("h4", { textContent: data.models[place].label }), make("p", { className: "notes", textContent: notes || "answered" }), make("p", { className: same ? "text equal" : "text", textContent: shown }));
+    const box = make("div", { className: "answer" }, make("h4", { textContent: data.models[place].label }), make("p", { className: "notes", textContent: notes || "answered" }), make("p", { className: same ? "text equal" : "text" }, ...(place && !same ? parts(found.answers[0][0], shown) : [[shown, false]]).map(([words, changed]) => (changed ? make("mark", { textContent: words }) : words))));
     box.style.setProperty("--colour", data.models[place].colour);
     return box;
   };
@@ -95,4 +118,14 @@
     more.hidden = found.length <= most;
   }
   draw();
+
+  // What is wider than the screen can be reached, and scrolled, with the keyboard.
+  const reach = () => document.querySelectorAll(".scroll, pre").forEach((box) => {
+    const wide = box.scrollWidth > box.clientWidth;
+    if (!wide) return ["tabindex", "role", "aria-label"].forEach((name) => box.removeAttribute(name));
+    for (const [name, value] of [["tabindex", "0"], ["role", "group"], ["aria-label", "Scrolls sideways"]]) box.setAttribute(name, value);
+  });
+  addEventListener("resize", reach);
+  document.addEventListener("toggle", reach, true);
+  reach();
 })();
