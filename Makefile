@@ -16,8 +16,9 @@ demo: .venv/run.stamp
 docs: .venv/docs.stamp
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
+# Two workers, each with one thread for arithmetic: most tests are too small to use more.
 test: lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 # The workflow on a real SLURM of one node, as root; needs Debian's slurm-wlm and munge, else it says what is missing.
 test-slurm: .venv/dev.stamp

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from support.workflow_project import copy_project, snakemake
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -31,8 +32,14 @@ def inputs(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> di
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the project in which the smoke configuration has run to its end."""
-    project = copy_project(tmp_path_factory.mktemp("project"))
-    run = snakemake(project)
-    assert run.returncode == 0, run.stdout[-6000:]
+    """A copy of the project in which the smoke configuration has run to its end; workers of pytest-xdist share it."""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    with FileLock(root / "finished.lock"):
+        project = root / "finished"
+        if not project.exists():
+            made = copy_project(tmp_path_factory.mktemp("project"))
+            run = snakemake(made)
+            assert run.returncode == 0, run.stdout[-6000:]
+            made.rename(project)
     return project
