@@ -3,7 +3,7 @@
 The release, written plainly from its description: one second moment per linear layer (q, k and v each their own, though
 they share an input), rounded to bf16 as its sums are, a full SVD in float32, the dense d x d projector of all
 directions below a share of the largest singular value, every projector kept. It writes no file; its bytes are those of
-what it keeps. Ours reads general, held-out and harmful second moments, solves in float64, and saves. Both start from
+what it keeps. Ours reads general, validation and harmful second moments, solves in float64, and saves. Both start from
 the same store.
 
 Peak memory is that of a fresh process above what its imports take. Widths beyond the measured ones are extrapolated, by
@@ -48,9 +48,9 @@ def ours(store: ActivationStore, sites: Sequence[str], out: Path) -> int:
     made = []
     for name in sites:
         general, tokens = store.gram(name, "basis")
-        heldout, harmful = store.gram(name, "heldout")[0], store.gram(name, "basis", [HARMFUL])[0]
+        validation, harmful = store.gram(name, "validation")[0], store.gram(name, "basis", [HARMFUL])[0]
         layers = store.sites[name].layers
-        made.append(compute_basis(name, layers, general, tokens, DEFAULT.rule, DEFAULT.threshold, heldout, harmful))
+        made.append(compute_basis(name, layers, general, tokens, DEFAULT.rule, DEFAULT.threshold, validation, harmful))
     NullSpaceBases(made, store.manifest["layer_norms"]).save(out)
     return out.stat().st_size
 
@@ -70,7 +70,7 @@ def release_projector(gram: Tensor) -> Tensor:
 
 
 def synthetic(width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """General, held-out and harmful second moments (d, d) float64 with eigenvalues near 1/i in common random axes.
+    """General, validation and harmful second moments (d, d) float64 with eigenvalues near 1/i in common random axes.
 
     Harmful eigenvalues are the general ones times log-normal factors, so that `contrast` frees a tenth of the axes.
     """
@@ -87,8 +87,8 @@ def synthetic(width: int) -> tuple[Tensor, Tensor, Tensor]:
     return moments[0], moments[1], moments[2]
 
 
-def ours_of(general: Tensor, heldout: Tensor, harmful: Tensor) -> None:
-    compute_basis("s", ["s"], general, 4 * len(general), DEFAULT.rule, DEFAULT.threshold, heldout, harmful)
+def ours_of(general: Tensor, validation: Tensor, harmful: Tensor) -> None:
+    compute_basis("s", ["s"], general, 4 * len(general), DEFAULT.rule, DEFAULT.threshold, validation, harmful)
 
 
 def ours_at(width: int) -> None:

@@ -88,8 +88,8 @@ def choices_of(store: ActivationStore, site: str) -> dict[Point, Choice]:
     domain, and `harmful`.
     """
     general, harmful = store.gram(site, "basis")[0], store.gram(site, "basis", [HARMFUL])[0]
-    samples = {"chosen on": general, "harmful chosen on": harmful, "general": store.gram(site, "heldout")[0]}
-    samples |= {domain: store.gram(site, "heldout", [domain])[0] for domain in store.domains("heldout")}
+    samples = {"chosen on": general, "harmful chosen on": harmful, "general": store.gram(site, "validation")[0]}
+    samples |= {domain: store.gram(site, "validation", [domain])[0] for domain in store.domains("validation")}
     values, vectors = symmetric_eigh(general)
     profiles = {name: energies(vectors, gram) / gram.trace() for name, gram in samples.items()}
     stored = vectors.float()
@@ -101,7 +101,7 @@ def choices_of(store: ActivationStore, site: str) -> dict[Point, Choice]:
                 shares = {name: share(free, gram) for name, gram in samples.items()}
                 choices[rule, threshold] = Choice(free.float(), "null", len(free) - free.shape[1], shares)
                 continue
-            rank = protected_rank(values, rule, threshold, vectors=vectors, heldout_gram=samples["general"])
+            rank = protected_rank(values, rule, threshold, vectors=vectors, validation_gram=samples["general"])
             shares = {name: float(profile[rank:].sum()) for name, profile in profiles.items()}
             thin = stored[:, :rank] if 2 * rank <= len(values) else stored[:, rank:]
             choices[rule, threshold] = Choice(thin, "range" if 2 * rank <= len(values) else "null", rank, shares)

@@ -1,7 +1,7 @@
 """How much memory and time `nspo verify` takes on a Llama-3-70B pair: one real-sized decoder block, embedding and head.
 
 Everything that the command reads is made in a temporary folder: two sharded bf16 checkpoints that differ inside a
-synthetic null space, its bases, and second moments of held-out inputs. The command runs in a process of its own. Its
+synthetic null space, its bases, and second moments of validation inputs. The command runs in a process of its own. Its
 peak is that of the whole pair, since no more than one layer's matrices are ever in memory; the bases alone would be 80
 times as many, as a mapped file whose pages the system can drop. Weights and inputs are random: memory and time do not
 depend on their values.
@@ -35,7 +35,7 @@ from nspo.models.tiny import tiny_tokenizer
 from nspo.nullspace.basis import SiteBasis
 
 FREE = 64  # directions of every synthetic null space
-TOKENS = 64  # held-out inputs of every domain
+TOKENS = 64  # validation inputs of every domain
 BLOCKS = 80  # of Llama-3-70B
 
 
@@ -200,11 +200,11 @@ def _basis(site: Site, free: Tensor) -> SiteBasis:
 def _write_activations(
     folder: Path, sites: list[Site], domains: list[str], norms: dict[str, float], model: dict[str, str]
 ) -> None:
-    """A store of second moments of random held-out inputs, one site in memory at a time."""
+    """A store of second moments of random validation inputs, one site in memory at a time."""
     storage = {site.name: "moments" for site in sites}
     for index, domain in enumerate(domains):
         for site in sites:
-            with PartWriter(folder, index, domain, "heldout", [site], storage, torch.device("cpu")) as writer:
+            with PartWriter(folder, index, domain, "validation", [site], storage, torch.device("cpu")) as writer:
                 writer.add(site, torch.randn(TOKENS, site.width), {})
     manifest = make_manifest(
         "activations",
@@ -213,7 +213,7 @@ def _write_activations(
             site.name: {"layers": site.layers, "width": site.width, "storage": "moments", "place": place}
             for place, site in enumerate(sites)
         },
-        parts=[{"domain": domain, "split": "heldout", "tokens": TOKENS} for domain in domains],
+        parts=[{"domain": domain, "split": "validation", "tokens": TOKENS} for domain in domains],
         layer_norms=norms,
     )
     write_json(folder / MANIFEST_NAME, manifest)

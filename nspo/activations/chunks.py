@@ -32,7 +32,7 @@ class Chunk:
 
     Attributes:
         index: its place among all chunks.
-        domain, split: where the prompts come from; `split` is `basis` or `heldout`, which
+        domain, split: where the prompts come from; `split` is `basis` or `validation`, which
             takes prompts of the validation split.
         first: how many prompts of the same domain and split come before.
         prompts: token ids of every prompt.
@@ -92,7 +92,7 @@ def make_chunks(settings: ActivationSettings, prompts: Path, tokenizer: PreTrain
     wanted += [(HARMFUL, "harmful", None, settings.harmful_samples), (BENIGN, "benign", None, settings.benign_samples)]
     chunks: list[Chunk] = []
     for name, role, domain, samples in wanted:
-        for split, source, count in (("basis", "train", samples), ("heldout", "validation", samples // 2)):
+        for split, source, count in (("basis", "train", samples), ("validation", "validation", samples // 2)):
             if count:
                 rows = load_prompts(prompts, role, source, domain)
                 kept, left_out = _fitting(f"{name} ({split})", rows, count, settings.max_prompt_tokens, tokenizer)

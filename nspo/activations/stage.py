@@ -2,8 +2,8 @@
 
 Per site (see `nspo.models.structure.sites`) the store keeps either every kept token's input (`raw`) or the exact second
 moment S = sum_n k_n k_n^T (`moments`), apart for every domain and for the two splits `basis` (chooses what to protect)
-and `heldout` (certifies it). Prompts that an evaluation calls held-out never enter the basis. Padding, positions after
-the end of an answer and the first `drop_first` positions are never kept.
+and `validation` (certifies it). Prompts that an evaluation calls held-out are in neither. Padding, positions after the
+end of an answer and the first `drop_first` positions are never kept.
 
 Products are summed in float32 within one batch, across batches in float64, and stored as float32 (see
 `nspo.activations.store`). Held are one batch, moments, and a short queue of rows,
@@ -58,7 +58,7 @@ def collect(settings: ActivationSettings, model: Path, prompts: Path, out: Path,
     """Write the activation store of `model` on the prompts of `prompts.parquet` to the folder `out`.
 
     Basis inputs are the first `samples` prompts of split `train` of every general domain, `harmful_samples` and
-    `benign_samples` of the harmful and benign training prompts; held-out inputs are half as many from the split
+    `benign_samples` of the harmful and benign training prompts; validation inputs are half as many from the split
     `validation`, so that the prompts of the final evaluation are never seen here.
 
     Under `accelerate launch` every process takes its share of the chunks, and the main one completes the store.

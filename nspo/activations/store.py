@@ -168,7 +168,7 @@ class ActivationStore:
                 )
 
     def domains(self, split: str) -> list[str]:
-        """Every domain with inputs in `split` (`basis` or `heldout`), `harmful` and `benign` included if collected."""
+        """Domains with inputs in `split` (`basis` or `validation`), `harmful` and `benign` included if collected."""
         return [domain for domain, of in self._parts if of == split]
 
     def tokens(self, domain: str, split: str) -> int:
@@ -189,7 +189,7 @@ class ActivationStore:
         """G = K K^T / N of one site: sum_d w_d S_d / sum_d w_d N_d over domains d.
 
         Args:
-            split: `basis` or `heldout`.
+            split: `basis` or `validation`.
             domains: which to add up; None takes all but `harmful`: the inputs to protect.
             weights: w_d, how much every token of a domain counts; 1 where none is given.
 

@@ -1,7 +1,7 @@
 """From the activation store to the bases file: one basis per site, chosen by the configured rule.
 
 The protected inputs are those of the general tasks (and of the harmless look-alikes, when they were collected), from
-the split `basis`; held-out inputs measure what the choice is worth. Sites do not depend on each other: a finished site
+the split `basis`; validation inputs measure what the choice is worth. Sites do not depend on each other: a finished one
 is kept, so that an interrupted run goes on after it, and on a cluster several jobs can share them out (`bases.jobs`,
 the file is the same for any number).
 Memory: one site at a time; see `compute_basis`.
@@ -162,7 +162,7 @@ def _counted(store: ActivationStore, settings: BasesSettings, split: str) -> dic
 
 def _domains(store: ActivationStore) -> dict[str, dict[str, int]]:
     """{domain: {split: tokens}} of all that was collected."""
-    splits = {split: store.domains(split) for split in ("basis", "heldout")}
+    splits = {split: store.domains(split) for split in ("basis", "validation")}
     names = dict.fromkeys(domain for listed in splits.values() for domain in listed)
     return {
         name: {split: store.tokens(name, split) for split, listed in splits.items() if name in listed} for name in names
@@ -178,12 +178,12 @@ def _compute_site(store: ActivationStore, site: Site, settings: BasesSettings) -
         return gram if site.share == 1 or gram.trace() > 0 else None  # an expert may have had no such token
 
     gram, tokens = protected("basis")
-    heldout = seen(protected("heldout")[0]) if _counted(store, settings, "heldout") else None
+    validation = seen(protected("validation")[0]) if _counted(store, settings, "validation") else None
     harmful = seen(store.gram(site.name, "basis", [HARMFUL])[0]) if HARMFUL in store.domains("basis") else None
-    needed = {"leakage": heldout, "contrast": harmful}.get(settings.rule, gram)
+    needed = {"leakage": validation, "contrast": harmful}.get(settings.rule, gram)
     if site.share < 1 and (tokens < TOKENS_PER_DIRECTION * site.width or needed is None or seen(gram) is None):
         return frozen_basis(site.name, site.layers, site.width, tokens)
-    return compute_basis(site.name, site.layers, gram, tokens, settings.rule, settings.threshold, heldout, harmful)
+    return compute_basis(site.name, site.layers, gram, tokens, settings.rule, settings.threshold, validation, harmful)
 
 
 def frozen_basis(site: str, layers: Iterable[str], width: int, tokens: int) -> SiteBasis:
@@ -209,7 +209,7 @@ def compute_basis(
     tokens: int,
     rule: str,
     threshold: float,
-    heldout_gram: Tensor | None = None,
+    validation_gram: Tensor | None = None,
     harmful_gram: Tensor | None = None,
 ) -> SiteBasis:
     """Choose the protected range of one site and keep the thinner side of it.
@@ -221,7 +221,7 @@ def compute_basis(
         gram: (d, d) second moment of general inputs, accumulated in float32 or better.
         tokens: how many tokens `gram` averages.
         rule, threshold: see `protected_rank`, and `contrast_free` for its selectivity.
-        heldout_gram: the same of held-out general inputs; needed by `leakage`, otherwise only measured.
+        validation_gram: the same of validation general inputs; needed by `leakage`, otherwise only measured.
         harmful_gram: the same of harmful inputs; needed by `contrast`, otherwise only measured.
 
     Raises:
@@ -232,7 +232,7 @@ def compute_basis(
         UserWarning: with fewer than 4 d tokens, or when no free direction is left (the layers then stay as they are).
     """
     check_rule(rule, threshold)
-    _check_moments(site, rule, gram, heldout_gram, harmful_gram)
+    _check_moments(site, rule, gram, validation_gram, harmful_gram)
     width = gram.shape[0]
     if tokens < TOKENS_PER_DIRECTION * width:
         warnings.warn(
@@ -246,7 +246,7 @@ def compute_basis(
         thin = complement(free) if rank <= width - rank else free
     else:
         eigenvalues, vectors = symmetric_eigh(gram)
-        rank = protected_rank(eigenvalues, rule, threshold, vectors=vectors, heldout_gram=heldout_gram)
+        rank = protected_rank(eigenvalues, rule, threshold, vectors=vectors, validation_gram=validation_gram)
         thin = vectors[:, :rank] if rank <= width - rank else vectors[:, rank:]
     if rank == width:
         warnings.warn(
@@ -254,9 +254,9 @@ def compute_basis(
         )
     kind: Kind = "range" if rank <= width - rank else "null"
     freed = _free_share(thin, kind, gram)
-    heldout = None if heldout_gram is None else _free_share(thin, kind, heldout_gram)
+    validation = None if validation_gram is None else _free_share(thin, kind, validation_gram)
     harmful = None if harmful_gram is None else _free_share(thin, kind, harmful_gram)
-    general = freed if heldout is None else heldout
+    general = freed if validation is None else validation
     return SiteBasis(
         site=site,
         layers=tuple(layers),
@@ -269,16 +269,16 @@ def compute_basis(
         threshold=float(threshold),
         tokens=int(tokens),
         energy_kept=1 - freed,
-        leakage=None if heldout is None else math.sqrt(heldout),
+        leakage=None if validation is None else math.sqrt(validation),
         harmful_energy=harmful,
         ratio=None if harmful is None or general < ROUNDING else harmful / general,
     )
 
 
-def _check_moments(site: str, rule: str, gram: Tensor, heldout: Tensor | None, harmful: Tensor | None) -> None:
-    for name, moment in (("general", gram), ("held-out", heldout), ("harmful", harmful)):
+def _check_moments(site: str, rule: str, gram: Tensor, validation: Tensor | None, harmful: Tensor | None) -> None:
+    for name, moment in (("general", gram), ("validation", validation), ("harmful", harmful)):
         if moment is None:
-            if (rule, name) in (("leakage", "held-out"), ("contrast", "harmful")):
+            if (rule, name) in (("leakage", "validation"), ("contrast", "harmful")):
                 raise UserError(
                     f"{site}: rule {rule!r} found no {name} inputs, expected some: collect them or change the rule"
                 )

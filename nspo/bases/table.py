@@ -77,7 +77,10 @@ def facts(bases: "NullSpaceBases") -> dict[str, str]:
     """What names the model, the rule and the data; "not recorded" for what the file does not say."""
     model = bases.manifest.get("model", {})
     rules = sorted({f"{site.rule}, threshold {site.threshold:.3g}" for site in bases.values()})
-    data = [f"{row['domain']} {row['basis']} tokens ({row['heldout']} held out)" for row in data_rows(bases.manifest)]
+    data = [
+        f"{row['domain']} {row['basis']} tokens ({row['validation']} of validation)"
+        for row in data_rows(bases.manifest)
+    ]
     source = model.get("source")
     return {
         "model": str(model.get("architecture", "not recorded")),
@@ -91,13 +94,13 @@ def facts(bases: "NullSpaceBases") -> dict[str, str]:
 
 
 def data_rows(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """One row per domain: `domain` and how many tokens chose the basis (`basis`) and were held out (`heldout`).
+    """One row per domain: `domain` and how many tokens chose the basis (`basis`) and measured it (`validation`).
 
     Merged bases list the domains of each file, numbered; bases that do not record their data give no rows.
     """
     merged = manifest.get("merged")
     return [
-        {"domain": f"{domain} (file {number})" if merged else domain, "basis": 0, "heldout": 0, **tokens}
+        {"domain": f"{domain} (file {number})" if merged else domain, "basis": 0, "validation": 0, **tokens}
         for number, part in enumerate(merged or [manifest], 1)
         for domain, tokens in sorted(part.get("domains", {}).items())
     ]

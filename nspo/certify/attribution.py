@@ -2,7 +2,7 @@
 the model loses when it is taken back.
 
 From the certificate, per changed tensor: its share of the update, ||dW||^2 over the sum of all (shares add up to one),
-and the relative change of its layer's output on held-out general and harmful inputs, ||dW K|| / ||W K||. Then the
+and the relative change of its layer's output on validation general and harmful inputs, ||dW K|| / ||W K||. Then the
 knock-outs: for every group of layers (a quarter of the depth, all attention, all MLPs, the rest) the group's weights
 are set back to the base model's, in memory, and the model answers harmful prompts and is compared with the base on
 general ones. What the unsafe rate loses says how much of the safety sits there; what the drift loses, how much of the
@@ -131,7 +131,7 @@ def attribute(
 
 def changed_tensors(certificate: Mapping[str, Any]) -> dict[str, Row]:
     """Every tensor that training changed: `block` (None outside the blocks), `part`, `update_norm`, and the relative
-    change of its layer's output on held-out `general` and `harmful` inputs (None where no certificate has it; of a
+    change of its layer's output on validation `general` and `harmful` inputs (None where no certificate has it; of a
     tensor of experts the root mean square of theirs)."""
     rows: dict[str, list[Row]] = {}
     for layer, row in certificate["layers"].items():
@@ -140,7 +140,7 @@ def changed_tensors(certificate: Mapping[str, Any]) -> dict[str, Row]:
     found: dict[str, Row] = {
         name: {
             "update_norm": math.hypot(*(row["update_norm"] for row in several)),
-            "general": _root_mean_square([row["leakage_heldout"].get("all") for row in several]),
+            "general": _root_mean_square([row["leakage_validation"].get("all") for row in several]),
             "harmful": _root_mean_square([row.get("harmful") for row in several]),
         }
         for name, several in rows.items()

@@ -1,9 +1,9 @@
 """What the constraint is worth on a saved model: how much of each layer's answer to general inputs an update changed.
 
-For a layer with base weight W and update dW (both out x d), protected range Q and held-out general inputs K_h,
+For a layer with base weight W and update dW (both out x d), protected range Q and validation general inputs K_h,
 
     leakage_basis   = ||dW Q||_F / ||W Q||_F         what the constraint promises: zero up to rounding
-    leakage_heldout = ||dW K_h||_F / ||W K_h||_F     what a general prompt it never saw still feels
+    leakage_validation = ||dW K_h||_F / ||W K_h||_F     what a general prompt it never saw still feels
                     = sqrt(tr(dW G dW^T) / tr(W G W^T)),  G = K_h K_h^T / N, per domain, in float64
 
 and, for scale, the same of a random update R as large as dW, in closed form and not sampled: with independent entries
@@ -12,7 +12,7 @@ statement is exact for a layer given its input, and first order for the whole ne
 inputs: drift on real prompts is measured by the evaluation.
 
 Any two checkpoints of one architecture can be compared, trained by nspo or not. They are read in slices of rows, and
-one Gram at a time, so that a 70B pair with held-out activations fits in 24 GB of memory: what is largest there is G
+one Gram at a time, so that a 70B pair with validation activations fits in 24 GB of memory: what is largest there is G
 and one product A^T A of a down projection, 28672 x 28672 float64 (6.6 GB) each. Measured by `performance/verify.py`.
 Command: `nspo verify --base A --tuned B --bases FILE [--activations DIR]`.
 """
@@ -46,8 +46,8 @@ Slices = Callable[[], Iterator[tuple[Tensor, Tensor]]]  # starts over W and dW, 
 
 
 @dataclass(frozen=True)
-class Heldout:
-    """What a layer answers to N held-out inputs of second moment G = K_h K_h^T / N.
+class Answers:
+    """What a layer answers to N validation inputs of second moment G = K_h K_h^T / N.
 
     Attributes:
         tokens: N.
@@ -79,13 +79,13 @@ def verify(
         base: folder with safetensors weights, sharded or not.
         tuned: another, of the same architecture.
         bases: computed on `base`, or their file.
-        store: activations of `base`, for held-out inputs; without it the figures on held-out inputs are left out.
+        store: activations of `base`, for validation inputs; without it the figures on validation inputs are left out.
         workdir: folder in which the layers that are done are kept until all are, so that an interrupted call goes on.
 
     Returns:
         JSON-like: identities; `never_loaded`, stored tensors that no class here loads; `layers`, {layer: site, tensor
-        (the parameter it lies in), leakage_basis, leakage_heldout {domain and "all": value}, update_norm,
-        relative_update, random_basis, random_equal_norm (on all held-out inputs), harmful (the change on harmful
+        (the parameter it lies in), leakage_basis, leakage_validation {domain and "all": value}, update_norm,
+        relative_update, random_basis, random_equal_norm (on all validation inputs), harmful (the change on harmful
         inputs, where it is meant to be)}; `unconstrained`, {tensor: update_norm, relative_update} of every other tensor
         that changed; `coverage` of the blocks, and what the model reads beside text; `summary`.
 
@@ -120,8 +120,10 @@ def verify(
                 bar.update(len(known))
                 continue
             weights = {layer: partial(pair.slices, places[layer].key, places[layer]) for layer in site.layers}
-            heldout = heldout_answers(list(weights.values()), site, store) if store is not None else [{}] * len(weights)
-            for (layer, slices), answers in zip(weights.items(), heldout, strict=True):
+            validation = (
+                validation_answers(list(weights.values()), site, store) if store is not None else [{}] * len(weights)
+            )
+            for (layer, slices), answers in zip(weights.items(), validation, strict=True):
                 layers[layer] = {"tensor": places[layer].key, **layer_report(slices, site, answers)}
                 bar.update(1)
             kept.add(site.site, {layer: layers[layer] for layer in weights})
@@ -171,13 +173,13 @@ class _Kept:
             self.file.path.unlink(missing_ok=True)
 
 
-def layer_report(slices: Slices, site: SiteBasis, heldout: Mapping[str, Heldout]) -> dict[str, Any]:
+def layer_report(slices: Slices, site: SiteBasis, validation: Mapping[str, Answers]) -> dict[str, Any]:
     """The figures of one layer (see the module and `verify`).
 
     Args:
         slices: W and dW.
         site: the basis of the layer's input.
-        heldout: the layer's answers by domain; may be empty. "harmful" is no part of "all".
+        validation: the layer's answers by domain; may be empty. "harmful" is no part of "all".
     """
     protected = partial(protected_part, basis=site.basis, kind=site.kind)
     weight, update, base, leaked = _norms((w, d, protected(w), protected(d)) for w, d in slices())
@@ -186,42 +188,42 @@ def layer_report(slices: Slices, site: SiteBasis, heldout: Mapping[str, Heldout]
         **_sizes(weight, update),
         "leakage_basis": _ratio(leaked, base),
         "random_basis": _ratio(update * math.sqrt(site.rank / site.width), base),
-        "leakage_heldout": {},
+        "leakage_validation": {},
     }
-    if not heldout:
+    if not validation:
         return report
-    seen = {domain: answers for domain, answers in heldout.items() if answers.tokens}  # an expert may have seen none
+    seen = {domain: answers for domain, answers in validation.items() if answers.tokens}  # an expert may have seen none
     general = {domain: answers for domain, answers in seen.items() if domain != HARMFUL}
     if HARMFUL in seen:
         report["harmful"] = seen[HARMFUL].change
     if not general:
         return report
     pooled = _pool(general.values())
-    report["leakage_heldout"] = {**{name: answers.change for name, answers in general.items()}, "all": pooled.change}
+    report["leakage_validation"] = {**{name: answers.change for name, answers in general.items()}, "all": pooled.change}
     random = update * math.sqrt(pooled.trace / site.width)
     report["random_equal_norm"] = _ratio(random, math.sqrt(pooled.weight))
     return report
 
 
-def heldout_answers(layers: Sequence[Slices], site: SiteBasis, store: ActivationStore) -> list[dict[str, Heldout]]:
-    """What each of a site's `layers` answers to its held-out inputs, by domain.
+def validation_answers(layers: Sequence[Slices], site: SiteBasis, store: ActivationStore) -> list[dict[str, Answers]]:
+    """What each of a site's `layers` answers to its validation inputs, by domain.
 
     tr(A G A^T) = <A^T A, G>: one product per matrix serves every domain, and one Gram every product in memory.
     """
     at_once = max(1, int(PRODUCT_BYTES / (8 * site.width**2)))
     matrices = [(slices, part) for slices in layers for part in (0, 1)]  # W and dW of every layer
     moments: dict[str, tuple[int, float]] = {}
-    energies: dict[str, list[float]] = {domain: [] for domain in store.domains("heldout")}
+    energies: dict[str, list[float]] = {domain: [] for domain in store.domains("validation")}
     for start in range(0, len(matrices), at_once):
         products = [_product(slices, part, site.width) for slices, part in matrices[start : start + at_once]]
         for domain, values in energies.items():
-            gram, tokens = store.gram(site.site, "heldout", [domain])
+            gram, tokens = store.gram(site.site, "validation", [domain])
             moments[domain] = tokens, float(gram.trace())
             values += [max(_inner(product, gram), 0.0) for product in products]  # below zero only by rounding
             del gram  # before the next is read
         products.clear()
     return [
-        {domain: Heldout(*moments[domain], *values[i : i + 2]) for domain, values in energies.items()}
+        {domain: Answers(*moments[domain], *values[i : i + 2]) for domain, values in energies.items()}
         for i in range(0, len(matrices), 2)
     ]
 
@@ -240,14 +242,14 @@ def _inner(upper: Tensor, gram: Tensor) -> float:
     return 2 * sum(float((a * b).sum()) for a, b in blocks) - float(upper.diagonal() @ gram.diagonal())
 
 
-def _pool(answers: Iterable[Heldout]) -> Heldout:
+def _pool(answers: Iterable[Answers]) -> Answers:
     """All inputs of several domains as one: every token counts the same."""
     several = list(answers)
     tokens = sum(one.tokens for one in several)
     trace, weight, update = (
         sum(one.tokens * getattr(one, key) for one in several) / tokens for key in ("trace", "weight", "update")
     )
-    return Heldout(tokens, trace, weight, update)
+    return Answers(tokens, trace, weight, update)
 
 
 def _norms(slices: Iterable[Sequence[Tensor]]) -> list[float]:
@@ -275,7 +277,7 @@ def _summary(layers: Mapping[str, Any], unconstrained: Mapping[str, Any]) -> dic
     """Worst layer, mean over layers, and the share of the norm of all change that lies outside the layers."""
     series = {
         "leakage_basis": {name: row["leakage_basis"] for name, row in layers.items()},
-        "leakage_heldout": {name: row["leakage_heldout"].get("all") for name, row in layers.items()},
+        "leakage_validation": {name: row["leakage_validation"].get("all") for name, row in layers.items()},
         "random_basis": {name: row["random_basis"] for name, row in layers.items()},
         "random_equal_norm": {name: row.get("random_equal_norm") for name, row in layers.items()},
         "harmful": {name: row.get("harmful") for name, row in layers.items()},

@@ -227,7 +227,7 @@ def _store(artifact: Artifact, here: Results) -> None:
 
     store = ActivationStore(artifact.path)
     for site in store.sites:
-        for split in ("basis", "heldout"):
+        for split in ("basis", "validation"):
             store.gram(site, split)
 
 

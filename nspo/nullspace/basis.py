@@ -32,9 +32,9 @@ class SiteBasis:
         rule, threshold: the selection rule and its setting.
         tokens: number of general tokens behind the second moment.
         energy_kept: share of the general trace inside the protected range; None for a random or merged basis.
-        leakage: ||K_h - Q Q^T K_h||_F / ||K_h||_F on held-out general inputs, None without any.
+        leakage: ||K_h - Q Q^T K_h||_F / ||K_h||_F on validation general inputs, None without any.
         harmful_energy: share of the harmful trace inside the free space, None without harmful inputs.
-        ratio: `harmful_energy` over the general share in the free space (held-out where given), None when undefined.
+        ratio: `harmful_energy` over the general share in the free space (validation where given), None when undefined.
     """
 
     site: str

@@ -95,23 +95,23 @@ def protected_rank(
     threshold: float,
     *,
     vectors: Tensor | None = None,
-    heldout_gram: Tensor | None = None,
+    validation_gram: Tensor | None = None,
 ) -> int:
     """How many leading directions to protect, 0 to d.
 
     With eigenvalues e_1 >= ... >= e_d and threshold t:
     `relative` counts e_i >= t e_1; `absolute` counts e_i >= t; `energy` is the smallest r with
     e_1 + ... + e_r >= t * trace; `rank` is t itself (at most d); `fraction` is round(t d); `leakage` is the smallest r
-    with ||K_h - Q Q^T K_h||_F / ||K_h||_F <= t on held-out inputs, where the numerator squared is exactly
+    with ||K_h - Q Q^T K_h||_F / ||K_h||_F <= t on validation inputs, where the numerator squared is exactly
     sum_{i > r} v_i^T G_h v_i.
 
     Args:
         eigenvalues: (d,) float64, descending.
         vectors: (d, d) float64 eigenvectors, for `leakage`.
-        heldout_gram: (d, d) G_h, for `leakage`.
+        validation_gram: (d, d) G_h, for `leakage`.
 
     Raises:
-        UserError: for an unknown rule, a threshold out of range, or `leakage` without held-out inputs.
+        UserError: for an unknown rule, a threshold out of range, or `leakage` without validation inputs.
     """
     check_rule(rule, threshold)
     width = len(eigenvalues)
@@ -127,11 +127,11 @@ def protected_rank(
     if rule == "fraction":
         return round(threshold * width)
     if rule == "leakage":
-        if vectors is None or heldout_gram is None:
+        if vectors is None or validation_gram is None:
             raise UserError(
-                "rule 'leakage' found no held-out inputs, expected some: hold out general tokens or change the rule"
+                "rule 'leakage' found no validation inputs, expected some: hold out general tokens or change the rule"
             )
-        tails = _tails(energies(vectors, heldout_gram.double()))
+        tails = _tails(energies(vectors, validation_gram.double()))
         return _first(tails <= (threshold**2 + ROUNDING) * tails[0])
     raise UserError("rule 'contrast' picks directions, not a rank: use contrast_free")
 

@@ -129,10 +129,10 @@ def validation(settings: ScreenSettings, rollouts: RolloutSettings, prompts: Pat
 def spaces_of(settings: ScreenSettings, store: ActivationStore) -> dict[str, NullSpaceBases]:
     """Bases by every rule, and random ones of the first rule's ranks, from one reading of the store a site."""
     made: dict[str, list[Any]] = {name: [] for name in settings.rules}
-    heldout = [domain for domain in store.domains("heldout") if domain != HARMFUL]
+    validation = [domain for domain in store.domains("validation") if domain != HARMFUL]
     with track("bases of the screen", len(store.sites), "site") as bar:
         for site in store.sites.values():
-            held = store.gram(site.name, "heldout", heldout)[0] if heldout else None
+            held = store.gram(site.name, "validation", validation)[0] if validation else None
             harmful = store.gram(site.name, "basis", [HARMFUL])[0] if HARMFUL in store.domains("basis") else None
             for name, rule in settings.rules.items():
                 gram, tokens = store.gram(site.name, "basis", *_weighed(rule, store))

@@ -98,7 +98,7 @@ def test_layer_used_twice_in_one_forward_is_refused(tiny_model_dir):
 def test_batched_moments_equal_those_of_unpadded_single_sequences(raw, moments, tiny_model_dir):
     """Padding leaves no trace: every sequence alone, hooked independently, gives the same second moment."""
     model = models.load_model(tiny_model_dir)
-    for split in ("basis", "heldout"):
+    for split in ("basis", "validation"):
         for site in moments.sites:
             seen: list[torch.Tensor] = []
             handle = model.get_submodule(site).register_forward_pre_hook(lambda _, x, seen=seen: seen.append(x[0][0]))
@@ -157,7 +157,7 @@ def test_basis_uses_training_prompts_only(raw, prompts, tiny_model_dir):
     site = next(iter(raw.sites))
     for split, expected in (
         ("basis", {"maths": "train", "harmful": "train"}),
-        ("heldout", {"maths": "validation", "harmful": "validation"}),
+        ("validation", {"maths": "validation", "harmful": "validation"}),
     ):
         for domain, source in expected.items():
             rows = raw_rows(raw, site, domain=domain, split=split)
@@ -165,7 +165,7 @@ def test_basis_uses_training_prompts_only(raw, prompts, tiny_model_dir):
             for sample in {row["sample"] for row in rows}:
                 text = tokenizer.decode([r["token"] for r in rows if r["sample"] == sample])
                 assert f" {source} {sample} " in text
-    assert raw.domains("basis") == raw.domains("heldout") == ["chat", "maths", "harmful"]
+    assert raw.domains("basis") == raw.domains("validation") == ["chat", "maths", "harmful"]
 
 
 def test_long_prompts_are_left_out_and_counted(tmp_path, tiny_model_dir, prompts, capsys):
@@ -206,7 +206,7 @@ def test_raw_and_moments_answer_alike(raw, moments):
     """Both forms give the same Gram to 1e-6 of its scale, for every site, split and domain."""
     assert raw.sites == moments.sites
     for site in raw.sites:
-        for split in ("basis", "heldout"):
+        for split in ("basis", "validation"):
             for domain in raw.domains(split):
                 a, n = raw.gram(site, split, [domain])
                 b, m = moments.gram(site, split, [domain])

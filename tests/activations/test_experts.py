@@ -58,7 +58,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_every_token_reaches_the_experts_it_asks_and_no_other(raw):
     """Over the experts of a block, kept tokens add up to all times the experts asked; nobody's rows are another's."""
-    for split in ("basis", "heldout"):
+    for split in ("basis", "validation"):
         everything = raw.gram(FED, split)[1]
         assert sum(raw.gram(f"{DOWN}.{number}", split)[1] for number in range(EXPERTS)) == everything
     gram, tokens = raw.gram(f"{DOWN}.3", "basis")

@@ -38,7 +38,7 @@ def test_chunks_of_a_domain_add_up_to_the_domain(tmp_path, small_chunks, tiny_mo
     """Several parts per domain and split hold the same rows, tokens and samples as one."""
     store = run(tmp_path / "activations", tiny_model_dir, prompts)
     assert [part["domain"] for part in store.manifest["parts"]].count("chat") == 3  # two basis, one held-out
-    for domain, split in itertools.product(("chat", "maths", "harmful"), ("basis", "heldout")):
+    for domain, split in itertools.product(("chat", "maths", "harmful"), ("basis", "validation")):
         assert store.tokens(domain, split) == raw.tokens(domain, split)
         for site in list(raw.sites)[:4]:
             a, b = (s.gram(site, split, [domain])[0] for s in (store, raw))
@@ -65,7 +65,7 @@ def test_number_of_chunks_is_bounded():
 def test_token_budget_keeps_exactly_that_many(tmp_path, small_chunks, tiny_model_dir, prompts, raw):
     """Every domain and split has the budget's number of tokens, from all over its sequences; the manifest says so."""
     store = run(tmp_path / "activations", tiny_model_dir, prompts, tokens_per_domain=101)
-    for domain, split in itertools.product(("chat", "maths", "harmful"), ("basis", "heldout")):
+    for domain, split in itertools.product(("chat", "maths", "harmful"), ("basis", "validation")):
         rows = raw_rows(store, "model.layers.1.mlp.down_proj", domain=domain, split=split)
         assert len(rows) == store.tokens(domain, split) == 101 < raw.tokens(domain, split)
         assert {row["sample"] for row in rows} == set(range(4 if split == "basis" else 2))

@@ -111,12 +111,12 @@ def test_energy_meets_a_share_that_lies_exactly_on_an_edge():
 @given(st.integers(0, 2**16), st.floats(0.0, 1.0))
 def test_leakage_rule_equals_brute_force(seed, threshold):
     generator = torch.Generator().manual_seed(seed)
-    kept, heldout = (torch.randn(6, 9, generator=generator, dtype=torch.float64) for _ in range(2))
+    kept, validation = (torch.randn(6, 9, generator=generator, dtype=torch.float64) for _ in range(2))
     values, vectors = symmetric_eigh(kept @ kept.T)
-    norms = [(heldout - vectors[:, :r] @ vectors[:, :r].T @ heldout).norm() / heldout.norm() for r in range(7)]
+    norms = [(validation - vectors[:, :r] @ vectors[:, :r].T @ validation).norm() / validation.norm() for r in range(7)]
     expected = next(r for r, norm in enumerate(norms) if norm <= threshold + 1e-9)
-    gram = heldout @ heldout.T
-    assert protected_rank(values, "leakage", threshold, vectors=vectors, heldout_gram=gram) == expected
+    gram = validation @ validation.T
+    assert protected_rank(values, "leakage", threshold, vectors=vectors, validation_gram=gram) == expected
 
 
 @pytest.mark.parametrize(
@@ -252,12 +252,12 @@ def test_the_thinner_side_is_kept(rank, kind, columns):
 
 
 def test_heldout_leakage_and_harmful_energy_are_measured():
-    general, heldout, harmful = (
+    general, validation, harmful = (
         torch.diag(torch.tensor([4.0, 1, 0])),
         torch.diag(torch.tensor([3.0, 0, 1])),
         torch.eye(3),
     )
-    site = compute_basis("s", ["a"], general, TOKENS, "rank", 1, heldout, harmful)
+    site = compute_basis("s", ["a"], general, TOKENS, "rank", 1, validation, harmful)
     assert site.leakage == pytest.approx(0.5)
     assert site.harmful_energy == pytest.approx(2 / 3)
     assert site.ratio == pytest.approx((2 / 3) / 0.25)

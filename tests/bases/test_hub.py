@@ -22,7 +22,7 @@ from nspo.cli import main as cli
 from nspo.errors import UserError
 
 MODEL = {"architecture": "LlamaForCausalLM", "weights": "a" * 16, "tokenizer": "b" * 16}
-DOMAINS = {"maths": {"basis": 8101, "heldout": 4041}, "harmful": {"basis": 5381}}
+DOMAINS = {"maths": {"basis": 8101, "validation": 4041}, "harmful": {"basis": 5381}}
 
 
 def bases(**identity: object) -> NullSpaceBases:

@@ -24,7 +24,9 @@ TOKENS = {"maths": 60, "code": 40, HARMFUL: 50}
 RULE = BasesSettings(rule="contrast", threshold=1.5)
 
 
-def write_store(path: Path, domains: dict[str, int] = TOKENS, splits: tuple[str, ...] = ("basis", "heldout")) -> Path:
+def write_store(
+    path: Path, domains: dict[str, int] = TOKENS, splits: tuple[str, ...] = ("basis", "validation")
+) -> Path:
     """A finished store of random inputs: every domain and site has a spectrum of its own."""
     storage = {site.name: "moments" for site in SITES}
     parts = [(domain, split) for domain in domains for split in splits]
@@ -75,7 +77,7 @@ def test_the_file_holds_every_site_in_model_order_and_names_what_it_is_of(store,
     assert list(bases.manifest["sites"]) == sorted(site.name for site in SITES)  # JSON sorts; the store keeps the order
     assert bases.manifest["model"] == {"weights": "abc"}
     assert bases.manifest["settings"] == {"rule": "contrast", "threshold": 1.5, "weights": {}}
-    assert bases.manifest["domains"] == {d: {"basis": n, "heldout": n} for d, n in TOKENS.items()}
+    assert bases.manifest["domains"] == {d: {"basis": n, "validation": n} for d, n in TOKENS.items()}
     assert all(bases[site.name].layers == site.layers for site in SITES)
 
 
@@ -84,11 +86,11 @@ def test_harmful_inputs_never_count_as_general_ones(store, whole):
     opened, bases = ActivationStore(store), NullSpaceBases.load(whole)
     for site in SITES:
         general, tokens = opened.gram(site.name, "basis", ["maths", "code"])
-        heldout, harmful = (
-            opened.gram(site.name, "heldout", ["maths", "code"]),
+        validation, harmful = (
+            opened.gram(site.name, "validation", ["maths", "code"]),
             opened.gram(site.name, "basis", [HARMFUL]),
         )
-        alone = stage.compute_basis(site.name, site.layers, general, tokens, "contrast", 1.5, heldout[0], harmful[0])
+        alone = stage.compute_basis(site.name, site.layers, general, tokens, "contrast", 1.5, validation[0], harmful[0])
         assert torch.equal(alone.basis, bases[site.name].basis)
         assert alone.row() == bases[site.name].row()
         assert bases[site.name].tokens == 100

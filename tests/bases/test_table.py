@@ -23,8 +23,8 @@ def bases(blocks: int = 11, **identity: object) -> NullSpaceBases:
             layers = [f"model.layers.{block}.{name}"]
             layers += [layers[0].replace("q_proj", "k_proj")] if width == 3 else []
             gram = torch.diag(torch.arange(width, 0, -1.0))
-            heldout = torch.eye(width) if block else None
-            sites.append(compute_basis(layers[0], layers, gram, 99, "rank", 1 + block % 2, heldout))
+            validation = torch.eye(width) if block else None
+            sites.append(compute_basis(layers[0], layers, gram, 99, "rank", 1 + block % 2, validation))
     return NullSpaceBases(sites, {layer: 1.0 for site in sites for layer in site.layers}, **identity)
 
 
@@ -63,7 +63,7 @@ def test_kinds_are_summed_up_in_the_order_of_blocks(tmp_path: Path) -> None:
 
 def test_facts_name_model_rule_and_data() -> None:
     """What the manifest knows is said, what it does not know is called so, and merged files keep their data apart."""
-    domains = {"maths": {"basis": 8, "heldout": 4}, "harmful": {"basis": 5}}
+    domains = {"maths": {"basis": 8, "validation": 4}, "harmful": {"basis": 5}}
     one = bases(1, model=MODEL, domains=domains, settings={"weights": {"maths": 2.0}})
     assert facts(one) == {
         "model": "LlamaForCausalLM",

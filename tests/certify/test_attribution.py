@@ -72,7 +72,7 @@ def folders(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> d
         {
             "tuned": fingerprint_model(found["tuned"]),
             "layers": {
-                name: {"update_norm": norm, "leakage_heldout": {"all": 0.01}, "harmful": 0.05}
+                name: {"update_norm": norm, "leakage_validation": {"all": 0.01}, "harmful": 0.05}
                 for name, norm in norms.items()
             },
             "unconstrained": {},
@@ -173,7 +173,7 @@ def test_shares_add_up(folders: dict[str, Path], tmp_path: Path) -> None:
 
 def test_what_lies_outside_the_layers_counts() -> None:
     """Tensors that no basis constrains count too, without figures on inputs; what did not change does not."""
-    layer = {"update_norm": 3.0, "leakage_heldout": {}}
+    layer = {"update_norm": 3.0, "leakage_validation": {}}
     found = changed_tensors(
         {
             "layers": {"model.layers.0.mlp.up_proj": layer, "model.layers.1.mlp.up_proj": {**layer, "update_norm": 0}},

@@ -43,7 +43,7 @@ class FakeStore:
         self.manifest = {"model": {"weights": weights}}
 
     def domains(self, split):
-        assert split == "heldout"
+        assert split == "validation"
         return list(TOKENS)
 
     def gram(self, site, split, domains=None):
@@ -84,7 +84,7 @@ def tuned(bases, tiny_model_dir, tmp_path):
     return make
 
 
-def heldout(weight, update, site, domains):
+def validation(weight, update, site, domains):
     rows = torch.cat([inputs(site, domain) for domain in domains])
     return float((update @ rows.T).norm() / (weight @ rows.T).norm())
 
@@ -110,15 +110,15 @@ def test_every_figure_equals_brute_force(bases, tiny_model_dir, tuned, monkeypat
         protected = basis @ basis.T if site.kind == "range" else torch.eye(site.width) - basis @ basis.T
         exact = float((update @ protected).norm() / (weight @ protected).norm())
         assert report["leakage_basis"] == pytest.approx(exact, rel=1e-3, abs=1e-6)
-        assert report["leakage_heldout"] == pytest.approx(
+        assert report["leakage_validation"] == pytest.approx(
             {
-                "maths": heldout(weight, update, site.site, ["maths"]),
-                "code": heldout(weight, update, site.site, ["code"]),
-                "all": heldout(weight, update, site.site, ["maths", "code"]),
+                "maths": validation(weight, update, site.site, ["maths"]),
+                "code": validation(weight, update, site.site, ["code"]),
+                "all": validation(weight, update, site.site, ["maths", "code"]),
             },
             rel=1e-6,
         )
-        assert report["harmful"] == pytest.approx(heldout(weight, update, site.site, ["harmful"]), rel=1e-6)
+        assert report["harmful"] == pytest.approx(validation(weight, update, site.site, ["harmful"]), rel=1e-6)
         assert report["update_norm"] == pytest.approx(float(update.norm()), rel=1e-6)
         assert report["relative_update"] == pytest.approx(float(update.norm() / weight.norm()), rel=1e-6)
 
@@ -135,7 +135,7 @@ def test_random_reference_is_the_mean_over_random_updates(bases, tiny_model_dir,
     for _ in range(400):
         random = torch.randn(weight.shape, dtype=torch.float64)
         random *= norm / random.norm()
-        on_inputs.append(heldout(weight, random, DOWN, ["maths", "code"]) ** 2)
+        on_inputs.append(validation(weight, random, DOWN, ["maths", "code"]) ** 2)
         on_basis.append(float((random @ protected).norm() / (weight @ protected).norm()) ** 2)
     assert report["layers"][layer]["random_equal_norm"] == pytest.approx(math.sqrt(sum(on_inputs) / 400), rel=0.05)
     assert report["layers"][layer]["random_basis"] == pytest.approx(math.sqrt(sum(on_basis) / 400), rel=0.05)
@@ -151,7 +151,7 @@ def test_a_constrained_update_is_certified(bases, tiny_model_dir, tuned, tmp_pat
     assert found["summary"]["relative_update"]["mean"] > 1e-3
     assert found["summary"]["unprotected_share"] == 0.0
     assert found["unconstrained"] == {}
-    assert "leakage_heldout" not in found["summary"]
+    assert "leakage_validation" not in found["summary"]
 
 
 def test_a_planted_leak_is_found(bases, tiny_model_dir, tuned):
@@ -246,8 +246,8 @@ def test_conv1d_is_read_the_right_way_round(tmp_path):
     model.save_pretrained(folder)
     found = verify(base, folder, bases, FakeStore(fingerprint_model(base)["weights"]))["layers"][CONV1D]
     assert found["leakage_basis"] < 1e-6
-    expected = heldout(before.T.double(), (weight.detach() - before).T.double(), CONV1D, ["code"])
-    assert found["leakage_heldout"]["code"] == pytest.approx(expected, rel=1e-6)
+    expected = validation(before.T.double(), (weight.detach() - before).T.double(), CONV1D, ["code"])
+    assert found["leakage_validation"]["code"] == pytest.approx(expected, rel=1e-6)
 
 
 def test_what_does_not_belong_together_is_refused(bases, tiny_model_dir, tuned, tmp_path):
@@ -297,7 +297,7 @@ def test_an_interrupted_certificate_goes_on(bases, tiny_model_dir, tuned, monkey
     """Sites that are done are not measured again, the result is the same, and nothing is left behind."""
     folder, store = tuned(), FakeStore(fingerprint_model(tiny_model_dir)["weights"])
     quiet = verify(tiny_model_dir, folder, bases, store)
-    measured, answers = [], certificate.heldout_answers
+    measured, answers = [], certificate.validation_answers
 
     def counted(layers, site, store):
         measured.append(site.site)
@@ -305,7 +305,7 @@ def test_an_interrupted_certificate_goes_on(bases, tiny_model_dir, tuned, monkey
             raise KeyboardInterrupt
         return answers(layers, site, store)
 
-    monkeypatch.setattr(certificate, "heldout_answers", counted)
+    monkeypatch.setattr(certificate, "validation_answers", counted)
     with pytest.raises(KeyboardInterrupt):
         verify(tiny_model_dir, folder, bases, store, tmp_path / "work")
     assert json.dumps(verify(tiny_model_dir, folder, bases, store, tmp_path / "work"), sort_keys=True) == json.dumps(

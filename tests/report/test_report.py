@@ -121,7 +121,7 @@ def test_figures_are_written_as_png_and_svg(written: tuple[dict[str, Any], Path,
         "trade_kl_per_token",
         "trade_accuracy",
         "training_kept",
-        "leakage_heldout",
+        "leakage_validation",
         "bases_protected_share",
         "calibration_cost",
     } <= names

@@ -139,7 +139,7 @@ def write_certificate(folder: Path, method: str, seed: int) -> Path:
             "site": site,
             "leakage_basis": 3e-8 if constrained else 0.06,
             "random_basis": 0.05,
-            "leakage_heldout": {"maths": 0.01, "all": 0.011 if constrained else 0.07},
+            "leakage_validation": {"maths": 0.01, "all": 0.011 if constrained else 0.07},
             "random_equal_norm": 0.045,
             "harmful": 0.05,
             "update_norm": 0.5,
@@ -153,8 +153,8 @@ def write_certificate(folder: Path, method: str, seed: int) -> Path:
         for key in ("leakage_basis", "random_equal_norm", "harmful", "relative_update")
         for values in [[row[key] for row in layers.values()]]
     }
-    worst = max(row["leakage_heldout"]["all"] for row in layers.values())
-    summary |= {"leakage_heldout": {"max": worst, "mean": worst}, "unprotected_share": 0.0}
+    worst = max(row["leakage_validation"]["all"] for row in layers.values())
+    summary |= {"leakage_validation": {"max": worst, "mean": worst}, "unprotected_share": 0.0}
     path = folder / "certificate" / method / f"seed{seed}.json"
     identity = {"base": {"weights": "b" * 16}, "tuned": {"weights": f"{method}-weights"}}
     write_json(path, {**identity, "method": method, "constrained": constrained, "layers": layers, "summary": summary})
@@ -191,11 +191,11 @@ def write_bases(path: Path) -> Path:
     built = []
     for site, layers, width in sites():
         scale = torch.arange(1, width + 1, dtype=torch.float64) ** -1.0
-        general, heldout, harmful = (
+        general, validation, harmful = (
             (x.T @ x) / 400
             for x in (torch.randn(400, width, generator=rng, dtype=torch.float64) * scale for _ in range(3))
         )
-        built.append(compute_basis(site, layers, general, 400, "energy", 0.9, heldout, harmful))
+        built.append(compute_basis(site, layers, general, 400, "energy", 0.9, validation, harmful))
     NullSpaceBases(built, {layer: 1.0 for _, layers, _ in sites() for layer in layers}, model="tiny").save(path)
     return path
 

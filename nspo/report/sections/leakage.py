@@ -12,7 +12,7 @@ from nspo.report.figures import Figures
 from nspo.report.runs import Run, trained_runs
 
 LEAKAGE_FIGURES = {  # column: the column of a random update of equal norm, title
-    "leakage_heldout": ("random_equal_norm", "Held-out general inputs"),
+    "leakage_validation": ("random_equal_norm", "Validation general inputs"),
     "leakage_basis": ("random_basis", "Protected directions"),
 }
 
