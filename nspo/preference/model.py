@@ -1,4 +1,4 @@
-"""Reward and cost models at work: what they read, and how an answer is scored (made by `preference_training`).
+"""Reward and cost models at work: what they read, and how an answer is scored (made by `nspo.preference.stage`).
 
 The artifact is an `AutoModelForSequenceClassification` folder with one label, and a manifest that says how it was
 trained to be read: `pooling: mean` is the mean over the answer's tokens of the head's read-out of their hidden states

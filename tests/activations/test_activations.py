@@ -152,7 +152,7 @@ def test_nothing_after_the_end_of_an_answer_is_kept(tmp_path, raw, tiny_model_di
 
 
 def test_basis_uses_training_prompts_only(raw, prompts, tiny_model_dir):
-    """Basis inputs come from `train`, held-out ones from `validation`: the final evaluation's prompts are unseen."""
+    """Basis inputs come from `train`, validation ones from `validation`: the final evaluation's prompts are unseen."""
     tokenizer = models.load_tokenizer(tiny_model_dir)
     site = next(iter(raw.sites))
     for split, expected in (

@@ -37,7 +37,7 @@ def small_chunks(monkeypatch):
 def test_chunks_of_a_domain_add_up_to_the_domain(tmp_path, small_chunks, tiny_model_dir, prompts, raw):
     """Several parts per domain and split hold the same rows, tokens and samples as one."""
     store = run(tmp_path / "activations", tiny_model_dir, prompts)
-    assert [part["domain"] for part in store.manifest["parts"]].count("chat") == 3  # two basis, one held-out
+    assert [part["domain"] for part in store.manifest["parts"]].count("chat") == 3  # two basis, one validation
     for domain, split in itertools.product(("chat", "maths", "harmful"), ("basis", "validation")):
         assert store.tokens(domain, split) == raw.tokens(domain, split)
         for site in list(raw.sites)[:4]:

@@ -126,7 +126,7 @@ def test_leakage_rule_equals_brute_force(seed, threshold):
         ("energy", 1.5, "1.5 for rule 'energy', expected a number from 0 to 1"),
         ("rank", 2.5, "2.5 for rule 'rank', expected a whole number"),
         ("fraction", math.nan, "nan for rule 'fraction'"),
-        ("leakage", 0.1, "found no held-out inputs"),
+        ("leakage", 0.1, "found no validation inputs"),
         ("contrast", 2.0, "use contrast_free"),  # a selectivity above 1 is no error
         ("contrast", -1.0, "-1.0 for rule 'contrast', expected a number from 0"),
     ],

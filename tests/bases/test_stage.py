@@ -82,7 +82,7 @@ def test_the_file_holds_every_site_in_model_order_and_names_what_it_is_of(store,
 
 
 def test_harmful_inputs_never_count_as_general_ones(store, whole):
-    """Each site's basis is that of the general domains against the harmful one, measured on the held-out split."""
+    """Each site's basis is that of the general domains against the harmful one, measured on the validation split."""
     opened, bases = ActivationStore(store), NullSpaceBases.load(whole)
     for site in SITES:
         general, tokens = opened.gram(site.name, "basis", ["maths", "code"])
@@ -190,7 +190,7 @@ def test_a_run_with_other_settings_does_not_resume(store, tmp_path, monkeypatch,
 
 
 def test_weight_0_leaves_a_domain_out(store, tmp_path):
-    """The same basis as from the other domains alone, on held-out inputs too, and its tokens are not counted."""
+    """The same basis as from the other domains alone, on validation inputs too, and its tokens are not counted."""
     without = write_store(tmp_path / "without", {"maths": TOKENS["maths"]})
     weighted = NullSpaceBases.load(
         run(store, tmp_path / "a.safetensors", BasesSettings(rule="energy", threshold=0.9, weights={"code": 0.0}))
@@ -228,7 +228,7 @@ def test_weights_that_cannot_serve_are_refused(store, tmp_path, weights, message
     ("settings", "message"),
     [
         (RULE, r"blocks\.0\.in: rule 'contrast' found no harmful inputs, expected some"),
-        (BasesSettings(rule="leakage", threshold=0.1), r"blocks\.0\.in: rule 'leakage' found no held-out inputs"),
+        (BasesSettings(rule="leakage", threshold=0.1), r"blocks\.0\.in: rule 'leakage' found no validation inputs"),
     ],
 )
 def test_a_rule_without_its_inputs_is_refused(tmp_path, monkeypatch, settings, message):

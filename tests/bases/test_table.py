@@ -71,7 +71,7 @@ def test_facts_name_model_rule_and_data() -> None:
         "weights": "abc",
         "tokenizer": "not recorded",
         "rule": "rank, threshold 1, maths weighs 2",
-        "data": "harmful 5 tokens (0 held out); maths 8 tokens (4 held out)",
+        "data": "harmful 5 tokens (0 of validation); maths 8 tokens (4 of validation)",
         "coverage": "not recorded",
     }
     assert facts(bases(1))["data"] == "not recorded"
