@@ -109,13 +109,13 @@ def curve(results: Results | Path | str, of: str) -> Figure:
 
 def certificate(
     results: Results | Path | str | Mapping[str, Mapping[str, Any] | Path | str],
-    on: Literal["leakage_heldout", "leakage_basis"] = "leakage_heldout",
+    on: Literal["leakage_validation", "leakage_basis"] = "leakage_validation",
 ) -> Figure:
     """How much of each layer's output an update changed, and a random update of equal norm in grey.
 
     Args:
         results: a run, or certificates by name: what `nspo.verify` returned, or their files.
-        on: inputs of held-out general tasks, or the protected directions themselves.
+        on: validation inputs of general tasks, or the protected directions themselves.
 
     Raises:
         UserError: where there is no certificate, or none that measured it.
