@@ -5,6 +5,7 @@ processes, and everything about it follows from the settings and the prompts alo
 """
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,8 +79,13 @@ class Answered:
     kept: Tensor
 
 
-def make_chunks(settings: ActivationSettings, prompts: Path, tokenizer: PreTrainedTokenizerBase) -> list[Chunk]:
+def make_chunks(
+    settings: ActivationSettings, prompts: Path, tokenizer: PreTrainedTokenizerBase, room: float = math.inf
+) -> list[Chunk]:
     """All chunks, in the order of the store's parts.
+
+    Args:
+        room: the most tokens of a prompt that the model can read and answer (`nspo.models.structure.positions`).
 
     Raises:
         UserError: a domain with a reserved name, or one whose prompts are all too long.
@@ -95,29 +101,37 @@ def make_chunks(settings: ActivationSettings, prompts: Path, tokenizer: PreTrain
         for split, source, count in (("basis", "train", samples), ("validation", "validation", samples // 2)):
             if count:
                 rows = load_prompts(prompts, role, source, domain)
-                kept, left_out = _fitting(f"{name} ({split})", rows, count, settings.max_prompt_tokens, tokenizer)
+                kept, left_out = _fitting(f"{name} ({split})", rows, count, prompt_limit(settings, room), tokenizer)
                 chunks += _divide(len(chunks), name, split, kept, left_out, settings.tokens_per_domain)
     return chunks
 
 
+def prompt_limit(settings: ActivationSettings, room: float) -> tuple[float, str]:
+    """The most tokens of a prompt, and what says so, with what to change."""
+    if settings.max_prompt_tokens <= room:
+        return settings.max_prompt_tokens, f"activations.max_prompt_tokens ({settings.max_prompt_tokens}): raise it"
+    return room, (
+        f"the {room:g} positions of the model that an answer leaves: lower activations.max_new_tokens "
+        f"({settings.max_new_tokens})"
+    )
+
+
 def _fitting(
-    name: str, rows: Sequence[dict[str, str]], count: int, limit: int, tokenizer: PreTrainedTokenizerBase
+    name: str, rows: Sequence[dict[str, str]], count: int, limit: tuple[float, str], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[tuple[dict[str, str], tuple[int, ...]]], int]:
-    """The first `count` prompts of at most `limit` tokens, with their ids; and how many longer ones came between."""
+    """The first `count` prompts within `limit` (`prompt_limit`), with their ids; and how many longer came between."""
     kept: list[tuple[dict[str, str], tuple[int, ...]]] = []
     left_out = 0
     for row in rows:
         ids = tuple(chat_ids(tokenizer, row["prompt"]))
-        if len(ids) > limit:
+        if len(ids) > limit[0]:
             left_out += 1
         else:
             kept.append((row, ids))
         if len(kept) == count:
             break
     if not kept:
-        raise UserError(
-            f"{name}: all {left_out} prompts are longer than activations.max_prompt_tokens ({limit}): raise it"
-        )
+        raise UserError(f"{name}: all {left_out} prompts are longer than {limit[1]}")
     return kept, left_out
 
 

@@ -30,7 +30,7 @@ from accelerate import PartialState
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from nspo.activations.chunks import Answered, Chunk, kept_positions, make_chunks, padded_batches
+from nspo.activations.chunks import Answered, Chunk, kept_positions, make_chunks, padded_batches, prompt_limit
 from nspo.activations.store import ActivationStore, PartWriter
 from nspo.errors import UserError
 from nspo.files.atomic import atomic_path
@@ -39,6 +39,7 @@ from nspo.models.generation import generate
 from nspo.models.loading import load_model, load_tokenizer, model_identity
 from nspo.models.structure.coverage import blocks_of
 from nspo.models.structure.linears import layer_norms
+from nspo.models.structure.positions import prompt_room
 from nspo.models.structure.sites import Site, find_sites, watch
 from nspo.run.processes import own_device, processes_of
 from nspo.run.progress import say, track
@@ -85,8 +86,9 @@ def _collect(
     processes: PartialState,
 ) -> None:
     tokenizer = load_tokenizer(model)
-    chunks = make_chunks(settings, prompts, tokenizer)
     network = load_model(model, own_device(processes, runtime.device))
+    room = prompt_room(network.config, settings.max_new_tokens, "activations.max_new_tokens")
+    chunks = make_chunks(settings, prompts, tokenizer, room)
     sites = find_sites(network, settings.layers)
     norms = layer_norms(network, [layer for site in sites for layer in site.layers])
     if empty := [layer for layer, norm in norms.items() if norm == 0]:
@@ -116,7 +118,7 @@ def _collect(
     if processes.is_main_process:
         if processes.num_processes > 1:
             say(f"activations: {processes.num_processes} processes share {len(chunks)} parts")
-        _announce(settings, chunks, stored_bytes(settings, sites, chunks, storage), finished, work)
+        _announce(settings, room, chunks, stored_bytes(settings, sites, chunks, storage), finished, work)
     for chunk in _share(chunks, settings.max_new_tokens, processes):
         if not finished[chunk.index].is_file():
             tokens = _collect_chunk(chunk, settings, network, tokenizer, sites, storage, store, _prefix(processes))
@@ -152,12 +154,17 @@ def _share(chunks: Sequence[Chunk], max_new_tokens: int, processes: PartialState
 
 
 def _announce(
-    settings: ActivationSettings, chunks: Sequence[Chunk], size: int, finished: Sequence[Path], work: Path
+    settings: ActivationSettings,
+    room: float,
+    chunks: Sequence[Chunk],
+    size: int,
+    finished: Sequence[Path],
+    work: Path,
 ) -> None:
     """Say what a user should know before the long work starts."""
     for chunk in chunks:
         if chunk.left_out:
-            limit = f"activations.max_prompt_tokens ({settings.max_prompt_tokens})"
+            limit = prompt_limit(settings, room)[1].partition(": ")[0]
             say(f"activations: {chunk.name}: {chunk.left_out} prompts longer than {limit} left out")
     if settings.storage == "auto" and size > settings.disk_budget_gb * 1e9:
         say(f"activations: about {size / 1e9:.1f} GB, more than disk_budget_gb {settings.disk_budget_gb:g}")

@@ -51,8 +51,11 @@ class Comparison(Endpoint):
 def add_wins(rows: Sequence[dict[str, Any]], judge: Comparison, work: Path) -> None:
     """Add `win` to rows with `prompt`, `response` and `reference`: 1, 1/2 or 0, None where a verdict failed.
 
+    Rows without a reference are compared with nothing.
+
     Verdicts are kept in the file `work` while they come.
     """
+    rows = [row for row in rows if row["reference"] is not None]
     differing = [row for row in rows if row["response"] != row["reference"]]
     prompts = [row["prompt"] for row in differing]
     ours, theirs = ([row[column] for row in differing] for column in ("response", "reference"))

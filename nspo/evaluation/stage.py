@@ -35,10 +35,10 @@ from nspo.files.manifest import (
 from nspo.files.tables import load_table, read_table
 from nspo.judges.judge import Judge, RefusalPhrases
 from nspo.judges.make import added_judges
-from nspo.models.chat import chat_ids
 from nspo.models.drift import FIGURES
 from nspo.models.drift import drift as measure_drift
-from nspo.models.loading import load_model, load_tokenizer, model_identity
+from nspo.models.loading import load_config, load_model, load_tokenizer, model_identity
+from nspo.models.structure.positions import check_room, fitting
 from nspo.models.vllm_engine import answering, check_engine
 from nspo.preference.model import CostModel
 from nspo.run.devices import device_of
@@ -100,17 +100,24 @@ def evaluate(
     }
     tuned = model_identity(policy)
     reference = _reference(base_evaluation, identity, tuned, base)
-    rows = _select(settings, prompts)
+    tokenizer = load_tokenizer(base)
+    config, size = load_config(base, f"{base}"), (settings.max_new_tokens, settings.batch_size)
+    check_room(config, load_config(policy, f"{policy}"), f"{policy}")
+    rows, prompt_ids, left_out = fitting(
+        _select(settings, prompts),
+        tokenizer,
+        config,
+        settings.max_new_tokens,
+        "evaluation",
+        "evaluation.max_new_tokens",
+    )
     _check_rows(rows, prompts)
     judges = CostModel(cost, device), RefusalPhrases()
     added = added_judges(settings.judges, runtime)
 
-    tokenizer = load_tokenizer(base)
     model = load_model(policy, device)
-    prompt_ids = [chat_ids(tokenizer, row["prompt"]) for row in rows]
     asked = {**identity, "settings": settings.model_dump(mode="json", exclude={"judges"}), "policy": tuned}
     work = Path(runtime.workdir) / f"evaluation-{fingerprint(asked)}.jsonl"
-    size = settings.max_new_tokens, settings.batch_size
     with answering(settings.engine, policy, model, tokenizer, runtime.vllm) as generate:
         answers = greedy_answers(generate, prompt_ids, *size, work, f"answers of {name}")
     for row, ids in zip(rows, answers, strict=True):
@@ -139,6 +146,7 @@ def evaluate(
             "base": base_evaluation is None,
             "model": {"base": identity["base"], "policy": tuned},
             "judges": {judge.name: judge.identity for judge in every},
+            "left_out": left_out,  # prompts that are too long for the base model, by domain
             "scores": compute_scores(
                 read_table(out / "responses.parquet"), settings.first_tokens, list(settings.judges)
             ),

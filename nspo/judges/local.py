@@ -22,6 +22,7 @@ from nspo.judges.judge import Failures, Keep
 from nspo.judges.replies import expected, fill, turns, unreadable, verdict
 from nspo.models.generation import by_length, generate, stop_ids
 from nspo.models.loading import load_config, load_model, load_tokenizer, load_whole, model_folder, model_identity
+from nspo.models.structure.positions import positions_of
 from nspo.run.progress import say, track
 from nspo.settings.judges import ClassifierJudge, GuardJudge
 from nspo.sources import Source
@@ -60,7 +61,7 @@ class Guard:
         """1 for unsafe, 0 for safe, NaN for a reply that is no verdict, is cut off, or does not fit the model."""
         model = self.model()
         ids = [self._ids(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
-        room = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf) - self.settings.max_tokens
+        room = (positions_of(model.config) or math.inf) - self.settings.max_tokens
         fits = [place for place, row in enumerate(ids) if len(row) <= room]
         if len(fits) < len(ids):
             say(f"{self.name}: {len(ids) - len(fits)} answers are longer than the model can read, and fail")
@@ -138,8 +139,7 @@ class Classifier:
             raise UserError(f"{key}.unsafe: the model has no label {unknown[0]!r}, found {', '.join(labels)}")
         self.columns = [labels[label] for label in settings.unsafe]
         self.several = config.problem_type == "multi_label_classification" or len(labels) == 1
-        positions = getattr(config, "max_position_embeddings", None) or settings.max_tokens
-        self.room = min(settings.max_tokens, self.tokenizer.model_max_length, positions)
+        self.room = min(settings.max_tokens, self.tokenizer.model_max_length, positions_of(config) or math.inf)
         self.identity = _identity(settings, self.folder)
 
     @torch.inference_mode()

@@ -22,6 +22,7 @@ from nspo.models.chat import chat_ids
 from nspo.models.drift import Remembered, drift, token_weights
 from nspo.models.generation import generate
 from nspo.models.loading import load_model
+from nspo.models.structure.positions import fitting
 from nspo.policy.log import FROM_PROBE, LoggedCallback
 from nspo.policy.methods.inputs import PolicyInputs
 from nspo.preference.model import PreferenceModel
@@ -72,18 +73,21 @@ class Probe:
         base, prompts = load_model(inputs.model, device), inputs.prompts
         count, max_new_tokens = training.probe_prompts, training.max_new_tokens
         general = [
-            row["prompt"]
+            row
             for domain in domains(prompts, "general", "validation")
             for row in load_prompts(prompts, "general", "validation", domain, GENERAL_PER_DOMAIN)
         ]
-        general_ids = [chat_ids(tokenizer, prompt) for prompt in general]
+        harmful, benign = (load_prompts(prompts, role, "validation", limit=count) for role in ("harmful", "benign"))
+        asked = [*harmful, *benign, *general]
+        fits = fitting(asked, tokenizer, base.config, max_new_tokens, "probes", "policy.max_new_tokens")
+        by_role = {role: [r["prompt"] for r in fits.rows if r["role"] == role] for role in ("harmful", "benign")}
+        general_ids = [ids for row, ids in zip(fits.rows, fits.ids, strict=True) if row["role"] == "general"]
         answers = dict(generate(base, tokenizer, general_ids, max_new_tokens, BATCH, "base answers for the probes"))
         return cls(
             tokenizer=tokenizer,
             base=Remembered(base),
             cost=cost,
-            harmful=[r["prompt"] for r in load_prompts(prompts, "harmful", "validation", limit=count)],
-            benign=[r["prompt"] for r in load_prompts(prompts, "benign", "validation", limit=count)],
+            **by_role,
             general_ids=general_ids,
             answer_ids=[answers[i] for i in range(len(general_ids))],
             max_new_tokens=max_new_tokens,

@@ -11,9 +11,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from nspo.errors import UserError
 from nspo.judges.refusal import is_refusal
+from nspo.models.chat import chat_ids
+from nspo.models.structure.positions import positions_of
 from nspo.preference import metrics as metrics
 from nspo.preference.model import LENGTHS, Target
 from nspo.preference.objective import Judgements
@@ -23,6 +26,25 @@ from nspo.settings.preference import PreferenceSettings
 Rows = list[dict[str, Any]]
 ENOUGH = 20  # judgements of a set from which its sign can be doubted
 KEYS = "(`inverted`, `grades`, chosen and rejected)"
+
+
+def check_length(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, max_tokens: int, target: Target) -> None:
+    """Refuse texts that are longer than the backbone can read, or a chat format that leaves the prompt no place.
+
+    Raises:
+        UserError: with both numbers.
+    """
+    positions = positions_of(config)
+    if positions is not None and max_tokens > positions:
+        raise UserError(
+            f"{target}.max_tokens is {max_tokens}, but the backbone has {positions} positions: lower it to that"
+        )
+    taken = len(chat_ids(tokenizer, "")) if tokenizer.chat_template else 0
+    if taken >= max_tokens // 2:
+        raise UserError(
+            f"{target}.max_tokens is {max_tokens}, of which a prompt may take half, but the chat format alone takes "
+            f"{taken} tokens (system prompt included): expected more than {2 * taken + 1}"
+        )
 
 
 def heldout_metrics(scores: metrics.Floats, rows: Rows, judged: Judgements, lengths: Any) -> dict[str, Any]:

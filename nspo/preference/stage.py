@@ -36,7 +36,13 @@ from nspo.files.manifest import (
     write_json,
 )
 from nspo.models.loading import load_config, load_tokenizer, load_whole, model_folder, model_identity
-from nspo.preference.checks import heldout_metrics, refuse_one_class, refuse_upside_down, refuse_worse_refusals
+from nspo.preference.checks import (
+    check_length,
+    heldout_metrics,
+    refuse_one_class,
+    refuse_upside_down,
+    refuse_worse_refusals,
+)
 from nspo.preference.model import KIND, LENGTHS, METRICS_NAME, SIGN, Target, answer_features, encode, own_scores
 from nspo.preference.objective import Judgements, fit_head
 from nspo.preference.tuning import SEED, fine_tune
@@ -73,6 +79,7 @@ def train_preference(
     set_seed(SEED)
     tokenizer = load_tokenizer(folder)
     scorer = load_backbone(folder, settings, target, device_of(runtime.device))
+    check_length(tokenizer, scorer.config, settings.max_tokens, target)
     scorer.config.pad_token_id = scorer.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     manifest = make_manifest(
         KIND,

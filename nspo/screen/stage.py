@@ -28,11 +28,11 @@ from nspo.data.tables import domains, load_prompts
 from nspo.errors import UserError
 from nspo.files.atomic import atomic_path
 from nspo.files.manifest import MANIFEST_NAME, fingerprint, fingerprint_files, make_manifest, read_json, write_json
-from nspo.models.chat import chat_ids
 from nspo.models.drift import Remembered, drift, token_weights
 from nspo.models.generation import generate
 from nspo.models.loading import load_model, load_tokenizer, model_identity
 from nspo.models.structure.linears import Weight, find_weights
+from nspo.models.structure.positions import fitting
 from nspo.policy.rollouts.prompts import rollout_prompts
 from nspo.preference.model import PreferenceModel
 from nspo.run.devices import device_of
@@ -90,11 +90,13 @@ def screen(
     tokenizer, network = load_tokenizer(model), load_model(model, device)
     models = PreferenceModel.load(cost, "cost", device), PreferenceModel.load(reward, "reward", device)
     steps = -(-max(settings.answers) // (rollouts.group_size * rollouts.prompts_per_step))
-    asked = rollout_prompts(rollouts.model_copy(update={"steps": steps}), prompts, tokenizer, SEED)
+    asked = rollout_prompts(rollouts.model_copy(update={"steps": steps}), prompts, tokenizer, network.config, SEED)
     train = [{"prompt": row["prompt"][-1]["content"], "role": row["role"]} for row in asked.to_list()]
     train = train[: max(settings.answers) // rollouts.group_size]
     learnt = Rollout.sample(network, tokenizer, train, *models, rollouts, "answers to learn from")
-    judged = Rollout.sample(network, tokenizer, validation(settings, rollouts, prompts), *models, rollouts, "answers")
+    size = rollouts.max_new_tokens, "screen", "policy.max_new_tokens"
+    held = fitting(validation(settings, rollouts, prompts), tokenizer, network.config, *size)
+    judged = Rollout.sample(network, tokenizer, held.rows, *models, rollouts, "answers")
     names = [name for site in store.sites.values() for name in site.layers]
     meter = Meter.load(settings, network, tokenizer, judged, prompts, rollouts.max_new_tokens, names)
     spaces = spaces_of(settings, store)
@@ -203,7 +205,7 @@ class Meter:
             for domain in domains(prompts, "general", "validation")
             for row in load_prompts(prompts, "general", "validation", domain, settings.general_prompts)
         ]
-        ids = [chat_ids(tokenizer, row["prompt"]) for row in rows]
+        ids = fitting(rows, tokenizer, model.config, max_new_tokens, "screen", "policy.max_new_tokens").ids
         answers = dict(generate(model, tokenizer, ids, max_new_tokens, BATCH, "base answers to general prompts"))
         general = ids, [answers[i] for i in range(len(ids))]
         model.requires_grad_(False)

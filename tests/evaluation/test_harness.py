@@ -8,6 +8,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
+from support.hostile import with_json
 from support.published import PUBLISHED
 from support.rows import write
 
@@ -37,7 +38,8 @@ ABILITY = {
 
 
 def ability(model: Path, data: Path, out: Path, names: str, *more: str) -> dict[str, list[dict[str, Any]]]:
-    """The rows of the benchmarks `names`, answered by the command."""
+    """The rows of the benchmarks `names`, answered by the command; worked examples take more than 512 positions."""
+    model = with_json(model, out.parent / "model", "config.json", max_position_embeddings=4096)
     for name in names.split(","):
         write(data / TASKS[name].file, ABILITY[name])
     flags = ["--data", str(data), "--out", str(out), "--max-new-tokens", "4", "--device", "cpu"]
@@ -92,7 +94,10 @@ def test_the_harness_marks_what_was_said(tiny_model_dir: Path, tmp_path: Path, m
             yield place, tokenizer(text)["input_ids"]
 
     monkeypatch.setattr("nspo.models.vllm_engine.generate", speak)
+    endless = {"question": "Why? " * 1000, "answer": "#### 0"}  # more than the model can read: left out, not cut
+    monkeypatch.setitem(ABILITY, "gsm8k", [*ABILITY["gsm8k"], endless])
     rows = ability(tiny_model_dir, tmp_path / "data", tmp_path / "out", "gsm8k")["gsm8k"]
+    assert json.loads((tmp_path / "out/gsm8k/metrics.json").read_text())["left_out"] == {"gsm8k": 1}
     assert {r["response"]: r["correct"] for r in rows} == {
         "0 and so 0": True,
         "That makes 2": True,

@@ -22,7 +22,7 @@ from nspo.files.journal import JsonLines
 from nspo.files.manifest import fingerprint_files
 from nspo.models.chat import chat_ids
 from nspo.models.loading import load_model, load_tokenizer
-from nspo.models.tiny import tiny_tokenizer
+from nspo.models.tiny import tiny_model, tiny_tokenizer
 from nspo.policy.pairs import sources as pair_sources
 from nspo.policy.pairs.batches import Collator, Pair, Side, answer_logps, every_logps, in_order, with_prefixes
 from nspo.policy.pairs.sources import best_and_worst
@@ -93,7 +93,7 @@ def test_best_and_worst_by_hand():
 def test_pairs_are_of_the_prompts_and_scores_of_a_rollout(inputs, pairs):
     """In the order of the rollouts; scores, helpfulness and safety as the models give them; ids that make the text."""
     tokenizer, rows = tiny_tokenizer(), rows_of(pairs)
-    asked = rollout_prompts(ROLLOUTS, inputs["prompts"], tokenizer, 0).to_list()
+    asked = rollout_prompts(ROLLOUTS, inputs["prompts"], tokenizer, tiny_model().config, 0).to_list()
     assert [(row["role"], row["prompt"]) for row in rows] == [(r["role"], r["prompt"][0]["content"]) for r in asked]
     assert {row["role"] for row in rows} == {"harmful", "benign"}
     models = {target: PreferenceModel.load(inputs[target], target) for target in ("cost", "reward")}

@@ -9,6 +9,7 @@ The harness is an extra: `pip install 'nspo[benchmarks]'`.
 """
 
 import json
+import sys
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,6 +21,7 @@ from nspo.errors import UserError, first_line
 from nspo.evaluation.answers import greedy_answers
 from nspo.evaluation.benchmarks.registry import Task
 from nspo.models.generation import Generate
+from nspo.models.structure.positions import count_left_out, positions_of, prompt_room
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -54,11 +56,14 @@ def answer(
     max_new_tokens: int,
     batch_size: int,
     work: Path,
-) -> None:
+) -> tuple[list[dict[str, Any]], dict[str, int]]:
     """Ask the rows' `doc`s and add `prompt`, `response`, `response_tokens` and `correct`.
 
+    Returns:
+        The rows that the model has room for, with their answers, and how many others there are, by domain.
+
     Raises:
-        UserError: when the harness cannot make the task, or a package or file that it needs is missing.
+        UserError: when the harness cannot make the task, a package or file that it needs is missing, or nothing fits.
     """
     import lm_eval
 
@@ -73,8 +78,12 @@ def answer(
         raise UserError(f"{name}: lm-evaluation-harness cannot run it: {first_line(error)}") from error
     (samples,) = found["samples"].values()
     samples = {sample["doc_id"]: sample for sample in samples if sample["filter"] == task.filter}
+    kept = []
     for place, row in enumerate(rows):
         sample = samples[place]
+        if any(argument[0] in asked.too_long for argument in sample["arguments"]):
+            continue
+        kept.append(row)
         row["prompt"] = sample["arguments"][0][0]
         row["correct"] = bool(sample[task.metric])
         if made.OUTPUT_TYPE == "multiple_choice":
@@ -84,6 +93,8 @@ def answer(
         else:
             row["response"] = sample["resps"][0][0].strip()
             row["response_tokens"] = len(tokenizer(row["response"], add_special_tokens=False)["input_ids"])
+    reason = f"asked within the model's {positions_of(model.config)} positions"
+    return kept, count_left_out(rows, kept, name, reason, "choose a model with more")
 
 
 def _task(name: str, task: Task, docs: list[dict[str, Any]], folder: Path) -> Any:
@@ -114,15 +125,43 @@ def _model(
     """The model as the harness asks it: likelihoods its own way, answers in words ours."""
     from lm_eval.models.huggingface import HFLM
 
-    class Asked(HFLM):
-        def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-            texts, options = zip(*(request.args for request in requests), strict=True)
-            ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-            answers = greedy_answers(generate, ids, max_new_tokens, batch_size, work, description)
-            said = [str(tokenizer.decode(answer, skip_special_tokens=True)) for answer in answers]
-            return [_cut(text, option) for text, option in zip(said, options, strict=True)]
+    positions = positions_of(model.config) or sys.maxsize
 
-    return Asked(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, add_bos_token=False)
+    class Asked(HFLM):
+        """The harness cuts the beginning off what is longer than the model can read; here it is not asked."""
+
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**options)
+            self.too_long: set[str] = set()  # contexts
+
+        def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+            room = prompt_room(model.config, max_new_tokens, "benchmarks.max_new_tokens")
+            ids = {text: tokenizer(text, add_special_tokens=False)["input_ids"] for text, _ in _arguments(requests)}
+            self.too_long |= {text for text, row in ids.items() if len(row) > room}
+            texts = [text for text, _ in _arguments(requests) if text not in self.too_long]
+            asked = [ids[text] for text in texts]
+            answers = greedy_answers(generate, asked, max_new_tokens, batch_size, work, description)
+            said = {
+                text: str(tokenizer.decode(answer, skip_special_tokens=True))
+                for text, answer in zip(texts, answers, strict=True)
+            }
+            return [_cut(said.get(text, ""), options) for text, options in _arguments(requests)]
+
+        def _loglikelihood_tokens(self, requests: list[Any], *args: Any, **options: Any) -> list[tuple[float, bool]]:
+            self.too_long |= {pair[0] for pair, *ids in requests if sum(map(len, ids)) > positions}
+            fits = [request for request in requests if request[0][0] not in self.too_long]
+            found = super()._loglikelihood_tokens(fits, *args, **options) if fits else []
+            known = {request[0]: value for request, value in zip(fits, found, strict=True)}
+            return [known.get(pair, (-sys.float_info.max, False)) for pair, *_ in requests]
+
+    return Asked(
+        pretrained=model, tokenizer=tokenizer, batch_size=batch_size, add_bos_token=False, max_length=positions
+    )
+
+
+def _arguments(requests: list[Any]) -> list[Any]:
+    """(text, options) of every request."""
+    return [request.args for request in requests]
 
 
 def _cut(text: str, options: dict[str, Any]) -> str:

@@ -8,8 +8,9 @@ own below `out`:
   `role` is harmful, benign or general; `domain` the benchmark (XSTest has two, xstest_safe and xstest_unsafe).
 - `metrics.json`: the manifest (`kind` benchmark, `schema`, `method`, `seed`), `model` (identity of the folder),
   `benchmark` (the record of `nspo/evaluation/benchmarks/loading.py`: source, revision, split, licence, leaks, prompts,
-  asked), `settings`, `judges` (identity by name), and `scores`: rows as in `nspo/evaluation/scores.py` (axis, name,
-  domain, judge, value, low, high, n, failures, unit) and `category`, empty for the whole benchmark. Names of scores:
+  asked), `left_out` (how many of these are too long for the model, by domain), `settings`, `judges` (identity by name),
+  and `scores`: rows as in `nspo/evaluation/scores.py` (axis, name, domain, judge, value, low, high, n, failures, unit)
+  and `category`, empty for the whole benchmark. Names of scores:
   safety: unsafe_rate (one per judge), refusal_rate; over_refusal: refusal_rate, refusal_contrast (XSTest: refusal rate
   on unsafe minus safe prompts); ability: accuracy, accuracy_answered, win_rate and tie_rate (AlpacaEval, where
   `benchmarks.comparison` names who compares); refusal: refusal_rate on ability prompts.
@@ -49,9 +50,9 @@ from nspo.files.manifest import (
 from nspo.files.tables import load_table, read_table
 from nspo.judges.judge import Judge, RefusalPhrases
 from nspo.judges.make import added_judges
-from nspo.models.chat import chat_ids
 from nspo.models.generation import Generate
 from nspo.models.loading import load_model, load_tokenizer, model_identity
+from nspo.models.structure.positions import fitting
 from nspo.models.vllm_engine import answering, check_engine
 from nspo.preference.model import CostModel
 from nspo.run.devices import device_of
@@ -145,7 +146,8 @@ def run_benchmarks(
     loaded, tokenizer = load_model(model, device, "auto"), load_tokenizer(model)
     with answering(settings.engine, model, loaded, tokenizer, runtime.vllm) as generate:
         for task, (benchmark, manifest) in waiting.items():
-            rows = _answered(task, benchmark, loaded, tokenizer, generate, settings, identity, Path(runtime.workdir))
+            work = Path(runtime.workdir)
+            rows, left_out = _answered(task, benchmark, loaded, tokenizer, generate, settings, identity, work)
             judge_answers(rows, *judges)
             for row in rows:
                 row["refused"] = row["refused"] if row.get("response_tokens") is not None else None
@@ -158,7 +160,7 @@ def run_benchmarks(
             write_responses(rows, COLUMNS, judging.judges, manifest, out / task / "responses.parquet")
             written = read_table(out / task / "responses.parquet")
             scores = benchmark_scores(task, written, list(judging.judges), cost is not None)
-            write_json(out / task / "metrics.json", {**manifest, "scores": scores})
+            write_json(out / task / "metrics.json", {**manifest, "left_out": left_out, "scores": scores})
 
 
 def benchmark_scores(task: str, rows: Rows, judges: Sequence[str], cost_model: bool) -> list[dict[str, Any]]:
@@ -229,7 +231,7 @@ def _refer(task: str, benchmark: Benchmark, settings: dict[str, Any], base_answe
         given = {row["id"]: row["response"] for row in written}
         whose = manifest["model"]
     for item in benchmark.items:
-        item["reference"] = given[item["id"]]
+        item["reference"] = given.get(item["id"])  # none where the base has no room for the prompt
     return whose
 
 
@@ -242,26 +244,26 @@ def _answered(
     settings: BenchmarkSettings,
     identity: dict[str, Any],
     workdir: Path,
-) -> Rows:
-    """The rows with what the model answered, and whether that is right."""
+) -> tuple[Rows, dict[str, int]]:
+    """The rows with what the model answered, and whether that is right; how many it has no room for, by domain."""
     rows = [dict(item) for item in benchmark.items]
     size = settings.max_new_tokens, settings.batch_size
     if "doc" in rows[0]:
         docs = [row["doc"] for row in rows]
         work = _work(workdir, "answers", task, docs, *size, settings.engine, identity)
-        harness.answer(task, TASKS[task], rows, model, tokenizer, generate, *size, work)
-        return rows
+        return harness.answer(task, TASKS[task], rows, model, tokenizer, generate, *size, work)
     for row in rows:
         row["check"] = None if not settings.run_code and runs_code(row.get("check") or {}) else row.get("check")
     if rows[0]["check"]:
         mark(rows[0]["check"], "")  # refuses a machine that cannot mark, before any answer is made
-    ids = [chat_ids(tokenizer, row["prompt"]) for row in rows]
+    limit = settings.max_new_tokens, task, "benchmarks.max_new_tokens"
+    rows, ids, left_out = fitting(rows, tokenizer, model.config, *limit)
     work = _work(workdir, "answers", task, ids, *size, settings.engine, identity)
     for row, answer in zip(rows, greedy_answers(generate, ids, *size, work, f"answers to {task}"), strict=True):
         response = str(tokenizer.decode(answer, skip_special_tokens=True)).strip()
         row.update(response=response, answer_ids=answer, response_tokens=len(answer))
         row["correct"] = mark(row["check"], response) if row["check"] else None
-    return rows
+    return rows, left_out
 
 
 def _work(workdir: Path | str, what: str, task: str, *shaped_by: Any) -> Path:

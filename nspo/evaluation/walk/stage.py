@@ -91,6 +91,7 @@ def match_safety(
     report = {
         **make_manifest("match", **identity, method=name, seed=seed, target_unsafe=settings.target_unsafe),
         **found._asdict(),
+        "left_out": walker.left_out,
         "stops": [{"scale": scale, **summary(rows, answering)} for scale, rows in stops.items()],
     }
     say(f"{name} (seed {seed}): {told(found, report, settings.target_unsafe)}")

@@ -23,6 +23,7 @@ from nspo.models.drift import FIGURES, Remembered, drift, token_weights
 from nspo.models.generation import generate
 from nspo.models.line import Line
 from nspo.models.loading import load_model, load_tokenizer
+from nspo.models.structure.positions import fitting
 from nspo.preference.model import CostModel
 from nspo.run.progress import say
 from nspo.settings.evaluation import AnsweringSettings, MatchingSettings
@@ -43,6 +44,7 @@ class Walker:
     asked: list[Row]  # harmful and benign validation prompts
     general: list[Row]  # general ones, with the base's `answer_ids`
     answering: AnsweringSettings
+    left_out: dict[str, int]  # prompts that are too long for the model, by domain
     start: list[Row]  # the rows of the base model itself, scale 0
 
     @classmethod
@@ -71,7 +73,11 @@ class Walker:
             for domain in domains(prompts, "general", "validation")
             for row in load_prompts(prompts, "general", "validation", domain, settings.general_prompts)
         ]
-        walker = cls(base, model, tokenizer, Remembered(model), CostModel(cost, device), asked, general, answering, [])
+        limit = answering.max_new_tokens, "walk", "evaluation.max_new_tokens"
+        rows, _, left_out = fitting([*asked, *general], tokenizer, model.config, *limit)
+        asked, general = ([row for row in rows if (row["role"] == "general") is same] for same in (False, True))
+        judge = CostModel(cost, device)
+        walker = cls(base, model, tokenizer, Remembered(model), judge, asked, general, answering, left_out, [])
         for row, answer in zip(general, walker._answers(general, "base answers to general prompts"), strict=True):
             row["answer_ids"] = answer
         walker.start = walker._stop(0.0)

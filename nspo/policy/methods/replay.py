@@ -14,8 +14,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nspo.data.tables import domains, load_prompts
-from nspo.models.chat import chat_ids
 from nspo.models.generation import generate
+from nspo.models.structure.positions import fitting
 
 BATCH = 32
 BENIGN = "benign"  # the look-alikes, among the prompts and among the inputs behind the bases
@@ -32,8 +32,9 @@ def general_sequences(
     asked[BENIGN] = load_prompts(prompts, BENIGN, "train", limit=per_domain)
     found = {}
     for domain, rows in asked.items():
-        ids = [chat_ids(tokenizer, row["prompt"]) for row in rows]
-        answers = dict(generate(base, tokenizer, ids, max_new_tokens, BATCH, f"base answers, {domain}"))
+        what = f"base answers, {domain}"
+        ids = fitting(rows, tokenizer, base.config, max_new_tokens, what).ids
+        answers = dict(generate(base, tokenizer, ids, max_new_tokens, BATCH, what))
         found[domain] = [(ids[i], answers[i]) for i in range(len(ids)) if answers[i]]
     return {domain: sequences for domain, sequences in found.items() if sequences}
 

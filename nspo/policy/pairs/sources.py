@@ -134,9 +134,17 @@ def best_and_worst(scores: Tensor) -> list[tuple[int, int, int]]:
 
 
 def labelled(
-    settings: PairSettings, labels: Sequence[Row], seed: int, tokenizer: PreTrainedTokenizerBase, judges: Judges
+    settings: PairSettings,
+    labels: Sequence[Row],
+    seed: int,
+    tokenizer: PreTrainedTokenizerBase,
+    room: float,
+    judges: Judges,
 ) -> list[Row]:
     """The pairs among the labels whose prompt is short enough and whose answers differ within what is kept of them.
+
+    Args:
+        room: the most tokens of a prompt that the model can read and answer.
 
     Raises:
         UserError: when there is none.
@@ -154,12 +162,12 @@ def labelled(
         pair
         for pair in compared.values()
         if pair["chosen"]["ids"] != pair["rejected"]["ids"]
-        and len(chat_ids(tokenizer, pair["chosen"]["prompt"])) <= settings.max_prompt_tokens
+        and len(chat_ids(tokenizer, pair["chosen"]["prompt"])) <= min(settings.max_prompt_tokens, room)
     ]
     if not usable:
         raise UserError(
             f"none of the {len(compared)} pairs of the cost labels can be used: policy.pairs: labels takes a set of "
-            "pairs in `data.labels` with prompts within `policy.max_prompt_tokens`"
+            "pairs in `data.labels` with prompts within `policy.max_prompt_tokens` and the model's positions"
         )
     random.Random(seed).shuffle(usable)
     kept = usable[: settings.steps * settings.prompts_per_step]

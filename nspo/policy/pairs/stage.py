@@ -30,7 +30,8 @@ from nspo.files.manifest import (
 )
 from nspo.files.tables import load_table, write_table
 from nspo.judges.make import judge_of
-from nspo.models.loading import load_model, load_tokenizer, model_identity
+from nspo.models.loading import load_config, load_model, load_tokenizer, model_identity
+from nspo.models.structure.positions import prompt_room
 from nspo.policy.pairs.sources import SIDES, Judges, Row, Sampler, labelled, sampled
 from nspo.policy.rollouts.judged import JudgedCost
 from nspo.policy.rollouts.prompts import rollout_prompts
@@ -81,10 +82,12 @@ def make_pairs(
     scorer = JudgedCost(judge, work) if judge else PreferenceModel.load(cost, "cost", device)
     judges = Judges(scorer, PreferenceModel.load(reward, "reward", device), settings.margin, settings.refusal_bonus)
     if labels is not None:
-        pairs = labelled(settings, load_labels(labels, "cost", "train"), seed, tokenizer, judges)
+        room = prompt_room(load_config(model, f"{model}"), settings.max_new_tokens, "policy.max_new_tokens")
+        pairs = labelled(settings, load_labels(labels, "cost", "train"), seed, tokenizer, room, judges)
     else:
-        sampler = Sampler(settings, load_model(model, device), tokenizer, judges)
-        pairs = sampled(sampler, rollout_prompts(settings, prompts, tokenizer, seed).to_list(), seed, work)
+        base = load_model(model, device)
+        asked = rollout_prompts(settings, prompts, tokenizer, base.config, seed).to_list()
+        pairs = sampled(Sampler(settings, base, tokenizer, judges), asked, seed, work)
     write_table(pairs, out, manifest={**identity, "pairs": len(pairs)})
     shutil.rmtree(work)
 

@@ -1,29 +1,40 @@
 """Which prompts are answered in training, and in which order: one order for every method of a seed."""
 
 import random
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from nspo.data.tables import load_prompts
 from nspo.errors import UserError
 from nspo.models.chat import chat_ids
+from nspo.models.structure.positions import fitting
 from nspo.settings.policy.section import RolloutSettings
 
 
-def rollout_prompts(rollouts: RolloutSettings, prompts: Path, tokenizer: PreTrainedTokenizerBase, seed: int) -> Dataset:
+def rollout_prompts(
+    rollouts: RolloutSettings, prompts: Path, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, seed: int
+) -> Dataset:
     """Conversational prompts in the order they are used: each step holds the same share of benign ones.
 
+    Prompts over `policy.max_prompt_tokens`, or too long for a model of this `config`, are left out.
+
     Raises:
-        UserError: when no prompt is within `policy.max_prompt_tokens`.
+        UserError: when no prompt is left.
     """
     benign_per_step = round(rollouts.prompts_per_step * rollouts.benign_share)
     order = random.Random(seed)
-    streams = {
-        role: _stream(role, rollouts.max_prompt_tokens, prompts, tokenizer, order) for role in ("harmful", "benign")
-    }
+
+    def stream(role: str) -> Iterator[str]:
+        """Training prompts of a role without end, reshuffled after each pass; read when the first is asked for."""
+        texts = _texts(role, rollouts, prompts, tokenizer, config)
+        while True:
+            order.shuffle(texts)
+            yield from texts
+
+    streams = {role: stream(role) for role in ("harmful", "benign")}
     roles = ["benign"] * benign_per_step + ["harmful"] * (rollouts.prompts_per_step - benign_per_step)
     rows = [{"prompt": next(streams[role]), "role": role} for _ in range(rollouts.steps) for role in roles]
     return Dataset.from_list(
@@ -31,12 +42,13 @@ def rollout_prompts(rollouts: RolloutSettings, prompts: Path, tokenizer: PreTrai
     )
 
 
-def _stream(role: str, limit: int, prompts: Path, tokenizer: PreTrainedTokenizerBase, order: random.Random) -> Any:
-    """Endless training prompts of a role, reshuffled after each pass."""
-    texts = [row["prompt"] for row in load_prompts(prompts, role, "train")]
-    texts = [text for text in texts if len(chat_ids(tokenizer, text)) <= limit]
-    if not texts:
+def _texts(
+    role: str, rollouts: RolloutSettings, prompts: Path, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig
+) -> list[str]:
+    """The training prompts of a role that are short enough."""
+    limit, rows = rollouts.max_prompt_tokens, load_prompts(prompts, role, "train")
+    rows = [row for row in rows if len(chat_ids(tokenizer, row["prompt"])) <= limit]
+    if not rows:
         raise UserError(f"no {role} training prompt has at most {limit} tokens: raise policy.max_prompt_tokens")
-    while True:
-        order.shuffle(texts)
-        yield from texts
+    fits = fitting(rows, tokenizer, config, rollouts.max_new_tokens, "training", "policy.max_new_tokens")
+    return [row["prompt"] for row in fits.rows]

@@ -73,7 +73,7 @@ class RolloutLearner:
             model=policy,
             reward_funcs=self.scorer,  # type: ignore[arg-type]  # TRL's type leaves out callables that are no functions
             args=trainer_arguments(training, self.method, seed, self.device, work, runtime),
-            train_dataset=rollout_prompts(training, self.prompts, tokenizer, seed),
+            train_dataset=rollout_prompts(training, self.prompts, tokenizer, policy.config, seed),
             processing_class=tokenizer,
             callbacks=callbacks,
         )

@@ -23,7 +23,14 @@ def benchmarks(runs: Sequence[Run]) -> dict[str, Any] | None:
         for key in keys
         for domain, name, judge, category in [key]
     ]
-    records = {m["benchmark"]["name"]: {k: m["benchmark"][k] for k in RECORD} for r in asked for m in r.benchmarks}
+    records = {
+        m["benchmark"]["name"]: {
+            **{k: m["benchmark"][k] for k in RECORD},
+            "too_long": sum((m.get("left_out") or {}).values()),
+        }
+        for r in asked
+        for m in r.benchmarks
+    }
     return {
         "rows": [row for row in rows if not row["category"]],
         "categories": [row for row in rows if row["category"]],

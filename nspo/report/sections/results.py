@@ -32,6 +32,7 @@ def facts(config: Config, runs: Sequence[Run]) -> dict[str, Any]:
     return {
         "model": config.model.source,
         "seeds": config.policy.seeds,
+        "left_out": runs[0].metrics.get("left_out") or {},
         "counts": [{"role": role, "domain": domain, "n": n} for (role, domain), n in sorted(counts.items())],
         "evaluation": config.evaluation,
         "policy": config.policy,
