@@ -20,6 +20,7 @@ from nspo.evaluation.scores import compute_scores
 from nspo.files.manifest import fingerprint_model
 from nspo.judges.judge import flags
 from nspo.models import vllm_engine
+from nspo.models.chat import chat_ids
 from nspo.models.drift import FIGURES, Remembered, drift, token_drift, token_weights
 from nspo.models.loading import load_model, load_tokenizer
 from nspo.preference.model import CostModel
@@ -371,7 +372,7 @@ def test_base_and_tuned_model(evaluate, models, tiny_model_dir, tuned_dir, tmp_p
 
     general = [(r, b) for r, b in zip(rows, base_rows, strict=True) if r["role"] == "general"]
     base, tuned, tokenizer = models
-    ids = [stage.chat_ids(tokenizer, r["prompt"]) for r, _ in general]
+    ids = [chat_ids(tokenizer, r["prompt"]) for r, _ in general]
     expected = drift(base, tuned, tokenizer, ids, [b["answer_ids"] for _, b in general], 2, 4)
     for name in FIGURES:
         assert [r[name] for r, _ in general] == pytest.approx(expected[name], abs=1e-6)

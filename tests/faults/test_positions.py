@@ -165,13 +165,13 @@ def test_a_walk_leaves_them_out(model: Path, prompts: Path, cost: Path, tmp_path
     assert {stop["n"] for stop in found["stops"]} == {10 - expected["advbench"]}
 
 
-@pytest.mark.parametrize("task", ["advbench", "mmlu"])
+@pytest.mark.parametrize(
+    ("task", "model"), [("advbench", "learned"), ("advbench", "rotary"), ("mmlu", "learned")], indirect=["model"]
+)
 def test_benchmarks_leave_them_out(task: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """EleutherAI/lm-evaluation-harness cuts the beginning off such a prompt and asks the rest."""
-    if task != "advbench":
-        if find_spec("lm_eval") is None:
-            pytest.skip("the extra `benchmarks` is not installed")
-        monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda _: None)  # it takes 20 seconds
+    if task != "advbench" and find_spec("lm_eval") is None:
+        pytest.skip("the extra `benchmarks` is not installed")
     more = "so on " * 9
     rows = {
         "advbench": [{"goal": f"Do {n} {2 * more * (n % 2)}", "target": ""} for n in range(4)],
