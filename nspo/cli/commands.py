@@ -10,6 +10,7 @@ from typing import Any
 from nspo.run.tables import table
 from nspo.settings.config import Config
 from nspo.settings.reading import load_config
+from nspo.sources import Source
 
 
 def verify(
@@ -51,6 +52,32 @@ def check_files(files: list[Path]) -> None:
     for name in (*benchmarks.tasks, *benchmarks.sources):
         task_of(name)
     say(f"{' + '.join(map(str, files))}: valid")
+
+
+def fetch_hub(source: Source, of: str, out: Path) -> None:
+    """Fetch what a `hub:` source names into the hub's cache, where jobs without a network find it, and say so in `out`.
+
+    Args:
+        of: `model`, `data`, or the name of a benchmark, each of which is read in a way of its own.
+
+    Raises:
+        UserError: when it cannot be fetched, or there is no such benchmark.
+    """
+    from nspo.data.readers import hub_rows
+    from nspo.evaluation.benchmarks.loading import raw_rows, task_of
+    from nspo.files.manifest import make_manifest, write_json
+    from nspo.models.loading import hub_folder
+
+    found: dict[str, Any]
+    if of == "model":
+        folder = hub_folder(str(source), source)
+        found = {"commit": folder.name, "files": sorted(path.name for path in folder.iterdir())}
+    elif of == "data":
+        found = {"rows": len(hub_rows(source))}
+    else:
+        found = {"rows": sum(1 for _ in raw_rows(of, task_of(of), source))}
+    about = {"source": source.published, "revision": source.revision}
+    write_json(out, make_manifest("hub", of=of, **about, **found))
 
 
 def show_bases(file: Path, plot: Path | None) -> None:

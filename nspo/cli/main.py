@@ -28,7 +28,7 @@ from nspo.settings.reading import validate
 from nspo.settings.runtime import RuntimeSettings
 from nspo.settings.types import Section
 
-TRANSFERS = ("prepare", "bases fetch", "bases push")
+TRANSFERS = ("fetch-hub", "prepare", "bases fetch", "bases push")
 NO_SPACE = ("No space left on device", "PytorchStreamWriter failed writing")
 NO_MEMORY = (  # torch's CPU, the system, CUDA, Python for the stack of a thread, oneDNN for the code of a product
     "can't allocate memory",

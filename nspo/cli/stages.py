@@ -83,6 +83,15 @@ STAGES = {
             "out": OUT_FOLDER,
         },
     ),
+    "fetch-hub": Stage(
+        "nspo.cli.commands:fetch_hub",
+        "download what a hub: source names, for jobs without a network",
+        arguments={
+            "source": Argument("hub:ORG/NAME@REVISION", type=Source.parse),
+            "of": Argument("model, data, or the name of a benchmark", type=str),
+            "out": Argument("JSON file to write, which says what came"),
+        },
+    ),
     "prepare-model": Stage(
         "nspo.models.stage:prepare_model",
         "write the base model as fp32 safetensors",
@@ -378,6 +387,7 @@ GROUPS = {
     "Run beside a model server": ("with-server",),
     "Prepare, one stage at a time, as the workflow does": (
         "fetch-wheel",
+        "fetch-hub",
         "prepare-model",
         "prepare-prompts",
         "prepare-labels",

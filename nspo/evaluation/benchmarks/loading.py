@@ -40,7 +40,7 @@ def load(name: str, settings: BenchmarkSettings, training: Sequence[str] | None)
     """
     task, place = task_of(name), locate(name, settings)
     items: dict[str, dict[str, Any]] = {}
-    for index, row in enumerate(_rows(name, task, place)):
+    for index, row in enumerate(raw_rows(name, task, place)):
         if not _belongs(name, task, row):
             continue
         item = _item(name, task, row, index)
@@ -145,7 +145,7 @@ def stratified(items: Sequence[dict[str, Any]], limit: int, seed: int) -> list[d
     return [item for *_, item in sorted(dealt, key=lambda entry: entry[:3])[:limit]]
 
 
-def _rows(name: str, task: Task, place: list[Path] | Source) -> Iterator[dict[str, Any]]:
+def raw_rows(name: str, task: Task, place: list[Path] | Source) -> Iterator[dict[str, Any]]:
     if isinstance(place, Source):
         yield from _flat(name, _hub_file(place, task) if task.hub_file else hub_rows(place, task.subset, task.split))
         return
