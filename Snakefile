@@ -24,12 +24,16 @@ report: "workflow/report/workflow.rst"
 
 
 include: "workflow/rules/common.smk"
+include: "workflow/rules/files.smk"
 
 
+# In a study every stage has a home of its own, which variants share (nspo/workflow/homes.py).
 pathvars:
     results=settings.runtime.results,
-    logs="<results>/logs",
-    timings="<results>/timings",
+    home="<results>/stages/{home}" if settings.study else "<results>",
+    page="<results>/variants/{variant}" if settings.study else "<results>",
+    logs="<home>/logs",
+    timings="<home>/timings",
 
 
 include: "workflow/rules/sources.smk"
@@ -40,15 +44,20 @@ include: "workflow/rules/evaluation.smk"
 include: "workflow/rules/report.smk"
 
 
+if settings.study:
+
+    include: "workflow/rules/study.smk"
+
+
 rule all:
     input:
-        rules.report.output.page,
-        rules.report.output.summary,
-        rules.prepare_model.output,
-        rules.train_reward.output,
-        rules.train_cost.output,
-        every_policy(rules.train_policy.output),
-        every_benchmark(),
+        rules.study.output if settings.study else [],
+        everything(
+            made(rules.report.output.page, rules.report.output.summary),
+            made(rules.prepare_model.output, rules.train_reward.output, rules.train_cost.output),
+            every_policy(rules.train_policy.output),
+            every_benchmark,
+        ),
 
 
 if workflow.modifier.modify_rulename("all") != "all":

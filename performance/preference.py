@@ -30,7 +30,7 @@ from nspo.run.devices import device_of
 from nspo.run.progress import track
 from nspo.settings.config import Config
 from nspo.settings.data import LabelSettings
-from nspo.settings.preference import PreferenceSettings
+from nspo.settings.model import PreferenceSettings
 from nspo.settings.reading import validate
 
 Rows = list[dict[str, Any]]

@@ -22,10 +22,9 @@ from nspo.settings.evaluation import (
     MatchingSettings,
 )
 from nspo.settings.judges import JudgeSettings
-from nspo.settings.model import ModelSettings
+from nspo.settings.model import ModelSettings, PreferenceSettings
 from nspo.settings.policy.methods import MethodSettings
 from nspo.settings.policy.section import PairSettings, RolloutSettings, TrainingSettings
-from nspo.settings.preference import PreferenceSettings
 from nspo.settings.runtime import RuntimeSettings
 from nspo.settings.types import Section
 from nspo.sources import Source
@@ -269,6 +268,16 @@ STAGES = {
             "summary": Argument("CSV table to write"),
             "latex": Argument("LaTeX table to write"),
             "cards": Argument("folder to write, with a model card for each policy"),
+            "plots": OUT_FOLDER,
+        },
+    ),
+    "study": Stage(
+        "nspo.report.study.stage:write_study",
+        "write the page, the table and the plots that compare the variants of a study",
+        arguments={
+            "variants": Argument("folders with config.yaml, summary.csv and report.html of a variant", many=True),
+            "out": Argument("HTML page to write"),
+            "table": Argument("CSV table to write"),
             "plots": OUT_FOLDER,
         },
     ),

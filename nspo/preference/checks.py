@@ -21,7 +21,7 @@ from nspo.preference import metrics as metrics
 from nspo.preference.model import LENGTHS, Target
 from nspo.preference.objective import Judgements
 from nspo.run.progress import say
-from nspo.settings.preference import PreferenceSettings
+from nspo.settings.model import PreferenceSettings
 
 Rows = list[dict[str, Any]]
 ENOUGH = 20  # judgements of a set from which its sign can be doubted

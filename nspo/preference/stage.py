@@ -48,7 +48,7 @@ from nspo.preference.objective import Judgements, fit_head
 from nspo.preference.tuning import SEED, fine_tune
 from nspo.run.devices import device_of
 from nspo.run.progress import say, track
-from nspo.settings.preference import PreferenceSettings
+from nspo.settings.model import PreferenceSettings
 from nspo.settings.runtime import RuntimeSettings
 
 

@@ -25,7 +25,7 @@ from nspo.models.folders.weights import saved_as_in_memory
 from nspo.preference.objective import CENTRE, Judgements
 from nspo.run.devices import has_bf16
 from nspo.run.progress import say
-from nspo.settings.preference import PreferenceSettings
+from nspo.settings.model import PreferenceSettings
 
 SEED = 0
 

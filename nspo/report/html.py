@@ -10,18 +10,20 @@ import yaml
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+PACKAGES = {"page": "nspo.report", "study": "nspo.report.study"}  # where the template of a page is
 
-def render(page: dict[str, Any]) -> str:
-    """The HTML of the page. Its one script is allowed by its hash, so no other can run."""
-    script = (files("nspo.report") / "templates" / "page.js").read_text(encoding="utf-8")
+
+def render(page: dict[str, Any], name: str = "page") -> str:
+    """The HTML of the page of a run, or of a `study`. Its one script is allowed by its hash, so no other can run."""
+    script = (files(PACKAGES[name]) / "templates" / f"{name}.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return environment().get_template("page.html.j2").render(page, script=Markup(script), script_hash=digest)
+    return environment().get_template(f"{name}.html.j2").render(page, script=Markup(script), script_hash=digest)
 
 
 def environment() -> Environment:
     """Templates, autoescaped where they are HTML; any name that one misspells is an error."""
     found = Environment(
-        loader=ChoiceLoader([PackageLoader("nspo.report"), PackageLoader("nspo.report.sections")]),
+        loader=ChoiceLoader([PackageLoader(name) for name in (*PACKAGES.values(), "nspo.report.sections")]),
         autoescape=lambda name: "html" in (name or ""),
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -31,8 +31,19 @@ def write_summary(columns: Sequence[Measure], runs: Sequence[Run], path: Path) -
             for run in of:
                 about = {"method": method, "seed": run.seed}
                 writer.writerows({**score, **about, "prompts": "heldout"} for score in run.metrics["scores"])
+                writer.writerows({**figure, **about} for figure in _measured(run))
                 for metrics in run.benchmarks:
                     writer.writerows({**score, **about, "prompts": "benchmark"} for score in metrics["scores"])
+
+
+def _measured(run: Run) -> Iterable[dict[str, Any]]:
+    """What is measured on the weights and not on prompts: where on its walk a policy was tested, what leaks."""
+    if run.match:
+        yield {"axis": "matching", "name": "scale", "value": run.match["scale"], "unit": "number"}
+    summary = (run.certificate or {}).get("summary", {})
+    for name, over in (("leakage_basis", "max"), ("leakage_heldout", "mean")):
+        if name in summary:
+            yield {"axis": "certificate", "name": name, "domain": over, "value": summary[name][over], "unit": "number"}
 
 
 def write_latex(columns: Sequence[Measure], rows: Iterable[Mapping[str, Any]], model: str, path: Path) -> None:

@@ -8,19 +8,47 @@ The section `runtime` changes how a stage runs but not what it makes, so it neve
 Nothing heavy is imported: a misspelt key is refused in well under a second. Command: `nspo config check FILE`.
 """
 
-from typing import Self
+from typing import Annotated, Any, Self
 
-from pydantic import model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from nspo.settings.bases import ActivationSettings, BasesSettings, ScreenSettings
 from nspo.settings.data import DataSettings
 from nspo.settings.evaluation import AttributionSettings, BenchmarkSettings, EvaluationSettings, MatchingSettings
-from nspo.settings.model import ModelSettings
+from nspo.settings.model import ModelSettings, PreferenceSettings
 from nspo.settings.policy.section import PolicySettings
-from nspo.settings.preference import PreferenceSettings
 from nspo.settings.runtime import RuntimeSettings
-from nspo.settings.types import Section
+from nspo.settings.types import Section, path_fault
 from nspo.sources import Source, wheel_folder
+
+
+def _folder_name(text: str) -> str:
+    if path_fault(text) or "/" in text or text in (".", ".."):
+        raise ValueError(f"found {text!r}, expected a name that a folder can have")
+    return text
+
+
+Name = Annotated[str, AfterValidator(_folder_name)]
+Values = Annotated[list[Any], Field(min_length=1)]
+
+
+class StudySettings(Section):
+    """Variants of this configuration, of which what agrees is made once (docs/studies.md)."""
+
+    variants: dict[Name, dict[str, Any] | None] = Field(
+        {},
+        description="By name, the keys that differ from this configuration, nested or with dots "
+        "(`bases.threshold: 0.9`); none: the configuration as it is.",
+    )
+    grids: dict[Name, Annotated[dict[str, Values], Field(min_length=1)]] = Field(
+        {}, description="By name, keys and the values that each takes: a variant for every combination."
+    )
+
+    @model_validator(mode="after")
+    def _not_empty(self) -> Self:
+        if not self.variants and not self.grids:
+            raise ValueError("found no variants and no grids, expected at least one of them")
+        return self
 
 
 class Config(Section):
@@ -39,6 +67,9 @@ class Config(Section):
     attribution: AttributionSettings = AttributionSettings()
     benchmarks: BenchmarkSettings = BenchmarkSettings()
     runtime: RuntimeSettings = RuntimeSettings()
+    study: StudySettings | None = Field(
+        None, description="Variants of this configuration that are made and compared in one run: docs/studies.md."
+    )
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:

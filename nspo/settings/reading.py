@@ -182,8 +182,9 @@ def _walk(
             parts.append(part)
             holder = node
             node = node.get("properties", {}).get(part) or node.get("additionalProperties") or {}
+        if "discriminator" not in node:  # where it may be null, what it is otherwise
+            node = next((kind for kind in node.get("anyOf", ()) if {"discriminator", "$ref"} & set(kind)), node)
         node = node if "$ref" not in node else schema["$defs"][node["$ref"].rsplit("/", 1)[1]]
-        node = next((kind for kind in node.get("anyOf", ()) if "discriminator" in kind), node)  # one that may be null
     return parts, holder, node
 
 

@@ -9,14 +9,16 @@ from nspo.errors import UserError
 from nspo.evaluation.benchmarks.loading import check_benchmarks
 from nspo.settings.config import Config
 from nspo.settings.reading import check_config, read_yaml, typed
+from nspo.settings.study import variants
 
 DEFAULT = "config/config.yaml"
 
 
 def settings_of(
     config: Mapping[str, Any], files: Sequence[Path] = (), given: Mapping[str, Any] | None = None, where: str = ""
-) -> Config:
-    """The checked settings of `config`, as Snakemake merged it.
+) -> tuple[Config, dict[str, Config]]:
+    """The checked settings of `config`, as Snakemake merged it, and those of each variant of its study by name; without
+    a study the settings themselves, under "".
 
     Args:
         files: the `--configfile`s behind it, read once more: Snakemake keeps the last of a key that stands twice.
@@ -36,11 +38,14 @@ def settings_of(
         if given:
             update_config(merged, typed(given))
         places = [*(map(str, files) if files else [DEFAULT]), *(["--config"] if given else [])]
-        settings = check_config(merged, where or " + ".join(places))
-        check_benchmarks(settings.benchmarks)
+        where = where or " + ".join(places)
+        settings = check_config(merged, where)
+        every = variants(settings, where) or {"": settings}
+        for variant in every.values():
+            check_benchmarks(variant.benchmarks)
     except UserError as error:
         sys.exit(str(error))
-    return settings
+    return settings, every
 
 
 def _refuse_lost_files(arguments: Sequence[str]) -> None:

@@ -4,7 +4,9 @@ import hashlib
 import sys
 from collections.abc import Iterable, Mapping
 from importlib.resources import files
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from nspo.settings.config import Config
 from nspo.settings.judges import AnyJudge
@@ -95,6 +97,16 @@ def bases_source(source: Source) -> Sources:
     if Path(source.location).is_dir():
         sys.exit(f"bases.precomputed: {source.location} is a folder, expected a bases file (.safetensors)")
     return {"precomputed": [source]}
+
+
+def reward_judge_source(settings: Config) -> Sources:
+    """Where the judge is that gives the reward, where it is a model of its own."""
+    return judge_sources({"judge": settings.policy.judge}) if settings.policy.judge else {}
+
+
+def flat(patterns: Iterable[Any]) -> Iterable[str]:
+    """Patterns, and the patterns in lists of them."""
+    return chain.from_iterable([it] if isinstance(it, str) else it for it in patterns)
 
 
 def judge_sources(judges: Mapping[str, AnyJudge]) -> Sources:

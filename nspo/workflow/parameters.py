@@ -8,6 +8,7 @@ which is derived (it names `threads`) and therefore never causes a rerun by itse
 
 import shlex
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,45 +17,46 @@ from nspo.settings.data import SplitSettings
 from nspo.settings.evaluation import BenchmarkSettings
 from nspo.settings.types import Section
 
-Chooses = Callable[[Any], Section]  # from wildcards to the settings of that job
+
+@dataclass(frozen=True)
+class Chosen:
+    """Settings that the wildcards of a job choose, and their class."""
+
+    kind: type[Section]
+    choose: Callable[[Any], Section]
+
+    def __call__(self, wildcards: Any) -> Any:
+        """The settings of the job."""
+        return self.choose(wildcards)
 
 
 def tracked(
-    prefix: str,
-    section: Section | Chooses,
-    names: Iterable[str] | None = None,
-    kind: type[Section] | None = None,
-    keep_order: bool = False,
+    prefix: str, section: Chosen, names: Iterable[str] | None = None, keep_order: bool = False
 ) -> dict[str, Callable[[Any], str]]:
     """A parameter `PREFIX_KEY` for every setting of a section (or those of `names`), by name.
 
     Args:
-        section: the settings, or a function from wildcards to those of a job, of the class `kind`.
         keep_order: leave mappings in the order in which they were written (see `to_flags`).
     """
-    fields = (kind or type(section)).model_fields  # type: ignore[union-attr]
+    fields = section.kind.model_fields
     chosen = [name for name in fields if not fields[name].exclude and (names is None or name in names)]
     return {f"{prefix}_{name}": _value(section, name, keep_order) for name in chosen}
 
 
-def _value(section: Section | Chooses, name: str, keep_order: bool) -> Callable[[Any], str]:
+def _value(section: Chosen, name: str, keep_order: bool) -> Callable[[Any], str]:
     # A function and not the text itself, because Snakemake would take braces in it for wildcards.
     def value(wildcards: Any) -> str:
-        return to_flags(
-            section if isinstance(section, Section) else section(wildcards), [name], keep_order, identity=True
-        )
+        return to_flags(section(wildcards), [name], keep_order, identity=True)
 
     return value
 
 
-def flags(
-    section: Section | Chooses, names: Iterable[str] | None = None, keep_order: bool = False
-) -> Callable[[Any, Any], str]:
+def flags(section: Chosen, names: Iterable[str] | None = None, keep_order: bool = False) -> Callable[[Any, Any], str]:
     """The flags of a section, or of those settings of it, as one text for the command; never a reason to run."""
     chosen = None if names is None else list(names)
 
     def text(wildcards: Any, threads: Any) -> str:
-        return to_flags(section if isinstance(section, Section) else section(wildcards), chosen, keep_order)
+        return to_flags(section(wildcards), chosen, keep_order)
 
     return text
 

@@ -19,7 +19,7 @@ from nspo.preference.objective import CENTRE, Judgements, preference_loss
 from nspo.preference.stage import train_preference
 from nspo.preference.tuning import SignedRewardTrainer, sign_loss, training_pairs
 from nspo.run.devices import has_bf16
-from nspo.settings.preference import PreferenceSettings
+from nspo.settings.model import PreferenceSettings
 from nspo.settings.reading import validate
 from nspo.settings.runtime import RuntimeSettings
 

@@ -21,7 +21,7 @@ from nspo.preference import stage as preference_training
 from nspo.preference.model import LENGTHS, PreferenceModel, answer_features, encode
 from nspo.preference.objective import Judgements, fit_head, preference_loss
 from nspo.run.devices import has_bf16
-from nspo.settings.preference import PreferenceSettings
+from nspo.settings.model import PreferenceSettings
 from nspo.settings.runtime import RuntimeSettings
 
 SETTINGS = PreferenceSettings(backbone_layers=1, max_tokens=224)

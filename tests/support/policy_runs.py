@@ -28,9 +28,9 @@ from nspo.policy.methods.inputs import PolicyInputs
 from nspo.policy.rollouts import trainer as grpo
 from nspo.policy.stage import train_policy
 from nspo.preference.stage import train_preference
+from nspo.settings.model import PreferenceSettings
 from nspo.settings.policy.methods import PRESETS, MethodSettings
 from nspo.settings.policy.section import TrainingSettings
-from nspo.settings.preference import PreferenceSettings
 from nspo.settings.runtime import RequestSettings, RuntimeSettings
 
 TRAINING = TrainingSettings(

@@ -1,10 +1,10 @@
 rule collect_activations:
     input:
-        model=rules.prepare_model.output.model,
-        prompts=rules.prepare_prompts.output.prompts,
+        model=made(rules.prepare_model.output.model),
+        prompts=made(rules.prepare_prompts.output.prompts),
         again=made_again("collect_activations", "activations"),
     output:
-        activations=directory("<results>/activations"),
+        activations=directory("<home>/activations"),
     log:
         "<logs>/collect_activations.log",
     cache: True
@@ -15,11 +15,11 @@ rule collect_activations:
         **resources("collect_activations"),
         gpu=launch.gpus(settings, settings.runtime.processes),
     params:
-        **tracked("activations", settings.activations),
+        **tracked("activations", section("activations")),
         code=code("nspo.activations.stage"),
         versions=versions,
-        flags=flags(settings.activations),
-        start=start(settings.runtime.processes),
+        flags=flags(section("activations")),
+        start=start_collecting,
         device=device,
     shell:
         "{params.start} nspo collect {params.flags} {params.device} --model {input.model:q}"
@@ -29,18 +29,10 @@ rule collect_activations:
 
 rule compute_bases:
     input:
-        activations=rules.collect_activations.output.activations,
-        parts=(
-            expand(
-                "<results>/bases/part-{part}-of-{parts}.safetensors",
-                part=range(1, settings.bases.jobs + 1),
-                parts=settings.bases.jobs,
-            )
-            if settings.bases.jobs > 1
-            else []
-        ),
+        activations=made(rules.collect_activations.output.activations),
+        parts=shares_of_bases,
     output:
-        bases="<results>/bases/bases.safetensors",
+        bases="<home>/bases/bases.safetensors",
     log:
         "<logs>/compute_bases.log",
     cache: True
@@ -50,10 +42,10 @@ rule compute_bases:
     resources:
         **resources("compute_bases"),
     params:
-        **tracked("bases", settings.bases, BASES_FLAGS),
+        **tracked("bases", section("bases"), BASES_FLAGS),
         code=code("nspo.bases.stage"),
         versions=versions,
-        flags=flags(settings.bases, BASES_FLAGS),
+        flags=flags(section("bases"), BASES_FLAGS),
         parts=optional("--parts", "parts"),
     shell:
         "python -m nspo bases {params.flags} --activations {input.activations:q} {params.parts}"
@@ -63,13 +55,13 @@ rule compute_bases:
 # Bases of a method's own, from the same activations.
 use rule compute_bases as compute_own_bases with:
     input:
-        activations=rules.collect_activations.output.activations,
+        activations=made(rules.collect_activations.output.activations),
     output:
-        bases="<results>/bases/own/{selection}.safetensors",
+        bases="<home>/bases/own/{selection}.safetensors",
     log:
         "<logs>/compute_bases/{selection}.log",
     params:
-        **tracked("bases", own_selection, BASES_FLAGS, kind=SelectionSettings),
+        **tracked("bases", own_selection, BASES_FLAGS),
         code=code("nspo.bases.stage"),
         versions=versions,
         flags=flags(own_selection, BASES_FLAGS),
@@ -79,14 +71,14 @@ use rule compute_bases as compute_own_bases with:
 # The shares of `bases.jobs`: on a cluster each is a job of its own.
 use rule compute_bases as compute_bases_part with:
     input:
-        activations=rules.collect_activations.output.activations,
+        activations=made(rules.collect_activations.output.activations),
     output:
-        bases=temp("<results>/bases/part-{part}-of-{parts}.safetensors"),
+        bases=temp("<home>/bases/part-{part}-of-{parts}.safetensors"),
     log:
         "<logs>/compute_bases/{part}-of-{parts}.log",
     params:
-        **tracked("bases", settings.bases, BASES_FLAGS),
+        **tracked("bases", section("bases"), BASES_FLAGS),
         code=code("nspo.bases.stage"),
         versions=versions,
-        flags=flags(settings.bases, BASES_FLAGS),
+        flags=flags(section("bases"), BASES_FLAGS),
         parts="--part {part}/{parts}",

@@ -1,15 +1,15 @@
 # Of the base model (`base/seed0`) and of every policy alike; its answers are what the policies' are compared with.
 rule evaluate:
     input:
-        model=rules.prepare_model.output.model,
+        model=made(rules.prepare_model.output.model),
         policy=model_of,
-        cost=rules.train_cost.output.folder,
-        prompts=rules.prepare_prompts.output.prompts,
-        judges=judge_files(),
+        cost=made(rules.train_cost.output.folder),
+        prompts=made(rules.prepare_prompts.output.prompts),
+        judges=judge_files,
         base_evaluation=answers_of_base("evaluate"),
     output:
-        metrics="<results>/evaluation/{method}/seed{seed}/metrics.json",
-        responses="<results>/evaluation/{method}/seed{seed}/responses.parquet",
+        metrics="<home>/evaluation/{method}/seed{seed}/metrics.json",
+        responses="<home>/evaluation/{method}/seed{seed}/responses.parquet",
     log:
         "<logs>/evaluate/{method}-seed{seed}.log",
     benchmark:
@@ -21,10 +21,10 @@ rule evaluate:
         **resources("evaluate"),
         gpu=launch.gpus(settings),
     params:
-        **tracked("evaluation", settings.evaluation),
+        **tracked("evaluation", section("evaluation")),
         code=code("nspo.evaluation.stage"),
-        flags=flags(settings.evaluation),
-        start=start(),
+        flags=flags(section("evaluation")),
+        start=start,
         runtime=runtime,
         base_evaluation=optional("--base-evaluation", "base_evaluation"),
     shell:
@@ -38,13 +38,13 @@ rule benchmark:
     input:
         data=own_copy,
         model=model_of,
-        cost=rules.train_cost.output.folder,
-        training=[rules.prepare_prompts.output.prompts, rules.prepare_labels.output.labels],
-        judges=judge_files(),
+        cost=made(rules.train_cost.output.folder),
+        training=made(rules.prepare_prompts.output.prompts, rules.prepare_labels.output.labels),
+        judges=judge_files,
         base_answers=answers_of_base("benchmark"),
     output:
-        metrics="<results>/benchmarks/{method}/seed{seed}/{task}/metrics.json",
-        responses="<results>/benchmarks/{method}/seed{seed}/{task}/responses.parquet",
+        metrics="<home>/benchmarks/{method}/seed{seed}/{task}/metrics.json",
+        responses="<home>/benchmarks/{method}/seed{seed}/{task}/responses.parquet",
     log:
         "<logs>/benchmark/{method}-seed{seed}-{task}.log",
     benchmark:
@@ -56,12 +56,12 @@ rule benchmark:
         **resources("benchmark"),
         gpu=launch.gpus(settings),
     params:
-        **tracked("benchmarks", task_of, kind=BenchmarkSettings),
+        **tracked("benchmarks", task_of),
         **tracked("evaluation", judge_settings),
         code=code("nspo.evaluation.benchmarks.stage"),
         flags=flags(task_of),
         judging=flags(judge_settings),
-        start=start(),
+        start=start,
         runtime=runtime,
         base_answers=optional("--base-answers", "base_answers"),
     shell:
@@ -73,11 +73,11 @@ rule benchmark:
 # Part of the page where there are judges beside the cost model, whose own agreement its training measures.
 rule judge_agreement:
     input:
-        cost=rules.train_cost.output.folder,
-        labels=rules.prepare_labels.output.labels,
-        judges=judge_files(),
+        cost=made(rules.train_cost.output.folder),
+        labels=made(rules.prepare_labels.output.labels),
+        judges=judge_files,
     output:
-        agreement="<results>/judge_agreement.json",
+        agreement="<home>/judge_agreement.json",
     log:
         "<logs>/judge_agreement.log",
     benchmark:
@@ -92,7 +92,7 @@ rule judge_agreement:
         **tracked("evaluation", judge_settings),
         code=code("nspo.evaluation.agreement"),
         flags=flags(judge_settings),
-        start=start(),
+        start=start,
         runtime=runtime,
     shell:
         "{params.start} nspo judge-agreement {params.flags} {params.runtime} --cost {input.cost:q}"
@@ -102,14 +102,14 @@ rule judge_agreement:
 # Where safety lives: `attribution.enabled` decides whether the page asks for it.
 rule attribute:
     input:
-        model=rules.prepare_model.output.model,
-        policy=rules.match_safety.output.policy,
-        certificate=rules.certify.output.certificate,
-        cost=rules.train_cost.output.folder,
-        evaluation=[rules.evaluate.output.metrics, rules.evaluate.output.responses],
-        base_evaluation=expand(rules.evaluate.output, method=inputs.BASE, seed=0),
+        model=made(rules.prepare_model.output.model),
+        policy=made(rules.match_safety.output.policy),
+        certificate=made(rules.certify.output.certificate),
+        cost=made(rules.train_cost.output.folder),
+        evaluation=made(rules.evaluate.output),
+        base_evaluation=made(rules.evaluate.output, **BASE_RUN),
     output:
-        attribution="<results>/attribution/{method}/seed{seed}.json",
+        attribution="<home>/attribution/{method}/seed{seed}.json",
     log:
         "<logs>/attribute/{method}-seed{seed}.log",
     benchmark:
@@ -121,10 +121,10 @@ rule attribute:
         **resources("attribute"),
         gpu=launch.gpus(settings),
     params:
-        **tracked("attribution", settings.attribution, ["harmful_prompts", "general_prompts"]),
+        **tracked("attribution", section("attribution"), ["harmful_prompts", "general_prompts"]),
         code=code("nspo.certify.attribution"),
-        flags=flags(settings.attribution, ["harmful_prompts", "general_prompts"]),
-        start=start(),
+        flags=flags(section("attribution"), ["harmful_prompts", "general_prompts"]),
+        start=start,
         runtime=runtime,
         evaluation=folders("evaluation"),
         base_evaluation=folders("base_evaluation"),

@@ -1,14 +1,14 @@
 # What the preference objectives learn from; all of a seed share it.
 rule make_pairs:
     input:
-        model=rules.prepare_model.output.model,
-        reward=rules.train_reward.output.folder,
-        cost=rules.train_cost.output.folder,
-        prompts=rules.prepare_prompts.output.prompts,
-        labels=rules.prepare_labels.output.labels if settings.policy.pairs == "labels" else [],
-        judge=judge_files("policy", reward_judge),
+        model=made(rules.prepare_model.output.model),
+        reward=made(rules.train_reward.output.folder),
+        cost=made(rules.train_cost.output.folder),
+        prompts=made(rules.prepare_prompts.output.prompts),
+        labels=where(lambda settings: settings.policy.pairs == "labels", made(rules.prepare_labels.output.labels)),
+        judge=reward_judge_files,
     output:
-        pairs="<results>/pairs/seed{seed}.parquet",
+        pairs="<home>/pairs/seed{seed}.parquet",
     log:
         "<logs>/make_pairs/seed{seed}.log",
     benchmark:
@@ -20,10 +20,10 @@ rule make_pairs:
         **resources("make_pairs"),
         gpu=launch.gpus(settings),
     params:
-        **tracked("policy", settings.policy, PairSettings.model_fields),
+        **tracked("policy", section("policy", PairSettings)),
         code=code("nspo.policy.pairs.stage"),
-        flags=flags(settings.policy, PairSettings.model_fields),
-        start=start(),
+        flags=flags(section("policy", PairSettings)),
+        start=start,
         runtime=runtime,
         labels=optional("--labels", "labels"),
     shell:
@@ -35,14 +35,14 @@ rule make_pairs:
 # Before any training: which space, mode and batch drift least for what they gain.
 rule screen:
     input:
-        model=rules.prepare_model.output.model,
-        reward=rules.train_reward.output.folder,
-        cost=rules.train_cost.output.folder,
-        prompts=rules.prepare_prompts.output.prompts,
-        activations=rules.collect_activations.output.activations,
+        model=made(rules.prepare_model.output.model),
+        reward=made(rules.train_reward.output.folder),
+        cost=made(rules.train_cost.output.folder),
+        prompts=made(rules.prepare_prompts.output.prompts),
+        activations=made(rules.collect_activations.output.activations),
     output:
-        screen="<results>/screen/screen.json",
-        table="<results>/screen/screen.csv",
+        screen="<home>/screen/screen.json",
+        table="<home>/screen/screen.csv",
     log:
         "<logs>/screen.log",
     conda:
@@ -52,11 +52,11 @@ rule screen:
         **resources("screen"),
         gpu=launch.gpus(settings, 1),
     params:
-        **tracked("screen", settings.screen, SCREEN_FLAGS),
-        **tracked("policy", settings.policy, SAMPLING),
+        **tracked("screen", section("screen"), SCREEN_FLAGS),
+        **tracked("policy", section("policy"), SAMPLING),
         code=code("nspo.screen.stage"),
-        flags=flags(settings.screen, SCREEN_FLAGS),
-        rollouts=flags(settings.policy, SAMPLING),
+        flags=flags(section("screen"), SCREEN_FLAGS),
+        rollouts=flags(section("policy"), SAMPLING),
         device=device,
     shell:
         "python -m nspo screen {params.flags} {params.rollouts} {params.device} --model {input.model:q}"
@@ -67,42 +67,42 @@ rule screen:
 # The model, and beside it the log of its training.
 rule train_policy:
     input:
-        model=rules.prepare_model.output.model,
-        reward=rules.train_reward.output.folder,
-        cost=rules.train_cost.output.folder,
-        prompts=rules.prepare_prompts.output.prompts,
+        model=made(rules.prepare_model.output.model),
+        reward=made(rules.train_reward.output.folder),
+        cost=made(rules.train_cost.output.folder),
+        prompts=made(rules.prepare_prompts.output.prompts),
         bases=bases_of_method,
         pairs=pairs_of_method,
         guide=guide_of_method,
-        judge=judge_files("policy", reward_judge),
+        judge=reward_judge_files,
         again=made_again("train_policy", "policy"),
     output:
-        policy=directory("<results>/policy/{method}/seed{seed}"),
-        settings="<results>/training/{method}/seed{seed}/settings.json",
-        training="<results>/training/{method}/seed{seed}/training.parquet",
-        probes="<results>/training/{method}/seed{seed}/probes.parquet",
-        samples="<results>/training/{method}/seed{seed}/samples.parquet",
+        policy=directory("<home>/policy/{method}/seed{seed}"),
+        settings="<home>/training/{method}/seed{seed}/settings.json",
+        training="<home>/training/{method}/seed{seed}/training.parquet",
+        probes="<home>/training/{method}/seed{seed}/probes.parquet",
+        samples="<home>/training/{method}/seed{seed}/samples.parquet",
     log:
         "<logs>/train_policy/{method}-seed{seed}.log",
     benchmark:
         "<timings>/train_policy/{method}-seed{seed}.tsv"
     wildcard_constraints:
-        method="|".join(map(re.escape, settings.policy.methods)),
+        method=any_of(lambda settings: settings.policy.methods),
     conda:
         "../envs/nspo.yaml"
     threads: HEAVY_THREADS
     resources:
         **resources("train_policy"),
-        gpu=launch.gpus(settings, settings.policy.processes),
+        gpu=gpus_of_training,
     params:
-        **tracked("policy", settings.policy, TrainingSettings.model_fields),
-        **tracked("method", method_of, kind=MethodSettings),
-        **tracked("activations", settings.activations, ["layers"]),
+        **tracked("policy", section("policy", TrainingSettings)),
+        **tracked("method", method_of),
+        **tracked("activations", section("activations"), ["layers"]),
         code=code("nspo.policy.stage"),
-        flags=flags(settings.policy, TrainingSettings.model_fields),
+        flags=flags(section("policy", TrainingSettings)),
         method=flags(method_of),
-        layers=flags(settings.activations, ["layers"]),
-        start=start(settings.policy.processes, settings.policy.sharding),
+        layers=flags(section("activations"), ["layers"]),
+        start=start_training,
         runtime=runtime,
         bases=optional("--bases", "bases"),
         pairs=optional("--pairs", "pairs"),
@@ -118,21 +118,21 @@ rule train_policy:
 # where validation prompts are answered as safely as `matching.target_unsafe` says.
 rule match_safety:
     input:
-        model=rules.prepare_model.output.model,
-        policy=rules.train_policy.output.policy,
-        cost=rules.train_cost.output.folder,
-        prompts=rules.prepare_prompts.output.prompts,
+        model=made(rules.prepare_model.output.model),
+        policy=made(rules.train_policy.output.policy),
+        cost=made(rules.train_cost.output.folder),
+        prompts=made(rules.prepare_prompts.output.prompts),
         again=made_again("match_safety", "policy"),
     output:
-        policy=directory("<results>/matched/{method}/seed{seed}"),
-        match="<results>/walks/{method}/seed{seed}/match.json",
-        walk="<results>/walks/{method}/seed{seed}/walk.parquet",
+        policy=directory("<home>/matched/{method}/seed{seed}"),
+        match="<home>/walks/{method}/seed{seed}/match.json",
+        walk="<home>/walks/{method}/seed{seed}/walk.parquet",
     log:
         "<logs>/match_safety/{method}-seed{seed}.log",
     benchmark:
         "<timings>/match_safety/{method}-seed{seed}.tsv"
     wildcard_constraints:
-        method="|".join(map(re.escape, settings.policy.methods)),
+        method=any_of(lambda settings: settings.policy.methods),
     conda:
         "../envs/nspo.yaml"
     threads: HEAVY_THREADS
@@ -140,12 +140,12 @@ rule match_safety:
         **resources("match_safety"),
         gpu=launch.gpus(settings),
     params:
-        **tracked("matching", settings.matching),
-        **tracked("evaluation", settings.evaluation, AnsweringSettings.model_fields),
+        **tracked("matching", section("matching")),
+        **tracked("evaluation", section("evaluation", AnsweringSettings)),
         code=code("nspo.evaluation.walk.stage"),
-        flags=flags(settings.matching),
-        answering=flags(settings.evaluation, AnsweringSettings.model_fields),
-        start=start(),
+        flags=flags(section("matching")),
+        answering=flags(section("evaluation", AnsweringSettings)),
+        start=start,
         runtime=runtime,
     shell:
         "{params.start} nspo walk {params.flags} {params.answering} {params.runtime} --name {wildcards.method}"
@@ -156,12 +156,14 @@ rule match_safety:
 # Apart from training, so that new bases measure an unconstrained policy again without training it again.
 rule certify:
     input:
-        model=rules.prepare_model.output.model,
-        policy=rules.match_safety.output.policy,
+        model=made(rules.prepare_model.output.model),
+        policy=made(rules.match_safety.output.policy),
         bases=certified_bases,
-        activations=[] if precomputed else rules.collect_activations.output.activations,
+        activations=where(
+            lambda settings: not settings.bases.precomputed, made(rules.collect_activations.output.activations)
+        ),
     output:
-        certificate="<results>/certificates/{method}/seed{seed}.json",
+        certificate="<home>/certificates/{method}/seed{seed}.json",
     log:
         "<logs>/certify/{method}-seed{seed}.log",
     conda:
@@ -181,4 +183,4 @@ rule certify:
 # Training alone, as `performance/trajectories.py` wants it: `snakemake all_policies --cores all`.
 rule all_policies:
     input:
-        every_policy(rules.train_policy.output.policy),
+        everything(every_policy(rules.train_policy.output.policy)),

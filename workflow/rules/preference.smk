@@ -1,17 +1,17 @@
 # The model, and beside it what its training measured.
 rule train_cost:
     input:
-        model=rules.prepare_model.output.model,
-        labels=rules.prepare_labels.output.labels,
-        backbone=source_files("cost", inputs.backbone_source(settings, "cost")),
+        model=made(rules.prepare_model.output.model),
+        labels=made(rules.prepare_labels.output.labels),
+        backbone=source_files("cost", partial(inputs.backbone_source, target="cost")),
         again=made_again("train_cost", "folder"),
     output:
-        folder=directory("<results>/cost"),
+        folder=directory("<home>/cost"),
         metrics=report(
-            "<results>/training/cost/metrics.json",
+            "<home>/training/cost/metrics.json",
             caption="../report/preference.rst",
             category="Preference models",
-            labels={"model": "cost", "file": "metrics"},
+            labels={"model": "cost", "file": "metrics", **AT_HOME},
         ),
     log:
         "<logs>/train_cost.log",
@@ -24,11 +24,11 @@ rule train_cost:
         **resources("train_cost"),
         gpu=launch.gpus(settings),
     params:
-        **tracked("cost", settings.cost),
+        **tracked("cost", section("cost")),
         code=code("nspo.preference.stage"),
         target="--target cost",
-        flags=flags(settings.cost),
-        start=start(),
+        flags=flags(section("cost")),
+        start=start,
         runtime=runtime,
     shell:
         "{params.start} nspo train-preference {params.target} {params.flags} {params.runtime} --model {input.model:q}"
@@ -37,26 +37,26 @@ rule train_cost:
 
 use rule train_cost as train_reward with:
     input:
-        model=rules.prepare_model.output.model,
-        labels=rules.prepare_labels.output.labels,
-        backbone=source_files("reward", inputs.backbone_source(settings, "reward")),
+        model=made(rules.prepare_model.output.model),
+        labels=made(rules.prepare_labels.output.labels),
+        backbone=source_files("reward", partial(inputs.backbone_source, target="reward")),
         again=made_again("train_reward", "folder"),
     output:
-        folder=directory("<results>/reward"),
+        folder=directory("<home>/reward"),
         metrics=report(
-            "<results>/training/reward/metrics.json",
+            "<home>/training/reward/metrics.json",
             caption="../report/preference.rst",
             category="Preference models",
-            labels={"model": "reward", "file": "metrics"},
+            labels={"model": "reward", "file": "metrics", **AT_HOME},
         ),
     log:
         "<logs>/train_reward.log",
     benchmark:
         "<timings>/train_reward.tsv"
     params:
-        **tracked("reward", settings.reward),
+        **tracked("reward", section("reward")),
         code=code("nspo.preference.stage"),
         target="--target reward",
-        flags=flags(settings.reward),
-        start=start(),
+        flags=flags(section("reward")),
+        start=start,
         runtime=runtime,

