@@ -19,7 +19,7 @@ def of(study: dict[str, Any], **sections: Any) -> dict[str, Config]:
 
 
 def test_a_variant_is_the_configuration_with_other_keys() -> None:
-    """Nested keys and keys with dots say the same; without any it is the configuration; without a study there are none."""
+    """Nested keys and keys with dots say the same; without any it is the configuration itself."""
     nested, dotted, plain = of(
         {"variants": {"a": {"bases": {"threshold": 2.0}}, "b": {"bases.threshold": 2.0}, "c": None}},
         policy={"clip": 0.3},

@@ -75,6 +75,21 @@ def test_two_configurations_run_side_by_side(outer: Path) -> None:
     assert str(ROOT / "nspo") not in text
 
 
+def test_a_study_is_imported_as_any_configuration(outer: Path) -> None:
+    """Below its own prefix; the homes are those of the study by itself, whatever the rules are called."""
+    raw = yaml.safe_load((outer / "settings.yaml").read_text())
+    raw["a"]["study"] = {"variants": {"one": None, "two": {"bases.threshold": 2.0}}}
+    (outer / "settings.yaml").write_text(yaml.safe_dump(raw))
+    (outer / "Snakefile").write_text(
+        OUTER.format(root=ROOT).partition("module second")[0] + "rule all:\n    input: rules.first_all.input"
+    )
+    homes = set(re.findall(r"runs/a/results/smoke/stages/(\w+)/bases/bases", plan(outer)))
+    text = f'configfile: "settings.yaml"\nmodule nspo:\n    snakefile: "{ROOT}/Snakefile"\n    config: config["a"]\n'
+    (outer / "Snakefile").write_text(text + "use rule * from nspo\n")
+    assert homes == set(re.findall(r" results/smoke/stages/(\w+)/bases/bases", plan(outer)))
+    assert len(homes) == 2
+
+
 @pytest.mark.parametrize("place", ["before", "after"])
 def test_the_importers_target_stays(outer: Path, place: str) -> None:
     """A bare run makes what the importing Snakefile says first, wherever the module stands."""

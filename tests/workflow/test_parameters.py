@@ -8,7 +8,8 @@ from nspo.settings.evaluation import EvaluationSettings
 from nspo.settings.judges import EndpointJudge
 from nspo.settings.policy.methods import MethodSettings
 from nspo.settings.policy.section import TrainingSettings
-from nspo.workflow.parameters import benchmark_of, flags, optional, part_of, tracked, with_own_wheels
+from nspo.settings.types import Section
+from nspo.workflow.parameters import Chosen, benchmark_of, flags, optional, part_of, tracked, with_own_wheels
 
 
 def values(parameters: dict) -> dict[str, str]:
@@ -16,11 +17,16 @@ def values(parameters: dict) -> dict[str, str]:
     return {name: value(SimpleNamespace(method="nspo")) for name, value in parameters.items()}
 
 
+def always(section: Section) -> Chosen:
+    """The same settings for every job."""
+    return Chosen(type(section), lambda wildcards: section)
+
+
 def test_every_setting_is_a_parameter_that_names_its_flag() -> None:
     """A changed key changes exactly its own parameter, and two keys never have one value."""
     policy = Config().policy
-    before = values(tracked("policy", policy, TrainingSettings.model_fields))
-    after = values(tracked("policy", policy.model_copy(update={"clip": 0.3}), TrainingSettings.model_fields))
+    before = values(tracked("policy", always(policy), TrainingSettings.model_fields))
+    after = values(tracked("policy", always(policy.model_copy(update={"clip": 0.3})), TrainingSettings.model_fields))
     assert {name for name in before if before[name] != after[name]} == {"policy_clip"}
     assert (before["policy_clip"], after["policy_clip"]) == ("--clip 0.2", "--clip 0.3")
     assert len(set(before.values())) == len(before) == len(TrainingSettings.model_fields)
@@ -31,7 +37,7 @@ def test_parameters_and_flags_say_the_same() -> None:
     settings = Config()
     pairs = ((settings.evaluation, None), (settings.bases, ("rule", "threshold", "weights")), (settings.cost, None))
     for section, names in pairs:
-        assert " ".join(values(tracked("x", section, names)).values()) == flags(section, names)(None, 1)
+        assert " ".join(values(tracked("x", always(section), names)).values()) == flags(always(section), names)(None, 1)
 
 
 def test_a_judge_that_moves_reruns_nothing() -> None:
@@ -42,14 +48,14 @@ def test_a_judge_that_moves_reruns_nothing() -> None:
         return EvaluationSettings(judges={"net": judge})
 
     here, there = at("http://a/v1"), at("http://b/v1")
-    assert values(tracked("evaluation", here)) == values(tracked("evaluation", there))
-    assert "http://b/v1" in flags(there)(None, 1)
+    assert values(tracked("evaluation", always(here))) == values(tracked("evaluation", always(there)))
+    assert "http://b/v1" in flags(always(there))(None, 1)
 
 
 def test_settings_may_depend_on_the_job() -> None:
     """A function of the wildcards chooses the settings, as of a method."""
     methods = Config().policy.methods
-    found = values(tracked("method", lambda wildcards: methods[wildcards.method], kind=MethodSettings))
+    found = values(tracked("method", Chosen(MethodSettings, lambda wildcards: methods[wildcards.method])))
     assert set(found) == {"method_learning_rate", "method_loss", "method_constraint"}
     assert found["method_loss"].startswith("""--loss '{"kind": "grpo", "kl": 0.0""")
 

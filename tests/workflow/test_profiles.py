@@ -12,7 +12,12 @@ from nspo.workflow.resources import RESUMING
 
 pytestmark = pytest.mark.workflow
 
-NOT_PLANNED = {"fetch_bases", "all_policies", "compute_own_bases"}  # of a hub, of a method; a target without a job
+NOT_PLANNED = {
+    "fetch_bases",
+    "all_policies",
+    "compute_own_bases",
+    "study",
+}  # of a hub, a method, variants; no job at all
 EVERY_RULE = {
     "bases": {"jobs": 2},
     "policy": {"methods": {name: {"objective": name, "learning_rate": 1e-4} for name in ("nspo", "dpo")}},

@@ -62,8 +62,43 @@ def behind(jobs: list[dict[str, Any]], variant: str) -> dict[str, str]:
         if home := re.fullmatch(r"results/study/stages/(\w+)/(.*)", path):
             found[home[2]] = home[1]
         if path in made_by:
-            ahead += [it for it in made_by[path]["inputs"] if it not in found.values()]
+            ahead += made_by[path]["inputs"]
     return found
+
+
+TRAINED = {"policy", "training/main", "matched", "walks", "evaluation/main", "certificates"}
+OF_K = {"activations", "bases", *TRAINED}
+JUDGES = {"reward", "training/reward", "cost", "training/cost"}
+ALL = {"prompts.parquet", "labels.parquet", *JUDGES, "evaluation/base", *OF_K}
+KEYS = {  # what gets another home where this key has another value
+    "model.system_prompt": ("Be brief.", {"model", *JUDGES, "evaluation/base", *OF_K}),
+    "data.seed": (1, ALL),
+    "data.harmful.fraction": (0.9, {"prompts.parquet", "evaluation/base", *OF_K}),
+    "activations.samples": (3, OF_K),
+    "bases.threshold": (2.0, OF_K - {"activations"}),
+    "reward.l2": (0.2, {"reward", "training/reward", *TRAINED}),
+    "cost.l2": (0.2, {"cost", "training/cost", "evaluation/base", *TRAINED}),
+    "policy.clip": (0.3, TRAINED),
+    "policy.methods.main.learning_rate": (2.0e-3, TRAINED),
+    "policy.pairs": ("labels", set()),  # of which only the preference objectives learn
+    "matching.benign_prompts": (3, TRAINED - {"policy", "training/main"}),
+    "evaluation.general_prompts": (5, {"evaluation/base", "evaluation/main"}),
+    "attribution.general_prompts": (3, set()),
+    "benchmarks.limit": (3, set()),
+}
+
+
+def test_a_key_gives_a_new_home_to_what_it_shapes(tmp_path: Path) -> None:
+    """And to what follows from that, the very stages that a run of one configuration would run again."""
+    variants = {"base": None} | {key: {key: value} for key, (value, _) in KEYS.items()}
+    jobs = planned(ROOT, study(variants, {}, tmp_path))
+    base = behind(jobs, "base")
+    assert {"model", "certificates/main/seed0.json"} <= set(base)
+    for key, (_, expected) in KEYS.items():
+        found = behind(jobs, key)
+        assert found.keys() == base.keys()
+        moved = {path for path in base if found[path] != base[path]}
+        assert {re.sub(r"^((?:training|evaluation)/\w+|[^/]+).*", r"\1", path) for path in moved} == expected, key
 
 
 @pytest.fixture(scope="module")

