@@ -20,6 +20,7 @@ from nspo.cli.main import parser_for
 from nspo.models.loading import load_model
 from nspo.settings.config import Config
 from nspo.settings.reading import check_config
+from nspo.settings.study import variants
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "config/README.md"]
@@ -74,7 +75,7 @@ def test_configurations_are_valid(text: str) -> None:
     """A part of a configuration has keys that there are; one of a profile has keys of Snakemake."""
     values = yaml.safe_load(text)
     if set(values) <= set(Config.model_fields):
-        check_config(values)
+        variants(check_config(values), "docs")
     else:
         assert set(values) <= {"set-resources", "default-resources", *snakemake_flags()}
 

@@ -10,6 +10,7 @@ from typing import Any
 from nspo.run.tables import table
 from nspo.settings.config import Config
 from nspo.settings.reading import load_config
+from nspo.settings.study import variants
 from nspo.sources import Source
 
 
@@ -48,10 +49,13 @@ def check_files(files: list[Path]) -> None:
     from nspo.evaluation.benchmarks.loading import task_of
     from nspo.run.progress import say
 
-    benchmarks = load_config(*files).benchmarks
-    for name in (*benchmarks.tasks, *benchmarks.sources):
-        task_of(name)
-    say(f"{' + '.join(map(str, files))}: valid")
+    where = " + ".join(map(str, files))
+    config = load_config(*files)
+    study = variants(config, where)
+    for checked in (config, *study.values()):
+        for name in (*checked.benchmarks.tasks, *checked.benchmarks.sources):
+            task_of(name)
+    say(f"{where}: valid{f', {len(study)} variants' if study else ''}")
 
 
 def fetch_hub(source: Source, of: str, out: Path) -> None:

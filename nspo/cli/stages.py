@@ -405,5 +405,5 @@ GROUPS = {
         "screen",
     ),
     "Train": ("train-preference", "make-pairs", "train-policy"),
-    "Compare and report": ("walk", "evaluate", "attribute", "report"),
+    "Compare and report": ("walk", "evaluate", "attribute", "report", "study"),
 }

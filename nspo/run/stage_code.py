@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 PACKAGE = Path(__file__).parents[1]
 NOT_SHAPING = {"nspo", "nspo.bases.hub", "nspo.errors", "nspo.run.progress", "nspo.settings.reading"}
@@ -19,7 +20,7 @@ def code_hash(*modules: str, package: Path = PACKAGE) -> str:
     """16 hex digits over the code of the modules (such as `nspo.policy.stage`) and of everything that they import."""
     digest = hashlib.sha256()
     for name, path in stage_modules(*modules, package=package).items():
-        digest.update(f"{name}\0{_code(path, name)}\0".encode())
+        digest.update(f"{name}\0{_read(path, name).code}\0".encode())
     return digest.hexdigest()[:16]
 
 
@@ -36,7 +37,7 @@ def stage_modules(*modules: str, package: Path = PACKAGE) -> dict[str, Path]:
         if path is None or name in found or (name in NOT_SHAPING and name not in modules):
             continue
         found[name] = path
-        waiting += _imported(path)
+        waiting += _read(path, name).imported
         waiting.append(name.rpartition(".")[0])
     return dict(sorted(found.items()))
 
@@ -50,29 +51,31 @@ def _file(name: str, package: Path) -> Path | None:
     return next((path for path in (base.with_suffix(".py"), base / "__init__.py") if path.is_file()), None)
 
 
+class Module(NamedTuple):
+    """What of a module counts: the names that its import statements may load, and its code as text."""
+
+    imported: tuple[str, ...]
+    code: str
+
+
 @cache
-def _imported(path: Path) -> tuple[str, ...]:
-    """Every name an import statement in `path` may load: `from a import b` loads `a` and perhaps `a.b`."""
+def _read(path: Path, name: str) -> Module:
+    """Every name an import may load (`from a import b` loads `a` and perhaps `a.b`), and the syntax tree of the module
+    without docstrings; of settings, only what computes.
+    """
+    tree = ast.parse(path.read_bytes())
     names: list[str] = []
-    for node in ast.walk(ast.parse(path.read_bytes())):
+    for node in list(ast.walk(tree)):
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
             names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-    return tuple(names)
-
-
-@cache
-def _code(path: Path, name: str) -> str:
-    """The syntax tree of a module as text, without docstrings; of settings, only what computes."""
-    tree = ast.parse(path.read_bytes())
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+        elif isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             if ast.get_docstring(node) is not None:
                 node.body = node.body[1:] or [ast.Pass()]
             if name.startswith("nspo.settings.") and isinstance(node, (ast.Module, ast.ClassDef)):
                 node.body = list(_computing(node))
-    return ast.dump(tree)
+    return Module(tuple(names), ast.dump(tree))
 
 
 def _computing(node: ast.Module | ast.ClassDef) -> Iterator[ast.stmt]:

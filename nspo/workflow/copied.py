@@ -18,7 +18,10 @@ def warn_if_copied(results: Path, snakemake: Path) -> None:
     start = f"{results}/".encode()
     name = urlsafe_b64encode(start[: len(start) // 3 * 3]).decode()[:LONGEST]  # how the records below it begin
     records = (snakemake / "metadata").iterdir() if (snakemake / "metadata").is_dir() else ()
-    if not (results / "model").is_dir() or any(record.name.removeprefix("@").startswith(name) for record in records):
+    made = [results / "model", *results.glob("stages/*/model")]
+    if not any(folder.is_dir() for folder in made) or any(
+        record.name.removeprefix("@").startswith(name) for record in records
+    ):
         return
     say(
         f"warning: {results} was made elsewhere: {snakemake} has no record of it. Stages that look outdated by their "

