@@ -6,6 +6,7 @@ them side by side on a wide screen and below each other on a phone. Lines carry 
 are Okabe and Ito's and, for the ablations, Tol's, which stay apart under the common colour-vision deficiencies.
 """
 
+import base64
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -105,6 +106,18 @@ def _lighter(colour: str, amount: float) -> str:
     """`colour` mixed with white; 0 leaves it as it is."""
     red, green, blue = (part + (1 - part) * amount for part in to_rgb(colour))
     return to_hex((red, green, blue))
+
+
+class Figures:
+    """Saves figures into the plots folder and hands the template what to embed."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def add(self, name: str, figure: Any, title: str) -> dict[str, str]:
+        """Save `figure` as `name`.png and `name`.svg; returns its `title` and the SVG as a data URI."""
+        data = save(figure, self.folder, name).read_bytes()
+        return {"title": title, "uri": f"data:image/svg+xml;base64,{base64.b64encode(data).decode()}"}
 
 
 def save(figure: Figure, folder: Path, name: str) -> Path:

@@ -16,9 +16,9 @@ import yaml
 
 from nspo.files.atomic import atomic_path
 from nspo.files.manifest import make_manifest, read_json
-from nspo.report.figures import Figures
 from nspo.report.first import first_screen
 from nspo.report.html import render
+from nspo.report.plots import Figures
 from nspo.report.runs import load_runs
 from nspo.report.sections import bases as directions
 from nspo.report.sections.answers import answers, browser

@@ -41,7 +41,7 @@ def _measured(run: Run) -> Iterable[dict[str, Any]]:
     if run.match:
         yield {"axis": "matching", "name": "scale", "value": run.match["scale"], "unit": "number"}
     summary = (run.certificate or {}).get("summary", {})
-    for name, over in (("leakage_basis", "max"), ("leakage_heldout", "mean")):
+    for name, over in (("leakage_basis", "max"), ("leakage_validation", "mean")):
         if name in summary:
             yield {"axis": "certificate", "name": name, "domain": over, "value": summary[name][over], "unit": "number"}
 

@@ -7,8 +7,8 @@ import pytest
 from support.report_inputs import BASE, NSPO, TWIN, Behaviour, response_rows, write_preference
 
 from nspo.report import compare
-from nspo.report.figures import Figures
 from nspo.report.first import first_screen
+from nspo.report.plots import Figures
 from nspo.report.runs import Run
 from nspo.report.sections.preference import preference
 from nspo.settings.config import Config

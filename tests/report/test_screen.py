@@ -1,7 +1,7 @@
 """What the page shows of the screen."""
 
 from nspo.files.manifest import write_json
-from nspo.report.figures import Figures
+from nspo.report.plots import Figures
 from nspo.report.sections.bases import screened
 
 

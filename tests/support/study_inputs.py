@@ -41,7 +41,7 @@ def summary(place: int, seeds: Sequence[str]) -> list[dict[str, Any]]:
             lines.append(
                 {"method": method, "seed": seed, "axis": "matching", "name": "scale", "value": 0.7 + 0.1 * place}
             )
-            for name in ("leakage_basis", "leakage_heldout"):
+            for name in ("leakage_basis", "leakage_validation"):
                 lines.append(
                     {"method": method, "seed": seed, "axis": "certificate", "name": name, "value": 10.0**-place}
                 )

@@ -8,7 +8,7 @@ from nspo.files.manifest import read_json
 from nspo.files.tensors import read_tensor_manifest
 from nspo.models.structure.coverage import coverage_of, in_words
 from nspo.report import plots
-from nspo.report.figures import Figures
+from nspo.report.plots import Figures
 from nspo.report.sections.leakage import _cycle, _mean, _spread
 
 SPECTRUM_BLOCKS = 5

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from nspo.bases.table import block_of
 from nspo.report import plots
-from nspo.report.figures import Figures
+from nspo.report.plots import Figures
 from nspo.report.runs import Run, trained_runs
 
 LEAKAGE_FIGURES = {  # column: the column of a random update of equal norm, title

@@ -5,7 +5,7 @@ from math import sqrt
 from typing import Any
 
 from nspo.report import plots
-from nspo.report.figures import Figures
+from nspo.report.plots import Figures
 from nspo.report.runs import Run, trained_runs
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from nspo.files.manifest import MANIFEST_NAME, read_json
 from nspo.report import plots
-from nspo.report.figures import Figures
+from nspo.report.plots import Figures
 
 
 def preference(name: str, folder: Path, figures: Figures) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from matplotlib.transforms import Bbox
 
 from nspo.report import plots
 from nspo.report.compare import Measure, pooled
-from nspo.report.figures import Figures
+from nspo.report.plots import Figures
 from nspo.report.runs import BASE, Run, by_method
 
 NAMED = 6  # most methods that are named beside their points; more get a legend

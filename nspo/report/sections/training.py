@@ -6,7 +6,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from nspo.report import plots
-from nspo.report.figures import Figures
+from nspo.report.plots import Figures
 from nspo.report.runs import Run, series, trained_runs
 
 # Key: title, unit, points of a run, whether they are shares.

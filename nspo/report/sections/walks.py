@@ -9,7 +9,7 @@ from matplotlib.ticker import PercentFormatter
 
 from nspo.evaluation.statistics.curves import Point, area_between, drift_at
 from nspo.report import plots
-from nspo.report.figures import Figures
+from nspo.report.plots import Figures
 from nspo.report.runs import Run, by_method
 
 

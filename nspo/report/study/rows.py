@@ -13,11 +13,11 @@ from nspo.settings.config import Config
 from nspo.settings.reading import load_config
 
 POOLED = "pooled"
-HEADLINE = {"unsafe_rate", "refusal_rate", "accuracy", "kl_per_token", "leakage_basis", "leakage_heldout"}
+HEADLINE = {"unsafe_rate", "refusal_rate", "accuracy", "kl_per_token", "leakage_basis", "leakage_validation"}
 Pool = Callable[[Sequence[float]], float]
 CERTIFIED: dict[str, tuple[str, Pool]] = {  # beside the headline: what the page calls it, how seeds are pooled
     "leakage_basis": ("Leakage, protected directions", max),
-    "leakage_heldout": ("Leakage, held-out inputs", fmean),
+    "leakage_validation": ("Leakage, validation inputs", fmean),
     "scale": ("Tested at a", fmean),
 }
 INTERVAL = {False: ("low", "high", "n"), True: ()}  # of a figure over prompts, and of one that is measured whole

@@ -16,8 +16,8 @@ from urllib.parse import quote
 from nspo.errors import UserError
 from nspo.files.atomic import atomic_path
 from nspo.files.manifest import make_manifest
-from nspo.report.figures import Figures
 from nspo.report.html import render
+from nspo.report.plots import Figures
 from nspo.report.runs import BASE
 from nspo.report.study.keys import short, shown, varied
 from nspo.report.study.plots import draw, series
