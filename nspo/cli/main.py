@@ -23,12 +23,12 @@ from typing import Any, NoReturn, get_origin
 from nspo.cli.stages import GROUPS, POSITIONAL, STAGES, Stage
 from nspo.errors import Paused, UserError, first_line
 from nspo.run.launch import forget_foreign_group
-from nspo.run.workflow_lock import end_with_workflow
+from nspo.run.workflow_lock import PARENT, end_with_workflow
 from nspo.settings.reading import validate
 from nspo.settings.runtime import RuntimeSettings
 from nspo.settings.types import Section
 
-TRANSFERS = ("fetch-hub", "prepare", "bases fetch", "bases push")
+TRANSFERS = ("fetch-hub", "bases fetch", "bases push")
 NO_SPACE = ("No space left on device", "PytorchStreamWriter failed writing")
 NO_MEMORY = (  # torch's CPU, the system, CUDA, Python for the stack of a thread, oneDNN for the code of a product
     "can't allocate memory",
@@ -185,8 +185,11 @@ def _run(argv: Sequence[str]) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # what a user must know, a stage says itself
-    if not name.startswith(TRANSFERS):  # only there a bar of the hub's can be a transfer; elsewhere it is noise
+    in_workflow = PARENT in os.environ
+    if not name.startswith(TRANSFERS if in_workflow else (*TRANSFERS, "prepare")):  # elsewhere the hub's bars are noise
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        if in_workflow:  # whose rules fetched what jobs need: a node without a network is not waited for
+            os.environ.setdefault("HF_HUB_OFFLINE", "1")
     module, _, function = stage.function.partition(":")
     run = getattr(import_module(module), function)
     run(**_gathered(run, keywords))

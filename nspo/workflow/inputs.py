@@ -11,7 +11,7 @@ from typing import Any
 from nspo.settings.config import Config
 from nspo.settings.judges import AnyJudge
 from nspo.settings.types import path_fault
-from nspo.sources import Source, wheel_folder
+from nspo.sources import Source, repository_name, wheel_folder
 
 BASE = "base"  # what the model before training is called among the methods
 Sources = Mapping[str, list[Source]]
@@ -40,6 +40,11 @@ def files_on_disk(section: str, sources: Sources) -> list[str]:
 def wheels(sources: Sources) -> list[str]:
     """The folder names of the wheels that these sources name, sorted."""
     return sorted({wheel_folder(wheel) for _, source in _each(sources) for wheel in source.wheels})
+
+
+def repositories(sources: Sources) -> list[str]:
+    """The folder names of the repositories of the hub that these sources name, sorted."""
+    return sorted({repository_name(source) for _, source in _each(sources) if source.kind == "hub"})
 
 
 def builtin_hash(section: str, sources: Sources) -> str:

@@ -64,6 +64,7 @@ def test_every_command_gets_its_paths_whole(tmp_path: Path, own_bases: bool) -> 
         "certify",
         "attribute",
         "make_pairs",
+        "fetch_hub",
         "fetch_wheel",
     ):
         (Path(results) / "logs" / name).mkdir(parents=True)

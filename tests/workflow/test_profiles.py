@@ -14,6 +14,7 @@ pytestmark = pytest.mark.workflow
 
 NOT_PLANNED = {
     "fetch_bases",
+    "fetch_hub",
     "all_policies",
     "compute_own_bases",
     "study",

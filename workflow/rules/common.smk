@@ -105,6 +105,8 @@ wildcard_constraints:
     method=any_of(lambda settings: [inputs.BASE, *settings.policy.methods]),
     seed=any_of(lambda settings: {0, *settings.policy.seeds}),
     task=any_of(lambda settings: settings.benchmarks.tasks),
+    of="model|data|" + any_of(lambda settings: settings.benchmarks.tasks),
+    repository="[^/]+--[^/]+",
     part=r"\d+",
     selection=any_of(own_bases),
     parts=r"\d+",

@@ -36,7 +36,7 @@ rule evaluate:
 # Published benchmarks (`benchmarks.tasks`), one job per model and benchmark; the base and every policy answer the same.
 rule benchmark:
     input:
-        data=own_copy,
+        data=data_of_task,
         model=model_of,
         cost=made(rules.train_cost.output.folder),
         training=made(rules.prepare_prompts.output.prompts, rules.prepare_labels.output.labels),

