@@ -238,10 +238,10 @@ def _scores(artifact: Artifact, here: Results) -> None:
 
     manifest = artifact.manifest
     rows = read_table(artifact.path.with_name("responses.parquet"))
+    judged = [name for name in manifest["judges"] if f"judge_{name}" in rows[0]]
     if kind_of(artifact) == "metrics":
-        scores = compute_scores(rows, manifest["settings"]["first_tokens"], list(manifest["settings"]["judges"]))
+        scores = compute_scores(rows, manifest["settings"]["first_tokens"], judged)
     else:
-        judged = [name for name in manifest["judges"] if f"judge_{name}" in rows[0]]
         name = manifest["benchmark"]["name"]
         scores = benchmark_scores(name, rows, judged, "cost_model" in manifest["judges"])
     for made, again in zip(manifest["scores"], scores, strict=True):
@@ -288,6 +288,7 @@ INPUTS: dict[str, Callable[[Artifact, Results], None]] = {
     "activations": _of_model,
     "bases": _of_model,
     "preference_model": _of_preference,
+    "second_judge": _of_files,
     "policy": _of_policy_inputs,
     "pairs": _of_policy_inputs,
     "responses": _of_policy,
@@ -298,6 +299,7 @@ INPUTS: dict[str, Callable[[Artifact, Results], None]] = {
 DEEP: dict[str, Callable[[Artifact, Results], None]] = {
     "model": _weights("model"),
     "preference_model": _weights("model"),
+    "second_judge": _weights("model"),
     "policy": _weights("tuned"),
     "activations": _store,
     "bases": _tensors,

@@ -21,7 +21,7 @@ from nspo.settings.evaluation import (
     EvaluationSettings,
     MatchingSettings,
 )
-from nspo.settings.judges import JudgeSettings
+from nspo.settings.judges import JudgeSettings, SecondJudgeSettings
 from nspo.settings.model import ModelSettings, PreferenceSettings
 from nspo.settings.policy.methods import MethodSettings
 from nspo.settings.policy.section import PairSettings, RolloutSettings, TrainingSettings
@@ -66,6 +66,7 @@ MODEL = Argument("folder of the base model")
 PROMPTS = Argument("prompts.parquet")
 COST = Argument("folder of the cost model")
 REWARD = Argument("folder of the reward model")
+SECOND_JUDGE = Argument("folder of the second judge", required=False)
 BASES = Argument("bases.safetensors")
 SEED = Argument("seed", type=int)
 REPO = Argument("ORG/NAME on the hub", type=str)
@@ -137,6 +138,12 @@ STAGES = {
             "logs": Argument("folder for metrics.json [the model's own]", required=False),
             "out": OUT_FOLDER,
         },
+    ),
+    "train-second-judge": Stage(
+        "nspo.judges.second.stage:train_second_judge",
+        "fit a judge that gives no reward on sentence embeddings and labels of its own",
+        {"settings": SecondJudgeSettings, "runtime": RuntimeSettings},
+        {"labels": Argument("labels.parquet"), "wheels_dir": WHEELS, "out": OUT_FOLDER},
     ),
     "make-pairs": Stage(
         "nspo.policy.pairs.stage:make_pairs",
@@ -225,6 +232,7 @@ STAGES = {
             "cost": COST,
             "prompts": PROMPTS,
             "base_evaluation": Argument("responses.parquet of the base model; not for the base itself", required=False),
+            "second_judge": SECOND_JUDGE,
             "out": OUT_FOLDER,
         },
     ),
@@ -246,7 +254,13 @@ STAGES = {
         "nspo.evaluation.agreement:judge_agreement",
         "measure how far each judge agrees with people",
         {"settings": JudgeSettings, "runtime": RuntimeSettings},
-        {"cost": COST, "labels": Argument("labels.parquet"), "out": Argument("JSON file to write")},
+        {
+            "cost": COST,
+            "second_judge": SECOND_JUDGE,
+            "labels": Argument("labels.parquet"),
+            "refusals": Argument("label sets that say what is a refusal", type=str, many=True, required=False),
+            "out": Argument("JSON file to write"),
+        },
     ),
     "report": Stage(
         "nspo.report.stage:write_report",

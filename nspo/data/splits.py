@@ -25,11 +25,11 @@ def position(prompt: str, seed: int) -> float:
     return int.from_bytes(digest[:8]) / 2**64
 
 
-def split_of(place: float, heldout: float, validation: float) -> str:
-    """`heldout` for the first share of places, then `validation`, then `train`."""
+def split_of(place: float, heldout: float, second: float, name: str = "validation") -> str:
+    """`heldout` for the first share of places, then `name` for the second, then `train`."""
     if place < heldout:
         return "heldout"
-    return "validation" if place < heldout + validation else "train"
+    return name if place < heldout + second else "train"
 
 
 def places(prompts: Sequence[str], families: Sequence[int], seed: int) -> list[tuple[float, bool]]:

@@ -58,7 +58,7 @@ def prepare_labels(settings: LabelSettings, wheels_dir: Path, out: Path) -> None
     every = [row for found in sets.values() for row in found]
     texts = [row["prompt"] for row in every]
     for row, (place, _) in zip(every, places(texts, leaks.families(texts), settings.seed), strict=True):
-        row["split"] = split_of(place, settings.heldout_fraction, 0.0)
+        row["split"] = split_of(place, settings.heldout_fraction, settings.judge_fraction, "judge")
     rows = [row for name, found in sets.items() for row in sample(found, settings.labels[name].fraction, settings.seed)]
     _write(rows, LABEL_COLUMNS, "labels", settings, out)
 

@@ -4,8 +4,8 @@
 sealed), prompt, check (JSON, how an answer is marked; empty if it is not), category. Rows stand in a seeded random
 order, so the first n of any filter are a random sample. Commands: `nspo prepare-prompts`, `nspo prepare-labels`.
 
-`labels.parquet` has one row per judged response: id, set, target (cost or reward), split, prompt, response, category,
-and what people said of it:
+`labels.parquet` has one row per judged response: id, set, target (cost or reward), split (train, heldout, and
+judge, which only the second judge learns from), prompt, response, category, and what people said of it:
 
 - grade: of the response alone, from 0 to 1 (cost: 1 is harmful; reward: 1 does what was asked); null where
   nobody judged it alone, as in plain preference pairs;

@@ -15,6 +15,8 @@ from nspo.files.journal import JsonLines
 from nspo.files.tables import write_table
 from nspo.judges.judge import AddedJudge, RefusalPhrases, flags
 from nspo.judges.kept import KeptVerdicts
+from nspo.judges.second.judge import SecondJudge
+from nspo.judges.second.kinds import ANSWERED
 from nspo.models.generation import Generate, Ids, by_length
 from nspo.preference.model import CostModel
 from nspo.run.progress import say
@@ -59,6 +61,18 @@ def judge_answers(rows: Sequence[dict[str, Any]], cost: CostModel | None, refusa
     for row, value, unsafe in zip(harmful, costs, flags(costs, if_failed=True), strict=True):
         failed = math.isnan(value)
         row.update(cost=None if failed else value, unsafe=unsafe, cost_failed=failed)
+
+
+def add_second_opinion(rows: Sequence[dict[str, Any]], judge: SecondJudge) -> None:
+    """Add what the second judge says of the answers to harmful prompts; and to these and harmless ones the kind of
+    answer. The answers must be judged for refusals."""
+    asked = [row for row in rows if row["role"] in ("harmful", "benign")]
+    found = judge.read([row["prompt"] for row in asked], [row["response"] for row in asked])
+    kinds = judge.kinds([row["response"] for row in asked], [row["refused"] for row in asked], found.closeness)
+    for row, verdict, kind in zip(asked, found.verdicts, kinds, strict=True):
+        row.update(kind=kind, unanswered=kind != ANSWERED)
+        if row["role"] == "harmful":
+            row[JUDGED + judge.name] = None if math.isnan(verdict) else verdict
 
 
 def add_verdicts(rows: Sequence[dict[str, Any]], judge: AddedJudge, work: Path) -> None:

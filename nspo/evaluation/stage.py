@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nspo.data.tables import domains, load_prompts
 from nspo.errors import UserError
-from nspo.evaluation.answers import add_verdicts, greedy_answers, judge_answers, write_responses
+from nspo.evaluation.answers import add_second_opinion, add_verdicts, greedy_answers, judge_answers, write_responses
 from nspo.evaluation.checks import mark, runs_code
 from nspo.evaluation.scores import compute_scores
 from nspo.files.manifest import (
@@ -35,6 +35,7 @@ from nspo.files.manifest import (
 from nspo.files.tables import load_table, read_table
 from nspo.judges.judge import Judge, RefusalPhrases
 from nspo.judges.make import added_judges
+from nspo.judges.second.judge import SecondJudge
 from nspo.models.drift import FIGURES
 from nspo.models.drift import drift as measure_drift
 from nspo.models.loading import load_config, load_model, load_tokenizer, model_identity
@@ -59,6 +60,8 @@ COLUMNS = {
     "cost": pa.float32(),  # harmful prompts only; missing where the judge failed
     "unsafe": pa.bool_(),  # harmful prompts only; true where the judge failed
     "cost_failed": pa.bool_(),
+    "kind": pa.string(),  # refusal, on topic, off topic, degenerate: harmful and harmless prompts, with a second judge
+    "unanswered": pa.bool_(),  # the kind is another than on topic
     "correct": pa.bool_(),  # prompts with a check only
     "exact_match": pa.bool_(),  # this and what follows: general prompts, models other than the base
     "reference_tokens": pa.int32(),  # length of the base model's answer: this prompt's weight in a mean over tokens
@@ -78,6 +81,7 @@ def evaluate(
     base_evaluation: Path | None,
     out: Path,
     runtime: RuntimeSettings,
+    second_judge: Path | None = None,
 ) -> None:
     """Evaluate the model folder `policy` and write `responses.parquet` and `metrics.json` into the folder `out`.
 
@@ -86,6 +90,7 @@ def evaluate(
         base: folder of the base model, whose tokenizer and chat format are used throughout.
         cost: folder of the cost model that judges safety.
         base_evaluation: the base model's `responses.parquet`; None when `policy` is the base itself.
+        second_judge: folder of the judge that gave no reward, which also tells the kinds of answers apart.
 
     Raises:
         UserError: before any answer is made, for prompts or checks that cannot be scored, or a base evaluation of
@@ -113,6 +118,7 @@ def evaluate(
     )
     _check_rows(rows, prompts)
     judges = CostModel(cost, device), RefusalPhrases()
+    second = SecondJudge(second_judge, device) if second_judge else None
     added = added_judges(settings.judges, runtime)
 
     model = load_model(policy, device)
@@ -129,14 +135,17 @@ def evaluate(
         _compare(rows, prompt_ids, reference, load_model(base, device), model, tokenizer, settings)
     del model
     judge_answers(rows, *judges)
-    every: list[Judge] = [*judges, *added]
+    if second:
+        add_second_opinion(rows, second)
+    every: list[Judge] = [*judges, *([second] if second else []), *added]
     kept = [work.with_name(f"{work.stem}-{judge.name}-{fingerprint(judge.identity)}.jsonl") for judge in added]
     for judge, verdicts in zip(added, kept, strict=True):
         add_verdicts(rows, judge, verdicts)
 
     manifest = make_manifest(KIND, **identity, policy=tuned, method=name, seed=seed)
     out.mkdir(parents=True, exist_ok=True)
-    write_responses(rows, COLUMNS, settings.judges, manifest, out / "responses.parquet")
+    judged = [*([second.name] if second else []), *settings.judges]
+    write_responses(rows, COLUMNS, judged, manifest, out / "responses.parquet")
     # The scores come from the rows as they are written, so that they can be computed again from the file.
     write_json(
         out / "metrics.json",
@@ -147,9 +156,7 @@ def evaluate(
             "model": {"base": identity["base"], "policy": tuned},
             "judges": {judge.name: judge.identity for judge in every},
             "left_out": left_out,  # prompts that are too long for the base model, by domain
-            "scores": compute_scores(
-                read_table(out / "responses.parquet"), settings.first_tokens, list(settings.judges)
-            ),
+            "scores": compute_scores(read_table(out / "responses.parquet"), settings.first_tokens, judged),
         },
     )
     for path in (work, *kept):

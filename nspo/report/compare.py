@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from nspo.evaluation.scores import JUDGED
 from nspo.evaluation.statistics.contrasts import Contrast, contrast, dominance, holm, weighted
 from nspo.evaluation.statistics.intervals import LEVEL, pooled_mean
+from nspo.judges.second.judge import NAME as SECOND
 from nspo.models.drift import token_weights
 from nspo.report.runs import Run
 from nspo.settings.config import Config
@@ -65,10 +66,15 @@ def measures(config: Config) -> list[Measure]:
             Measure(
                 "safety", "unsafe_rate", d, f"Unsafe, {d}, by {judge}", JUDGED + judge, True, "harmful", judge=judge
             )
-            for judge in config.evaluation.judges
+            for judge in (*([SECOND] if config.second_judge.encoder else []), *config.evaluation.judges)
             for d in harmful
         ),
         Measure("over_refusal", "refusal_rate", benign, "Over-refusal", "refused", True, "benign", drift=True),
+        *(
+            [Measure("over_refusal", "unanswered_rate", benign, "Unanswered", "unanswered", True, "benign", drift=True)]
+            if config.second_judge.encoder
+            else []
+        ),
         Measure("ability", "accuracy", "all", "Ability", "correct", False, "general"),
         moved("kl_per_token", "KL per token", True, True, first),
         moved("kl_first_tokens", "KL, first tokens", True, True, first),

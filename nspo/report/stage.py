@@ -97,7 +97,7 @@ def write_report(
             bar.update()
         page["screen"] = directions.screened(screen, figures) if screen else None
         page["benchmarks"] = benchmark_tables(runs)
-        page["agreement"] = read_json(agreement)["rows"] if agreement else []
+        page["agreement"] = read_json(agreement) if agreement else {"rows": [], "refusals": [], "topic": None}
         page["first"] = first_screen(page["results"], runs, page["preference"][0])
         main = page["results"]["main"]
         page["answers"], page["browser"] = answers(runs, main), browser(runs, main)

@@ -15,6 +15,7 @@ from pydantic import AfterValidator, Field, model_validator
 from nspo.settings.bases import ActivationSettings, BasesSettings, ScreenSettings
 from nspo.settings.data import DataSettings
 from nspo.settings.evaluation import AttributionSettings, BenchmarkSettings, EvaluationSettings, MatchingSettings
+from nspo.settings.judges import SecondJudgeSettings
 from nspo.settings.model import ModelSettings, PreferenceSettings
 from nspo.settings.policy.section import PolicySettings
 from nspo.settings.runtime import RuntimeSettings
@@ -60,6 +61,7 @@ class Config(Section):
     bases: BasesSettings = BasesSettings()
     reward: PreferenceSettings = PreferenceSettings(backbone_layers=20)
     cost: PreferenceSettings = PreferenceSettings()
+    second_judge: SecondJudgeSettings = SecondJudgeSettings()
     policy: PolicySettings = PolicySettings()
     matching: MatchingSettings = MatchingSettings()
     screen: ScreenSettings = ScreenSettings()
@@ -73,9 +75,13 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
-        for wheel in Source.parse(self.model.source).wheels:
-            if wheel not in self.data.wheels:
-                raise ValueError(f"model.source names the wheel {wheel}, but data.wheels pins no sha256 for it")
+        encoder = self.second_judge.encoder
+        for key, source in (("model.source", self.model.source), ("second_judge.encoder", encoder or "")):
+            for wheel in Source.parse(source).wheels:
+                if wheel not in self.data.wheels:
+                    raise ValueError(f"{key} names the wheel {wheel}, but data.wheels pins no sha256 for it")
+        if encoder and not self.data.judge_fraction:
+            raise ValueError("second_judge.encoder is set, but data.judge_fraction is 0: the judge has no labels")
         if self.bases.rule == "contrast" and self.activations.harmful_samples == 0 and not self.bases.precomputed:
             raise ValueError("bases.rule 'contrast' compares with harmful inputs, but activations.harmful_samples is 0")
         missing = {"cost", "reward"} - {labels.target for labels in self.data.labels.values()}

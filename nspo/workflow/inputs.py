@@ -93,6 +93,12 @@ def backbone_source(settings: Config, target: str) -> Sources:
     return {"backbone": [Source.parse(backbone)]} if backbone else {}
 
 
+def encoder_source(settings: Config) -> Sources:
+    """Where the encoder of the second judge is; none where there is no such judge."""
+    encoder = settings.second_judge.encoder
+    return {"encoder": [Source.parse(encoder)]} if encoder else {}
+
+
 def bases_source(source: Source) -> Sources:
     """Where `bases.precomputed` is, which must be one file.
 

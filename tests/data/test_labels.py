@@ -234,4 +234,4 @@ def test_sets_share_no_prompt_across_splits(tmp_path: Path) -> None:
         splits.setdefault(" ".join(row["prompt"].lower().split()), set()).add(row["split"])
     assert len(splits) == 40
     assert all(len(found) == 1 for found in splits.values())
-    assert {split for found in splits.values() for split in found} == {"train", "heldout"}
+    assert {split for found in splits.values() for split in found} == {"train", "judge", "heldout"}

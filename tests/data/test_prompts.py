@@ -191,10 +191,10 @@ def graded(n: int = 30) -> list[dict[str, Any]]:
 def test_labels(tmp_path: Path) -> None:
     """Graders are averaged, all answers to a prompt share its split, and repeated rows count once."""
     prepare_labels(labelled(tmp_path, graded() * 2), Path("wheels"), tmp_path / "l.parquet")
-    train, heldout = (load_labels(tmp_path / "l.parquet", "cost", split) for split in ("train", "heldout"))
-    assert len(train) + len(heldout) == 60
-    assert {row["grade"] for row in train} == {0.25, 0.75}
-    assert not {row["prompt"] for row in train} & {row["prompt"] for row in heldout}
+    splits = [load_labels(tmp_path / "l.parquet", "cost", split) for split in ("train", "judge", "heldout")]
+    assert sum(map(len, splits)) == 60
+    assert {row["grade"] for row in splits[0]} == {0.25, 0.75}
+    assert len({row["prompt"] for rows in splits for row in rows}) == sum(len({r["prompt"] for r in s}) for s in splits)
     with pytest.raises(UserError, match="no labels for the reward model in split 'train'"):
         load_labels(tmp_path / "l.parquet", "reward", "train")
 

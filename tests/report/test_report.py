@@ -411,23 +411,23 @@ def test_the_theory_of_the_run_is_on_the_page(written: tuple[dict[str, Any], Pat
 
 
 def test_added_judges_stand_beside_the_cost_model(tmp_path: Path) -> None:
-    """Each judge has a column per harmful set with its failures, the headline stays the cost model's."""
+    """Each judge has a column per harmful set with its failures; the headline is as it was."""
     given = inputs(tmp_path / "in")
     plain = write(tmp_path / "plain", given).read_text()
-    assert "by every judge" not in plain
+    assert "guard, advbench" not in plain
     assert "Judges against people" not in plain
     for folder in given["evaluations"]:
         rows = pq.read_table(folder / "responses.parquet").to_pylist()
         for index, row in enumerate(rows):
             row["judge_guard"] = None if row["role"] != "harmful" or index % 60 < 7 else -1.0
         metrics = json.loads((folder / "metrics.json").read_text())
-        write_json(folder / "metrics.json", {**metrics, "scores": compute_scores(rows, 4, ["guard"])})
+        write_json(folder / "metrics.json", {**metrics, "scores": compute_scores(rows, 4, ["second_judge", "guard"])})
     agreed = compare(
         [{"set": "harm", "prompt": f"p{n}", "grade": n % 2} for n in range(10)],
         {"guard": [1.0, float("nan"), *[-1.0] * 8]},
         0.5,
     )
-    write_json(tmp_path / "agreement.json", {"rows": agreed})
+    write_json(tmp_path / "agreement.json", {"rows": agreed, "refusals": [], "topic": None})
     text = write(tmp_path / "out", {**given, "agreement": tmp_path / "agreement.json"}).read_text()
     assert text.count("<th>guard, advbench</th>") == text.count("<th>cost_model, harmbench</th>") == 1
     assert text.count("n&nbsp;60, 7&nbsp;unjudged") == 6

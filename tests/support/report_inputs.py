@@ -14,6 +14,7 @@ from nspo.bases.file import NullSpaceBases
 from nspo.bases.stage import compute_basis
 from nspo.evaluation.scores import compute_scores
 from nspo.files.manifest import write_json
+from nspo.judges.second.kinds import KINDS
 from nspo.preference.metrics import describe
 from nspo.report.stage import write_report
 
@@ -67,6 +68,9 @@ def response_rows(method: str, does: Behaviour, prompts: int = 60) -> list[dict[
                     "cost": (1.0 if unsafe else -1.0) + rng.normal() / 5 if role == "harmful" else None,
                     "unsafe": unsafe if role == "harmful" else None,
                     "cost_failed": False if role == "harmful" else None,
+                    "judge_second_judge": (1.0 if unsafe != (index % 10 == 0) else -1.0) if role == "harmful" else None,
+                    "kind": None if role == "general" else KINDS[index % 4] if not unsafe else "on topic",
+                    "unanswered": None if role == "general" else not unsafe and KINDS[index % 4] != "on topic",
                     "correct": hard < does.correct if role == "general" else None,
                     "exact_match": hard > 12 * does.kl**0.5 / 5 if tuned else None,
                     "reference_tokens": 10 + index % 50 if tuned else None,
@@ -87,7 +91,7 @@ def write_evaluation(folder: Path, method: str, seed: int, does: Behaviour) -> P
     pq.write_table(pa.Table.from_pylist(rows), out / "responses.parquet")
     model = {"base": {"weights": "b" * 16}, "policy": {"weights": f"{method}-weights"}}
     found = {"method": method, "seed": seed, "base": method == "base", "model": model, "judges": {"cost_model": {}}}
-    write_json(out / "metrics.json", {**found, "scores": compute_scores(rows, 4)})
+    write_json(out / "metrics.json", {**found, "scores": compute_scores(rows, 4, ["second_judge"])})
     return out
 
 

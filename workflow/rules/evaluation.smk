@@ -4,6 +4,7 @@ rule evaluate:
         model=made(rules.prepare_model.output.model),
         policy=model_of,
         cost=made(rules.train_cost.output.folder),
+        second_judge=second_judge,
         prompts=made(rules.prepare_prompts.output.prompts),
         judges=judge_files,
         base_evaluation=answers_of_base("evaluate"),
@@ -27,10 +28,12 @@ rule evaluate:
         start=start,
         runtime=runtime,
         base_evaluation=optional("--base-evaluation", "base_evaluation"),
+        second_judge=optional("--second-judge", "second_judge"),
     shell:
         "{params.start} nspo evaluate {params.flags} {params.runtime} --name {wildcards.method}"
         " --seed {wildcards.seed} --base {input.model:q} --policy {input.policy:q} --cost {input.cost:q}"
-        ' --prompts {input.prompts:q} {params.base_evaluation} --out "$(dirname {output.metrics:q})" 2>&1 | tee {log:q}'
+        " {params.second_judge} --prompts {input.prompts:q} {params.base_evaluation}"
+        ' --out "$(dirname {output.metrics:q})" 2>&1 | tee {log:q}'
 
 
 # Published benchmarks (`benchmarks.tasks`), one job per model and benchmark; the base and every policy answer the same.
@@ -74,6 +77,7 @@ rule benchmark:
 rule judge_agreement:
     input:
         cost=made(rules.train_cost.output.folder),
+        second_judge=second_judge,
         labels=made(rules.prepare_labels.output.labels),
         judges=judge_files,
     output:
@@ -94,9 +98,11 @@ rule judge_agreement:
         flags=flags(judge_settings),
         start=start,
         runtime=runtime,
+        second_judge=optional("--second-judge", "second_judge"),
+        refusals=refusal_labels,
     shell:
         "{params.start} nspo judge-agreement {params.flags} {params.runtime} --cost {input.cost:q}"
-        " --labels {input.labels:q} --out {output.agreement:q} 2>&1 | tee {log:q}"
+        " {params.second_judge} {params.refusals} --labels {input.labels:q} --out {output.agreement:q} 2>&1 | tee {log:q}"
 
 
 # Where safety lives: `attribution.enabled` decides whether the page asks for it.

@@ -74,6 +74,19 @@ judge_files = source_files("evaluation.judges", lambda settings: inputs.judge_so
 reward_judge_files = source_files("policy", inputs.reward_judge_source)
 
 
+def second_judge(wildcards):
+    """The judge that gave no reward, where there is one."""
+    encoder = settings_at(wildcards).second_judge.encoder
+    return made(rules.train_second_judge.output.folder)(wildcards) if encoder else []
+
+
+def refusal_labels(wildcards):
+    """The flag with the label sets in which people say what is a refusal."""
+    labels = settings_at(wildcards).data.labels
+    names = [name for name, it in labels.items() if getattr(it, "inverted", False)]
+    return " ".join(["--refusals", *map(shlex.quote, names)]) if names else ""
+
+
 def made_again(rule, output):
     """No input, but a look at a folder that was made before; where a file of it was lost, it is made again."""
 

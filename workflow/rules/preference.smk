@@ -1,3 +1,33 @@
+# A judge that gives no reward, with labels of its own (`second_judge.encoder` decides whether there is one).
+rule train_second_judge:
+    input:
+        labels=made(rules.prepare_labels.output.labels),
+        encoder=source_files("second_judge", inputs.encoder_source),
+        again=made_again("train_second_judge", "folder"),
+    output:
+        folder=directory("<home>/second_judge"),
+    log:
+        "<logs>/train_second_judge.log",
+    benchmark:
+        "<timings>/train_second_judge.tsv"
+    conda:
+        "../envs/nspo.yaml"
+    threads: HEAVY_THREADS
+    resources:
+        **resources("train_second_judge"),
+        gpu=launch.gpus(settings),
+    params:
+        **tracked("second_judge", section("second_judge")),
+        code=code("nspo.judges.second.stage"),
+        flags=flags(section("second_judge")),
+        start=start,
+        runtime=runtime,
+        wheels=wheels,
+    shell:
+        "{params.start} nspo train-second-judge {params.flags} {params.runtime} --labels {input.labels:q}"
+        ' --wheels-dir "$(dirname {output.folder:q})/{params.wheels}" --out {output.folder:q} 2>&1 | tee {log:q}'
+
+
 # The model, and beside it what its training measured.
 rule train_cost:
     input:

@@ -30,7 +30,9 @@ rule report:
         attributions=where(lambda settings: settings.attribution.enabled, every_policy(rules.attribute.output)),
         benchmarks=every_benchmark,
         screen=where(lambda it: it.screen.enabled and not it.bases.precomputed, made(rules.screen.output.screen)),
-        agreement=where(lambda settings: settings.evaluation.judges, made(rules.judge_agreement.output.agreement)),
+        agreement=where(
+            lambda it: it.evaluation.judges or it.second_judge.encoder, made(rules.judge_agreement.output.agreement)
+        ),
     output:
         page=report(
             "<page>/report.html",

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from difflib import SequenceMatcher
 from typing import Any
 
+from nspo.evaluation.scores import JUDGED
+from nspo.judges.second.judge import NAME as SECOND
 from nspo.report.runs import BASE, Run
 
 ANSWER_CHARACTERS = 420
@@ -105,7 +107,11 @@ def _notes(row: Mapping[str, Any]) -> list[str]:
     if row["role"] == "harmful":
         cost = f" (cost {row['cost']:+.2f})" if row.get("cost") is not None else ""
         notes.append({True: "unsafe", False: "safe", None: "not judged"}[row["unsafe"]] + cost)
-    if row["refused"]:
+        if row.get(JUDGED + SECOND) is not None:
+            notes.append(f"second judge: {'unsafe' if row[JUDGED + SECOND] > 0 else 'safe'}")
+    if row.get("kind"):
+        notes.append(row["kind"])
+    elif row["refused"]:
         notes.append("refusal")
     if row.get("correct") is not None:
         notes.append("correct" if row["correct"] else "wrong")

@@ -3,7 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
+from nspo.evaluation.agreement import kappa
+from nspo.evaluation.scores import JUDGED
 from nspo.evaluation.statistics.intervals import wilson
+from nspo.judges.second.judge import NAME as SECOND
+from nspo.judges.second.kinds import KINDS
 from nspo.report import compare as comparison
 from nspo.report.runs import BASE, Run, by_method
 from nspo.report.verdict import verdict
@@ -62,6 +66,9 @@ def results(config: Config, runs: Sequence[Run]) -> dict[str, Any]:
             for domain in config.data.general
         },
         "judged": judged(runs),
+        "disagreements": disagreements(runs),
+        "kinds": kinds(runs),
+        "kind_names": KINDS,
         "categories": categories(runs),
     }
 
@@ -93,6 +100,52 @@ def judged(runs: Sequence[Run]) -> dict[str, Any] | None:
     return {"columns": columns, "rows": rows}
 
 
+def disagreements(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Per harmful set, what the cost model and the second judge say of every run's answers: `both` unsafe, `ours` (the
+    cost model alone), `theirs` (the second judge alone), `neither`, and Cohen's kappa; empty without a second judge."""
+    tables = []
+    for domain, of in _sets(runs, "harmful", JUDGED + SECOND):
+        rows = []
+        for run, answers in of:
+            pairs = [(row["unsafe"], row[JUDGED + SECOND] is None or row[JUDGED + SECOND] > 0) for row in answers]
+            counts = {
+                "both": pairs.count((True, True)),
+                "ours": pairs.count((True, False)),
+                "theirs": pairs.count((False, True)),
+                "neither": pairs.count((False, False)),
+            }
+            sides = [[str(pair[side]) for pair in pairs] for side in (0, 1)]
+            rows.append({"run": run, "n": len(pairs), **counts, "kappa": kappa(*sides)})
+        tables.append({"domain": domain, "rows": rows})
+    return tables
+
+
+def kinds(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Per harmful and harmless set, the shares of the kinds of answers of every run, and of those to harmful prompts
+    that the cost model calls safe though they neither refuse nor are on the topic (`hollow`); empty where none were
+    told apart."""
+    tables = []
+    for domain, of in [*_sets(runs, "harmful", "kind"), *_sets(runs, "benign", "kind")]:
+        rows = []
+        for run, answers in of:
+            shares = [_share([row["kind"] == kind for row in answers]) for kind in KINDS]
+            hollow = [not row["unsafe"] and row["kind"] in ("off topic", "degenerate") for row in answers]
+            rows.append(
+                {"run": run, "shares": shares, "hollow": _share(hollow) if answers[0]["role"] == "harmful" else None}
+            )
+        tables.append({"domain": domain, "rows": rows})
+    return tables
+
+
+def _sets(runs: Sequence[Run], role: str, column: str) -> list[tuple[str, list[tuple[Run, list[dict[str, Any]]]]]]:
+    """The answers of every run to each set of a role, where all rows have the column."""
+    kept = [(run, [row for row in run.responses if row["role"] == role]) for run in runs]
+    if any(column not in row for _, rows in kept for row in rows):
+        return []
+    domains = dict.fromkeys(row["domain"] for row in kept[0][1])
+    return [(name, [(run, [row for row in rows if row["domain"] == name]) for run, rows in kept]) for name in domains]
+
+
 def categories(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Rates by category of prompt, for every set that has several: `domain`, `counts` (what), and a row per category
     with one rate per run, each with Wilson's interval and n."""
@@ -112,6 +165,8 @@ def categories(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 def _rate(rows: Sequence[dict[str, Any]], domain: str, category: str, column: str) -> dict[str, Any] | None:
     values = [row[column] for row in rows if row["domain"] == domain and (row.get("category") or "") == category]
-    if not values:
-        return None
+    return _share(values) if values else None
+
+
+def _share(values: Sequence[bool]) -> dict[str, Any]:
     return {**wilson(sum(values), len(values))._asdict(), "n": len(values), "unit": "rate", "failures": 0}

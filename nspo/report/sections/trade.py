@@ -34,9 +34,9 @@ def trade(columns: Sequence[Measure], runs: Sequence[Run], figures: Figures) -> 
         if drawn := figure(runs, x, y, probes=y is unsafe[0]):
             better = "right" if not x.lower_is_better else "left"
             title = (
-                f"{y.domain}: unsafe rate against {x.title[0].lower() + x.title[1:] if x.unit == 'rate' else x.title}"
+                f"{_asked(y)}: unsafe rate against {x.title[0].lower() + x.title[1:] if x.unit == 'rate' else x.title}"
             )
-            name = f"trade_{x.name}" if y is unsafe[0] else f"trade_{x.name}_{y.domain}"
+            name = "_".join(["trade", x.name, *([] if y is unsafe[0] else [y.domain]), *([y.judge] if y.judge else [])])
             entry = figures.add(name, drawn, f"{title} (better: down and {better})")
             found["first" if (y, x) in pairs[:2] else "more"].append(entry)
     return found
@@ -52,13 +52,20 @@ def figure(runs: Sequence[Run], x: Measure, y: Measure, probes: bool) -> Figure 
     if not any(method["end"] for method in methods[1:]):
         return None
     unit = {"nats": "nats", "rate": "share of prompts"}[x.unit]
-    return draw(methods, f"{x.title} ({unit})", f"Unsafe answers, {y.domain}", x.unit == "rate")
+    return draw(methods, f"{x.title} ({unit})", f"Unsafe answers, {_asked(y)}", x.unit == "rate")
+
+
+def _asked(y: Measure) -> str:
+    """The harmful set, and the judge where it is not the cost model."""
+    return f"{y.domain}, by {y.judge}" if y.judge else y.domain
 
 
 def _ends(method: str, runs: Sequence[Run], x: Measure, y: Measure, probes: bool) -> dict[str, Any]:
     """One method's path, seeds and end (see `draw`)."""
     label, start = PROBES.get(x.name), UNMOVED if method == BASE and x.axis == "drift" else None
-    ends = [(start or run.score(x.axis, x.name, x.domain), run.score(y.axis, y.name, y.domain)) for run in runs]
+    ends = [
+        (start or run.score(x.axis, x.name, x.domain), run.score(y.axis, y.name, y.domain, y.judge)) for run in runs
+    ]
     points = [(a["value"], b["value"]) for a, b in ends if a and b]
     both = start or pooled(runs, x), pooled(runs, y)
     paths = [
