@@ -418,6 +418,6 @@ GROUPS = {
         "bases",
         "screen",
     ),
-    "Train": ("train-preference", "make-pairs", "train-policy"),
+    "Train": ("train-preference", "train-second-judge", "make-pairs", "train-policy"),
     "Compare and report": ("walk", "evaluate", "attribute", "report", "study"),
 }

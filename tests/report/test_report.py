@@ -262,7 +262,7 @@ def test_latex_and_cards_hold_the_same_figures(written: tuple[dict[str, Any], Pa
     latex = (folder / "summary.tex").read_text()
     line = next(line for line in latex.splitlines() if line.startswith(r"grpo\_no\_kl &"))
     assert f"\\shortstack[r]{{{value}\\\\\\scriptsize {low}--{high}}}" in line
-    assert line.count("&") == 8
+    assert line.count("&") == 11
     assert latex.count("{") == latex.count("}")
     card = (folder / "cards" / "grpo_no_kl" / "seed0.md").read_text()
     assert f"| drift | kl_per_token | all | none | {value} ({low} to {high}) | - | 240 | 0 |" in card
