@@ -9,6 +9,7 @@ Of an earlier conversation the turns stay in the prompt, with their marks, as on
 """
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from nspo.settings.data import AnyLabelSet, GradedSet, PairSet, Questions, SafeR
 from nspo.sources import Source
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+Rows = Sequence[tuple[str, Row]]  # where a row stands, by file and number, and the row
 Judged = tuple[dict[str, Any], ...]  # rows that belong together: one response, or the two of a pair
 
 
@@ -32,20 +34,24 @@ def read_set(name: str, labels: AnyLabelSet, wheels_dir: Path) -> list[dict[str,
             and the key; safety labels that contradict each other; or nothing left.
     """
     found: dict[tuple[str, ...], Judged] = {}
-    equal = 0
+    equal = disputed = 0
     for source in labels.source:
         where = f"data.labels.{name} ({source})"
-        raws = [raw for raw in read_rows(Source.parse(source), wheels_dir) if matches(raw, labels.only, where)]
-        for judged in _read(raws, labels, where, name, wheels_dir):
+        rows = [(f"{where}, row {n}", raw) for n, raw in enumerate(read_rows(Source.parse(source), wheels_dir), 1)]
+        rows = [(place, raw) for place, raw in rows if matches(raw, labels.only, place)]
+        for judged in _read(rows, labels, where, name, wheels_dir):
             responses = [row["response"] for row in judged]
             if len(judged) == 2 and responses[0] == responses[1]:
                 equal += 1
-            else:
-                found.setdefault((judged[0]["prompt"], *responses), judged)
+                continue
+            first = found.setdefault((judged[0]["prompt"], *responses), judged)
+            disputed += any(ours["grade"] != theirs["grade"] for ours, theirs in zip(first, judged, strict=True))
     if not found:
         raise UserError(f"data.labels.{name}: no response is left of {', '.join(labels.source)}: change its `only`")
     if equal:
         say(f"data.labels.{name}: {equal} pairs of two equal responses are left out")
+    if disputed:
+        say(f"data.labels.{name}: {disputed} responses stand there again with another grade; the first one counts")
     common = {"set": name, "target": labels.target}
     return [
         common | row | {"pair": f"{name}-{number:06d}" if len(judged) == 2 else "", "category": row["category"] or name}
@@ -54,14 +60,14 @@ def read_set(name: str, labels: AnyLabelSet, wheels_dir: Path) -> list[dict[str,
     ]
 
 
-def _read(raws: Sequence[Row], labels: AnyLabelSet, where: str, name: str, wheels_dir: Path) -> Iterator[Judged]:
+def _read(rows: Rows, labels: AnyLabelSet, where: str, name: str, wheels_dir: Path) -> Iterator[Judged]:
     match labels:
         case GradedSet():
-            return _graded(raws, labels, where, _prompts_by_key(labels.questions, name, wheels_dir))
+            return _graded(rows, labels, _prompts_by_key(labels.questions, name, wheels_dir))
         case PairSet():
-            return _pairs(raws, labels, where)
+            return _pairs(rows, labels)
         case SafeRLHFSet():
-            return _safe_rlhf(raws, labels, where)
+            return _safe_rlhf(rows, labels, where)
 
 
 def _prompts_by_key(questions: Questions | None, name: str, wheels_dir: Path) -> dict[str, str] | None:
@@ -73,10 +79,8 @@ def _prompts_by_key(questions: Questions | None, name: str, wheels_dir: Path) ->
     return {str(cell(row, questions.key, where)): text(row, questions.prompt, where) for row in rows}
 
 
-def _graded(
-    raws: Sequence[Row], labels: GradedSet, where: str, prompts: dict[str, str] | None
-) -> Iterator[tuple[dict[str, Any]]]:
-    for raw in raws:
+def _graded(rows: Rows, labels: GradedSet, prompts: dict[str, str] | None) -> Iterator[tuple[dict[str, Any]]]:
+    for where, raw in rows:
         prompt = text(raw, labels.prompt, where) if prompts is None else _asked(raw, labels, where, prompts)
         grade = _grade(raw, labels, where)
         yield (
@@ -98,20 +102,19 @@ def _asked(raw: Row, labels: GradedSet, where: str, prompts: dict[str, str]) -> 
 
 
 def _grade(raw: Row, labels: GradedSet, where: str) -> float:
-    found = [raw[c] for c in raw if str(c).startswith(labels.score) and raw[c] not in (None, "")]
+    graders = re.compile(re.escape(labels.score) + r"[ _-]?\d*")  # such as human_score_2, and no grade_std
+    found = [raw[c] for c in raw if graders.fullmatch(str(c)) and raw[c] not in (None, "")]
     if labels.grades:
         if not found or any(str(value) not in labels.grades for value in found):
             known = ", ".join(labels.grades)
-            raise UserError(f"{where}: found {found!r:.80} in columns {labels.score!r}*, expected of `grades`: {known}")
+            raise UserError(f"{where}: found {found!r:.80} in {labels.score!r}, expected of `grades`: {known}")
         found = [labels.grades[str(value)] for value in found]
     try:
         grades = [float(value) for value in found]
     except (TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{where}: found the grade {found!r:.80}, expected numbers from 0 to 1, or `grades`") from error
     if not grades or not all(0 <= grade <= 1 for grade in grades):
-        raise UserError(
-            f"{where}: found the grade {found!r:.80} in columns {labels.score!r}*, expected numbers from 0 to 1"
-        )
+        raise UserError(f"{where}: found the grade {found!r:.80} in {labels.score!r}, expected numbers from 0 to 1")
     return sum(grades) / len(grades)
 
 
@@ -121,8 +124,8 @@ def _category(raw: Row, column: str, where: str) -> str:
     return optional(raw, column, where)
 
 
-def _pairs(raws: Sequence[Row], labels: PairSet, where: str) -> Iterator[Judged]:
-    for raw in raws:
+def _pairs(rows: Rows, labels: PairSet) -> Iterator[Judged]:
+    for where, raw in rows:
         if labels.prompt:
             prompt = text(raw, labels.prompt, where)
             answers = [text(raw, column, where, empty=True) for column in (labels.chosen, labels.rejected)]
@@ -149,10 +152,10 @@ def _transcripts(raw: Row, labels: PairSet, where: str) -> tuple[str, str, str]:
     return prompt, chosen, rejected
 
 
-def _safe_rlhf(raws: Sequence[Row], labels: SafeRLHFSet, where: str) -> Iterator[Judged]:
+def _safe_rlhf(rows: Rows, labels: SafeRLHFSet, file: str) -> Iterator[Judged]:
     if labels.target == "cost":
-        _refuse_contradictions(raws, where)
-    for raw in raws:
+        _refuse_contradictions(rows, file)
+    for where, raw in rows:
         chosen = which(raw, "safer_response_id" if labels.target == "cost" else "better_response_id", where)
         yield tuple(
             {
@@ -166,14 +169,14 @@ def _safe_rlhf(raws: Sequence[Row], labels: SafeRLHFSet, where: str) -> Iterator
         )
 
 
-def _refuse_contradictions(raws: Sequence[Row], where: str) -> None:
+def _refuse_contradictions(rows: Rows, file: str) -> None:
     """Refuse a file in which the safer response is mostly the unsafe one: a column is swapped."""
-    safe = [[flag(raw, f"is_response_{k}_safe", where) for k in (0, 1)] for raw in raws]
-    chosen = [which(raw, "safer_response_id", where) for raw in raws]
+    safe = [[flag(raw, f"is_response_{k}_safe", where) for k in (0, 1)] for where, raw in rows]
+    chosen = [which(raw, "safer_response_id", where) for where, raw in rows]
     mixed = [flags[k] for flags, k in zip(safe, chosen, strict=True) if flags[0] != flags[1]]
     if 2 * sum(mixed) < len(mixed):
         raise UserError(
-            f"{where}: in {len(mixed) - sum(mixed)} of {len(mixed)} pairs of a safe and an unsafe response, "
+            f"{file}: in {len(mixed) - sum(mixed)} of {len(mixed)} pairs of a safe and an unsafe response, "
             "safer_response_id names the unsafe one: expected the safe one, is a column swapped?"
         )
 

@@ -76,7 +76,13 @@ def _text(data: bytes) -> str:
 
 def _jsonl(data: bytes) -> Any:
     # Not splitlines(): JSON strings may hold U+2028 and the like as they are.
-    return [json.loads(line) for line in _text(data).split("\n") if line.strip()]
+    rows = []
+    for number, line in enumerate(_text(data).split("\n"), 1):
+        try:
+            rows += [json.loads(line)] if line.strip() else []
+        except json.JSONDecodeError as error:  # which takes every line for the first
+            raise ValueError(f"line {number}, column {error.colno}: {error.msg}") from error
+    return rows
 
 
 def _csv(data: bytes) -> Any:

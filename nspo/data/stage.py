@@ -65,18 +65,20 @@ def prepare_labels(settings: LabelSettings, wheels_dir: Path, out: Path) -> None
 
 def _read(data: DataSet, role: str, domain: str, key: str, wheels_dir: Path) -> list[dict[str, Any]]:
     """The different prompts of a set, still without a split."""
-    where = f"{key} ({data.source})"
     rows: dict[str, dict[str, Any]] = {}
     for index, item in enumerate(read_rows(Source.parse(data.source), wheels_dir)):
+        where = f"{key} ({data.source}), row {index + 1}"
         if not matches(item, data.only, where):
             continue
-        prompt = text(item, data.prompt, where)
+        prompt, check = text(item, data.prompt, where), _check(item, data.prompt, where)
+        if prompt in rows and rows[prompt]["check"] != check:
+            raise UserError(f"{where}: its prompt stands above with another check, expected one: take a row out")
         rows[prompt] = {
             "id": optional(item, "id", where) or optional(item, "task_id", where) or f"{domain}-{index:05d}",
             "role": role,
             "domain": domain,
             "prompt": prompt,
-            "check": _check(item, data.prompt, where),
+            "check": check,
             "category": optional(item, "category", where),
         }
     return list(rows.values())

@@ -1,5 +1,6 @@
 """Parquet tables: written whole, with checksums of their pages and a manifest; read whole, and refused when damaged."""
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from nspo.files.manifest import METADATA_KEY, check_manifest, dumps
 if TYPE_CHECKING:
     import pyarrow as pa
 
+CONTENT_KEY = b"nspo_content"  # of a digest, in the metadata
 Rows = list[dict[str, Any]]
 
 
@@ -34,8 +36,9 @@ def write_table(
     names = list(columns) if columns else list(dict.fromkeys(name for row in rows for name in row))
     schema = pa.schema(list(columns.items())) if columns else None
     table = pa.Table.from_pylist([{name: row.get(name) for name in names} for row in rows], schema=schema)
-    if manifest is not None:
-        table = table.replace_schema_metadata({METADATA_KEY: dumps(manifest)})
+    metadata = {} if manifest is None else {METADATA_KEY.encode(): dumps(manifest).encode()}
+    content = _content(table.schema, table.to_pylist(), metadata)
+    table = table.replace_schema_metadata({**metadata, CONTENT_KEY: content})
     with atomic_path(path) as scratch:
         pq.write_table(table, scratch, write_page_checksum=True)
 
@@ -93,6 +96,19 @@ def _read(path: Path, columns: Iterable[str]) -> tuple[Mapping[bytes, bytes], Ro
         rows: Rows = table.to_pylist()
     except (OSError, ValueError, pa.ArrowException) as error:
         raise unreadable(path, "a whole Parquet file", error) from error
+    metadata = dict(table.schema.metadata or {})
+    content = metadata.pop(CONTENT_KEY, None)
+    if content not in (None, _content(table.schema, rows, metadata)):
+        raise UserError(f"{path} was altered since it was written: delete it and rerun the stage that makes it")
     if missing := sorted(set(columns) - set(table.column_names)):
         raise UserError(f"{path} has no column {missing[0]!r}: delete it and rerun the stage that makes it")
-    return table.schema.metadata or {}, rows
+    return metadata, rows
+
+
+def _content(schema: "pa.Schema", rows: Rows, metadata: Mapping[bytes, bytes]) -> bytes:
+    """A digest of all that a reader sees: columns with their types, rows, and what the table says of itself.
+
+    Parquet has checksums of pages alone: one flipped bit of the footer can give a column another name or type.
+    """
+    columns = [(field.name, str(field.type).replace("<item:", "<element:")) for field in schema]  # as Parquet calls it
+    return hashlib.sha256(repr((columns, rows, metadata)).encode(errors="backslashreplace")).hexdigest().encode()

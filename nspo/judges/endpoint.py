@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from nspo.errors import UserError
 from nspo.judges.judge import Failures, Keep
-from nspo.judges.replies import expected, turns, unreadable, verdict
+from nspo.judges.replies import described, expected, turns, unreadable, verdict
 from nspo.run.progress import say, track
 from nspo.settings.judges import ComparisonJudge, EndpointJudge
 from nspo.settings.runtime import RequestSettings
@@ -161,13 +161,13 @@ class _Run:
             reply = await self._ask(client, place)
             if reply is not None:
                 if math.isnan(self.found[place]):
-                    self.unreadable.append(self.endpoint.scrubbed(reply))
+                    self.unreadable.append(reply)
                 else:
                     self.keep(place, self.found[place])
             bar.update()
 
     async def _ask(self, client: "AsyncOpenAI", place: int) -> str | None:
-        """The reply, empty where it is damaged, and in `found` what it says; None where the request failed for good."""
+        """The reply, `described`, and in `found` what it says; None where the request failed for good."""
         from openai import APIConnectionError, APIStatusError, APITimeoutError
 
         asked, cut = dict(self.endpoint.manner), False
@@ -194,7 +194,7 @@ class _Run:
         reply = content if isinstance(content, str) else ""
         self.cut += cut
         self.found[place] = math.nan if cut else self.read(reply)
-        return reply
+        return described(self.endpoint.scrubbed(reply), cut)
 
     def _failed(self, place: int, fault: str, status: int = 0) -> None:
         """Note a request that failed, or end the run where it is no use to go on."""

@@ -19,7 +19,7 @@ from transformers import (
 
 from nspo.errors import UserError
 from nspo.judges.judge import Failures, Keep
-from nspo.judges.replies import expected, fill, turns, unreadable, verdict
+from nspo.judges.replies import described, expected, fill, turns, unreadable, verdict
 from nspo.models.generation import by_length, generate, stop_ids
 from nspo.models.loading import load_config, load_model, load_tokenizer, load_whole, model_folder, model_identity
 from nspo.models.structure.positions import positions_of
@@ -81,7 +81,7 @@ class Guard:
             cut += reply[-1] not in stops
             found[fits[index]] = value
             if math.isnan(value):
-                odd.append(text)
+                odd.append(described(text, reply[-1] not in stops))
             else:
                 keep(fits[index], value)
         said = unreadable(self.name, expected(self.settings), odd, cut, self.settings.max_tokens)

@@ -44,10 +44,20 @@ def expected(settings: InWords) -> str:
     return f"{settings.safe!r} or {settings.unsafe!r}" + (f" after {settings.line!r}" if settings.line else "")
 
 
+def described(reply: str, cut: bool) -> str:
+    """A reply that is no verdict, as users are told of it: its beginning, and whether its tokens ended before it did.
+
+    A model that thinks aloud may have said nothing by then, which is not an empty reply.
+    """
+    said = repr(reply[:SHOWN]) if reply.strip() or not cut else "nothing"
+    return f"{said}, cut off" if cut else said
+
+
 def unreadable(name: str, wanted: str, replies: Sequence[str], cut: int, max_tokens: int) -> str:
     """Says, and returns, how many replies were no verdicts, with the first, so that a wrong grammar is found out.
 
     Args:
+        replies: as `described`.
         cut: how many of them ended with the tokens of a reply.
 
     Returns:
@@ -55,7 +65,7 @@ def unreadable(name: str, wanted: str, replies: Sequence[str], cut: int, max_tok
     """
     if not replies:
         return ""
-    said = f"{name}: {len(replies)} replies are no verdict, the first is {replies[0][:SHOWN]!r}; expected {wanted}"
+    said = f"{name}: {len(replies)} replies are no verdict, the first is {replies[0]}; expected {wanted}"
     if cut:
         said += f" ({cut} were cut off at max_tokens {max_tokens}: raise it for a judge that thinks aloud)"
     say(said)

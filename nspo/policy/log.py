@@ -16,6 +16,10 @@ from nspo.run.devices import now
 from nspo.run.progress import say, track
 
 REMEDY = "lower the method's learning_rate (policy.methods)"  # where training diverges
+ALIKE = (  # where no answer has an advantage
+    "the answers of every group earn the same: raise policy.temperature, policy.group_size or policy.margin, or look "
+    "at the reward and cost models"
+)
 LEAST_KEPT = 0.01  # share of the gradient's norm below which a run hardly learns, and is told so
 LOOSER_WHEN_RAISED = {"relative", "absolute", "leakage"}  # for all other rules a lower threshold protects less
 Columns = Callable[[int], dict[str, float]]  # what a callback adds to the log of an update
@@ -142,6 +146,7 @@ class LogCallback(TrainerCallback):
         self.samples_of, self.columns, self.every = samples, columns, every
         self.rollout: dict[str, Any] = {}
         self.progress = ExitStack()
+        self.told = False  # of a step without an advantage
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Drop what an interrupted run logged after the checkpoint it resumes from; start the progress bar."""
@@ -155,6 +160,8 @@ class LogCallback(TrainerCallback):
         self.progress.close()
         if rows := self.steps.rows():
             say(shares(rows))
+            if all(row.get("zero_variance_groups") == 1 for row in rows):
+                say(f"nothing was learnt in any of {len(rows)} updates: {ALIKE}")
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Translate TRL's metric names to ours and add what other callbacks know of this update.
@@ -180,6 +187,9 @@ class LogCallback(TrainerCallback):
         row |= {key: value for key, value in self.rollout.items() if key not in row}
         logs.clear()
         logs.update(row)
+        if row.get("zero_variance_groups") == 1 and not self.told:
+            say(f"step {state.global_step}: nothing is learnt: {ALIKE}")
+            self.told = True
         samples = self.samples_of(state.global_step)
         if state.is_world_process_zero:
             self.steps.append([{"step": state.global_step, **row}])

@@ -98,6 +98,10 @@ def train_preference(
         fine_tune(scorer, tokenizer, encoded["train"], judged["train"], settings, work, runtime.recompute_activations)
         with track(f"{target} scores (heldout)", len(encoded["heldout"]), "answer") as bar:
             scores = own_scores(scorer, encoded["heldout"], tokenizer.pad_token_id, bar.update)[:, None].double()
+        if not scores.isfinite().all():
+            raise UserError(
+                f"{target} model: training diverged, its scores are NaN or Inf: lower {target}.learning_rate"
+            )
     lengths = np.array(
         [len(tokenizer(row["response"], add_special_tokens=False)["input_ids"]) for row in rows["heldout"]]
     )

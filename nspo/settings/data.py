@@ -70,7 +70,8 @@ class GradedSet(LabelSet):
     response: str = Field("assistant_response", description="Column that holds the response.")
     score: str = Field(
         "human_score",
-        description="Prefix of the columns that hold the grades, from 0 to 1; several graders are averaged.",
+        description="Column that holds the grade, from 0 to 1; several graders are averaged: their columns have a "
+        "number behind it, such as human_score_1.",
     )
     grades: dict[str, Annotated[float, Field(ge=0, le=1)]] = Field(
         {}, description="The grade that each label stands for, where the columns hold labels; empty: they hold numbers."

@@ -180,9 +180,7 @@ def test_xstest_labels_are_words_and_only_some_rows_count(tmp_path: Path) -> Non
     assert Counter((r["category"], r["response"], r["grade"]) for r in rows) == {
         ("contrast_homonyms", word, grade): 6 for word, grade in labels["grades"].items()
     }
-    with pytest.raises(
-        UserError, match=r"found \['3_partial_refusal'\] in columns 'final_label'\*, expected of `grades`"
-    ):
+    with pytest.raises(UserError, match=r"found \['3_partial_refusal'\] in 'final_label', expected of `grades`"):
         prepared(tmp_path, {"xstest": labels | {"grades": dict.fromkeys(words[:2], 0.5)}}, "cost")
     with pytest.raises(UserError, match="no response is left of"):
         prepared(tmp_path, {"xstest": labels | {"only": {"type": "nothing"}}}, "cost")

@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from nspo.evaluation.statistics.intervals import wilson
 from nspo.evaluation.walk.match import Match
 from nspo.evaluation.walk.walker import Stops, Walker, matched, summary
 from nspo.files.atomic import atomic_path
 from nspo.files.manifest import MANIFEST_NAME, fingerprint, fingerprint_files, make_manifest, read_json, write_json
+from nspo.files.tables import write_table
 from nspo.models.drift import FIGURES
 from nspo.models.line import Line
 from nspo.models.loading import model_identity, save_model
@@ -99,17 +99,11 @@ def match_safety(
     with atomic_path(out) as scratch:
         save_model(line.model, scratch, base)
         walker.tokenizer.save_pretrained(scratch)
-        _write_walk(stops, (logs or scratch) / "walk.parquet")
+        write_table([row for rows in stops.values() for row in rows], (logs or scratch) / "walk.parquet", COLUMNS)
         write_json((logs or scratch) / "match.json", report)
         tuned = model_identity(scratch)
         write_json(scratch / MANIFEST_NAME, make_manifest(KIND, **identity, method=name, seed=seed, tuned=tuned))
     work.unlink(missing_ok=True)
-
-
-def _write_walk(stops: Stops, path: Path) -> None:
-    rows = [{column: row.get(column) for column in COLUMNS} for found in stops.values() for row in found]
-    with atomic_path(path) as scratch:
-        pq.write_table(pa.Table.from_pylist(rows, pa.schema(list(COLUMNS.items()))), scratch, write_page_checksum=True)
 
 
 def told(found: Match, report: dict[str, Any], target: float | None) -> str:
