@@ -36,6 +36,7 @@ def fetch_wheel(requirement: str, sha256: str, out: Path) -> None:
         pins.write_text(f"{requirement} --hash=sha256:{sha256}\n", encoding="utf-8")
         command = [
             sys.executable,
+            "-P",  # whatever lies in the working directory
             "-m",
             "pip",
             "download",

@@ -8,12 +8,21 @@ import sys
 from functools import cache
 from pathlib import Path
 
-# Jobs run the package that lies beside the Snakefile, or else the one installed for the Python that runs Snakemake.
-os.environ.update(PATH=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
+# Jobs run the package that lies beside the Snakefile, or else the one installed for the Python that runs Snakemake. A
+# file such as random.py in the working directory, or beside the package, is taken for no library.
+os.environ.update(
+    PATH=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]), PYTHONSAFEPATH="1"
+)
 beside = Path(str(workflow.current_basedir)).parents[1]
 if (beside / "nspo" / "workflow").is_dir():
-    sys.path.insert(0, str(beside))
-    os.environ.update(PYTHONPATH=os.pathsep.join([str(beside), os.environ.get("PYTHONPATH", "")]))
+    alone = Path(".snakemake", "package").absolute()  # a folder of this package alone
+    alone.mkdir(parents=True, exist_ok=True)
+    if not (alone / "nspo").exists() or not (alone / "nspo").samefile(beside / "nspo"):
+        (alone / "nspo").unlink(missing_ok=True)
+        (alone / "nspo").symlink_to(beside / "nspo")
+    sys.path.insert(0, str(alone))
+    paths = filter(None, [str(alone), os.environ.get("PYTHONPATH")])  # an empty one would be the working directory
+    os.environ.update(PYTHONPATH=os.pathsep.join(paths))
 
 from importlib.metadata import version
 
