@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from nspo.errors import UserError, first_line
 from nspo.models.folders.template import frozen
 
-PROBE = "What is nspo?"
+PROBE, ANSWER = "What is nspo?", "A package."
 # Templates of multimodal models read a turn's content as a list of parts, and many show nothing of plain text.
 IN_PARTS = (
     "{% set nspo = namespace(turns=[]) %}{% for turn in messages %}{% set nspo.turns = nspo.turns + "
@@ -86,6 +86,18 @@ def set_chat(tokenizer: PreTrainedTokenizerBase, template: str | None, system_pr
         raise UserError(f"{named}: its chat template does not show the prompt, expected it to: set model.chat_template")
     if system_prompt is not None and system_prompt.strip() not in text:
         raise UserError(f"model.system_prompt: the chat template of {named} does not show it: set model.chat_template")
+
+
+def turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The special token that the chat template puts behind an answer; None where it puts another text, or nothing."""
+    turns = [{"role": "user", "content": PROBE}, {"role": "assistant", "content": ANSWER}]
+    try:
+        text = str(tokenizer.apply_chat_template(turns, tokenize=False))
+    except Exception:  # a chat template is a program of its own and may raise anything
+        return None
+    ids = tokenizer(text.rpartition(ANSWER)[2].lstrip(), add_special_tokens=False)["input_ids"]
+    known = tokenizer.added_tokens_decoder
+    return ids[0] if ids and ids[0] in known and known[ids[0]].special else None
 
 
 def _template_text(template: str) -> str:

@@ -37,14 +37,15 @@ def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list
     """Every token id that ends an answer, by the model's generation settings and its tokenizer.
 
     Raises:
-        UserError: when there is none.
+        UserError: when there is none that the model can say.
     """
     eos = model.generation_config.eos_token_id
     ids = eos if isinstance(eos, list) else [eos]
-    if not (stops := sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})):
+    said = model.config.get_text_config().vocab_size
+    if not (stops := sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None and 0 <= i < said})):
         raise UserError(
-            "the model has no stop token, so none of its answers would end: expected eos_token_id in its "
-            "generation_config.json, or eos_token in its tokenizer_config.json"
+            f"the model has no stop token among its {said} tokens, so none of its answers would end: expected "
+            "eos_token_id in its generation_config.json, or eos_token in its tokenizer_config.json"
         )
     return stops
 

@@ -18,11 +18,13 @@ from nspo.data.wheels import resolve
 from nspo.errors import UserError, first_line
 from nspo.files.atomic import atomic_path
 from nspo.files.manifest import MANIFEST_NAME, fingerprint_model, make_manifest, write_json
-from nspo.models.chat import set_chat
+from nspo.models.chat import set_chat, turn_end
 from nspo.models.folders.classes import empty_model, model_class
 from nspo.models.folders.files import check_model_files
 from nspo.models.folders.template import date_of
+from nspo.models.generation import stop_ids
 from nspo.models.loading import hub_folder, load_config, load_model, load_whole, read_tokenizer, save_model
+from nspo.run.progress import say
 from nspo.settings.model import ModelSettings
 from nspo.sources import Source
 
@@ -60,7 +62,7 @@ def prepare_model(settings: ModelSettings, wheels_dir: Path, out: Path) -> None:
 
     set_chat(tokenizer, settings.chat_template, settings.system_prompt, named)
     with atomic_path(out) as scratch:
-        written = _write(read, tokenizer, given, scratch)
+        written = _write(read, tokenizer, given, scratch, named)
         _prove(scratch, written, named)
         identity = {"source": source.published, "revision": source.revision, **fingerprint_model(scratch)}
         if settings.system_prompt is not None:
@@ -105,14 +107,23 @@ def _plain(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _write(
-    read: Callable[[], PreTrainedModel], tokenizer: PreTrainedTokenizerBase, given: Path, folder: Path
+    read: Callable[[], PreTrainedModel], tokenizer: PreTrainedTokenizerBase, given: Path, folder: Path, named: str
 ) -> dict[str, str]:
     """Save a model, which leaves memory, and its tokenizer; returns a digest of every weight.
 
     Args:
         given: the folder whose generation settings are kept.
+
+    Raises:
+        UserError: when nothing would end its answers.
     """
     model = read()
+    stops, end = stop_ids(model, tokenizer), turn_end(tokenizer)
+    if end is not None and end not in stops:
+        say(
+            f"{named}: its chat template ends an answer with {tokenizer.decode([end])!r}, which ends none: expected it "
+            "in eos_token_id of generation_config.json, or answers run on to max_new_tokens"
+        )
     save_model(model, folder, given)
     tokenizer.save_pretrained(folder)
     return _digests(model)

@@ -203,6 +203,31 @@ def test_a_model_without_a_stop_token_is_refused(tiny_model_dir: Path, tmp_path:
     model, tokenizer = load_model(folder), load_tokenizer(folder)
     with pytest.raises(UserError, match="no stop token"):
         list(generate(model, tokenizer, [chat_ids(tokenizer, "Hi")], 4, 1, "answers"))
+    with pytest.raises(UserError, match="no stop token"):
+        prepare_model(ModelSettings(source=str(folder)), Path("wheels"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_stop_token_that_the_model_cannot_say_is_none(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """A token beyond the rows of the embedding, as with a tokenizer that got further tokens."""
+    folder = with_json(tiny_model_dir, tmp_path / "model", "generation_config.json", eos_token_id=10**6)
+    values = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(values | {"eos_token": "<|new|>"}))
+    with pytest.raises(UserError, match="no stop token among its 259 tokens"):
+        prepare_model(ModelSettings(source=str(folder)), Path("wheels"), tmp_path / "out")
+
+
+def test_a_chat_that_ends_otherwise_than_answers_do_is_told(
+    tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A base model's eos ends no turn of its chat template, so answers run on."""
+    folder = with_json(tiny_model_dir, tmp_path / "model", "generation_config.json", eos_token_id=0)
+    values = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(values | {"eos_token": "<|endoftext|>"}))
+    prepare_model(ModelSettings(source=str(folder)), Path("wheels"), tmp_path / "out")
+    assert "its chat template ends an answer with '<|im_end|>', which ends none" in capsys.readouterr().err
+    prepare_model(ModelSettings(source="tiny:llama"), Path("wheels"), tmp_path / "tiny")
+    assert "ends none" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("name", "count"), [("whole-00001-of-00002.gguf", 0), ("renamed.gguf", 3)])
