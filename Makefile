@@ -7,10 +7,14 @@ CUDA := ^(nvidia-|cuda-|triton)
 
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: demo docs test test-slurm lint check-python lock clean
+.PHONY: demo quick docs test test-slurm lint check-python lock clean
 
 demo: .venv/run.stamp
 	$(BIN)/snakemake --cores all
+
+# The same parts with smaller numbers.
+quick: .venv/run.stamp
+	$(BIN)/snakemake --cores all --configfile config/quick.yaml
 
 # The documentation site, in build/site: no network, and a link that leads nowhere ends it.
 docs: .venv/docs.stamp

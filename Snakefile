@@ -5,6 +5,7 @@
 #
 # Another Snakefile imports it as a module (`use rule * from nspo as nspo_*`): config/README.md.
 
+import atexit
 from pathlib import Path
 
 from snakemake.utils import min_version
@@ -62,3 +63,10 @@ rule all:
 
 if workflow.modifier.modify_rulename("all") != "all":
     workflow.default_target = importers_target  # imported under another name: what to make is the importer's to say
+
+
+onsuccess:
+    # The last line of a run, after Snakemake's own: what was found and where the page is, as the report says it.
+    said = Path(settings.runtime.results, "logs", "report.log")
+    if not imported and said.is_file():
+        atexit.register(print, said.read_text(encoding="utf-8").splitlines()[-1], file=sys.stderr)

@@ -42,6 +42,7 @@ from nspo.settings.reading import load_config
 from nspo.settings.runtime import RuntimeSettings
 
 TRAINING = {
+    "autocast": "bf16",
     "steps": 8,
     "prompts_per_step": 8,
     "group_size": 8,

@@ -14,6 +14,7 @@ import json
 import os
 import shlex
 import sys
+import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from importlib import import_module
@@ -190,6 +191,8 @@ def _run(argv: Sequence[str]) -> None:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         if in_workflow:  # whose rules fetched what jobs need: a node without a network is not waited for
             os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")  # other libraries' to their developers; ours are caught and said
     module, _, function = stage.function.partition(":")
     run = getattr(import_module(module), function)
     run(**_gathered(run, keywords))

@@ -79,10 +79,12 @@ class TrainingSettings(RolloutSettings):
     )
     max_grad_norm: PositiveFloat = Field(1.0, description="Gradient clipping.")
     autocast: Literal["bf16", "no"] = Field(
-        "bf16", description="Arithmetic of forward and backward; the weights themselves are always fp32."
+        "no",
+        description="Arithmetic of forward and backward. bf16: for GPUs; a CPU that has to emulate it takes many times "
+        "as long. no: fp32. The weights themselves are always fp32.",
     )
     probe_every: Count = Field(
-        2, description="Steps between probes, on validation prompts, of safety and over-refusal."
+        4, description="Steps between probes, on validation prompts, of safety and over-refusal."
     )
     probe_prompts: Count = Field(48, description="Harmful validation prompts per probe, and as many benign ones.")
     target_unsafe: float | None = Field(
