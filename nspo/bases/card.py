@@ -81,6 +81,7 @@ def card(bases: NullSpaceBases, repo: str, licence: str) -> str:
         "repo": repo,
         "facts": facts(bases),
         "kinds": kind_rows(bases),
+        "free": sum(site.null_dim for site in bases.values()) / sum(site.width for site in bases.values()),
         "data": data_rows(bases.manifest),
         "licence": licence,
         "version": version("nspo"),

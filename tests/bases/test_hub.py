@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -19,6 +20,7 @@ from nspo.bases.card import card, push_to_hub
 from nspo.bases.file import NullSpaceBases
 from nspo.bases.stage import compute_basis
 from nspo.cli import main as cli
+from nspo.cli.main import parser_for
 from nspo.errors import UserError
 
 MODEL = {"architecture": "LlamaForCausalLM", "weights": "a" * 16, "tokenizer": "b" * 16}
@@ -220,6 +222,17 @@ def test_card_names_model_data_and_worth() -> None:
         "| mlp.down_proj | 2 | 3 | 1 | 2 (66.7%) | 41.7% | - | - | - |",
     ):
         assert line in text.splitlines()
+
+
+def test_what_the_card_tells_to_type_is_what_the_commands_take() -> None:
+    """At a glance the share that is left to train in; every command stands as the command line takes it."""
+    text = card(bases(model=MODEL, domains=DOMAINS), "lab/bases", "apache-2.0")
+    assert re.search(r"\| left to train in \| \d+\.\d% of the directions", text)
+    typed = [line.split()[1:] for line in text.splitlines() if line.startswith("nspo ")]
+    assert [words[0] for words in typed] == ["bases", "verify"]
+    for words in typed:
+        parser, rest, _ = parser_for(words)
+        parser.parse_args(rest)
 
 
 def test_card_without_data_says_so(tmp_path: Path) -> None:
