@@ -19,6 +19,7 @@ from nspo.run.tables import table
 from nspo.settings.config import Config
 from nspo.settings.policy.methods import MethodSettings
 from nspo.settings.reading import load_config
+from nspo.settings.study import variants
 
 FP32 = 4  # bytes
 ADAM = 8  # bytes of a trained weight: two moments
@@ -291,3 +292,8 @@ def show_plan(config: Path, model: str | None, machine: str | None, devices: int
         f"of {PROMPT_TOKENS} tokens, answers at full length, {LABELS} labels, {QUESTIONS} prompts of a benchmark "
         "without limit.\nEverything else is measured or counted (docs/scaling.md); expect a factor of two or three.\n"
     )
+    if found := variants(settings, str(config)):
+        sys.stdout.write(
+            f"This is the configuration without its study; of the {len(found)} variants each takes about as much, less "
+            "what it shares with another.\n"
+        )

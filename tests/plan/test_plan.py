@@ -158,6 +158,8 @@ def test_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert "train_policy grpo_no_kl seed 0" in printed
     assert "\nsum " in printed
     assert "Assumed of one h100" in printed
+    show_plan(ROOT / "config/study.yaml", None, "cpu", None)
+    assert "of the 23 variants" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
