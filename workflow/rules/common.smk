@@ -37,7 +37,7 @@ from nspo.settings.evaluation import AnsweringSettings, BenchmarkSettings
 from nspo.settings.judges import JudgeSettings
 from nspo.settings.policy.methods import MethodSettings
 from nspo.settings.policy.section import PairSettings, RolloutSettings, TrainingSettings
-from nspo.sources import wheel_folder
+from nspo.sources import repository_of, wheel_folder
 from nspo.workflow import inputs, launch
 from nspo.workflow.configuration import settings_of
 from nspo.workflow.copied import warn_if_copied
@@ -114,7 +114,7 @@ wildcard_constraints:
     method=any_of(lambda settings: [inputs.BASE, *settings.policy.methods]),
     seed=any_of(lambda settings: {0, *settings.policy.seeds}),
     task=any_of(lambda settings: settings.benchmarks.tasks),
-    of="model|data|" + any_of(lambda settings: settings.benchmarks.tasks),
+    of=any_of(lambda settings: ["model", "data", *settings.benchmarks.tasks]),
     repository="[^/]+--[^/]+",
     part=r"\d+",
     selection=any_of(own_bases),

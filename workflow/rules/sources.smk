@@ -27,7 +27,7 @@ rule fetch_hub:
     conda:
         "../envs/nspo.yaml"
     params:
-        source=lambda wildcards: shlex.quote(f"hub:{wildcards.repository.replace('--', '/', 1).replace('%2F', '/')}"),
+        source=lambda wildcards: shlex.quote(repository_of(wildcards.repository)),
     shell:
         "python -m nspo fetch-hub --source {params.source} --of {wildcards.of} --out {output.manifest:q} 2>&1 | tee {log:q}"
 
