@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from nspo.errors import UserError
 from nspo.run.progress import track
@@ -60,6 +60,20 @@ def ended(answer: Ids, stops: Sequence[int]) -> list[int]:
     return list(answer[: next((n + 1 for n, token in enumerate(answer) if token in stops), len(answer))])
 
 
+def refuse_unknown(ids: Ids, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, what: str) -> None:
+    """Refuse a text with a token for which the model has no row, as when a tokenizer got tokens and the model did not.
+
+    Raises:
+        UserError: naming the token.
+    """
+    rows = config.get_text_config().vocab_size
+    if (largest := max(ids, default=0)) >= rows:
+        raise UserError(
+            f"{what}: a text holds the token {tokenizer.decode([largest])!r} ({largest}), but the model knows {rows} "
+            "tokens: take the tokenizer that belongs to it, or the token out of the text or the chat template"
+        )
+
+
 @torch.no_grad()  # no inference mode: FSDP2 keeps its buffers for training
 def generate(
     model: PreTrainedModel,
@@ -82,6 +96,8 @@ def generate(
     """
     order = by_length(list(map(len, prompts)))
     stops = stop_ids(model, tokenizer)
+    for prompt in prompts:
+        refuse_unknown(prompt, tokenizer, model.config, description)
     generator: Any = model  # the type PreTrainedModel does not declare generate
     with track(description, len(prompts), "prompt") as bar:
         for start in range(0, len(order), batch_size):

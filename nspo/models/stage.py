@@ -18,11 +18,11 @@ from nspo.data.wheels import resolve
 from nspo.errors import UserError, first_line
 from nspo.files.atomic import atomic_path
 from nspo.files.manifest import MANIFEST_NAME, fingerprint_model, make_manifest, write_json
-from nspo.models.chat import set_chat, turn_end
+from nspo.models.chat import chat_ids, set_chat, turn_end
 from nspo.models.folders.classes import empty_model, model_class
 from nspo.models.folders.files import check_model_files
 from nspo.models.folders.template import date_of
-from nspo.models.generation import stop_ids
+from nspo.models.generation import refuse_unknown, stop_ids
 from nspo.models.loading import hub_folder, load_config, load_model, load_whole, read_tokenizer, save_model
 from nspo.run.progress import say
 from nspo.settings.model import ModelSettings
@@ -118,6 +118,7 @@ def _write(
         UserError: when nothing would end its answers.
     """
     model = read()
+    refuse_unknown(chat_ids(tokenizer, ""), tokenizer, model.config, named)
     stops, end = stop_ids(model, tokenizer), turn_end(tokenizer)
     if end is not None and end not in stops:
         say(

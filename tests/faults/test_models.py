@@ -208,6 +208,20 @@ def test_a_model_without_a_stop_token_is_refused(tiny_model_dir: Path, tmp_path:
     assert not (tmp_path / "out").exists()
 
 
+def test_a_token_that_the_model_has_no_row_for_is_named(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """A tokenizer that got tokens while its model was not resized was an IndexError; of a chat template, at once."""
+    model, tokenizer = load_model(tiny_model_dir), load_tokenizer(tiny_model_dir)
+    tokenizer.add_tokens(["<think>"])
+    with pytest.raises(UserError, match=r"holds the token '<think>' \(259\), but the model knows 259"):
+        list(generate(model, tokenizer, [chat_ids(tokenizer, "So <think>")], 4, 1, "answers"))
+    folder = copy_model(tiny_model_dir, tmp_path / "model")
+    tokenizer.chat_template = str(tokenizer.chat_template) + "<think>"
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(UserError, match="holds the token '<think>'"):
+        prepare_model(ModelSettings(source=str(folder)), Path("wheels"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_stop_token_that_the_model_cannot_say_is_none(tiny_model_dir: Path, tmp_path: Path) -> None:
     """A token beyond the rows of the embedding, as with a tokenizer that got further tokens."""
     folder = with_json(tiny_model_dir, tmp_path / "model", "generation_config.json", eos_token_id=10**6)

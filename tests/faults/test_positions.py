@@ -3,10 +3,12 @@
 import json
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 import transformers
 from support.cost_model import random_cost_model
 from support.families import GPT2
@@ -145,7 +147,9 @@ def test_rollouts_and_probes_leave_them_out(model: Path, prompts: Path, cost: Pa
     expected = too_long(prompts, "train")
     assert len(rolled) == 20 - expected["advbench"] - expected.get("benign", 0)
     assert max(len(chat_ids(tokenizer, text)) for text in rolled) + NEW <= POSITIONS
-    probe = Probe.load(model, tokenizer, PreferenceModel.load(cost), prompts, 10, NEW, "cpu")  # type: ignore[arg-type]
+    inputs: Any = SimpleNamespace(model=model, prompts=prompts)
+    asked = settings.model_copy(update={"probe_prompts": 10})
+    probe = Probe.load(asked, inputs, tokenizer, PreferenceModel.load(cost), torch.device("cpu"))
     left_out = too_long(prompts, "validation")
     assert len(probe.harmful) == 10 - left_out["advbench"]
     measured = probe.measure(load_model(model))

@@ -20,6 +20,7 @@ from nspo.data.tables import LABEL_COLUMNS
 from nspo.errors import UserError
 from nspo.files.journal import JsonLines
 from nspo.files.manifest import fingerprint_files
+from nspo.files.tables import load_table, write_table
 from nspo.models.chat import chat_ids
 from nspo.models.loading import load_model, load_tokenizer
 from nspo.models.tiny import tiny_model, tiny_tokenizer
@@ -300,8 +301,7 @@ def test_training_tells_the_answers_apart(name, given, pairs, dpo_run, tmp_path)
         "chosen_safe": True,
         "rejected_safe": False,
     }
-    schema = pq.read_schema(pairs)
-    pq.write_table(pa.Table.from_pylist([row], schema=schema), tmp_path / "one.parquet")
+    write_table([row], tmp_path / "one.parquet", manifest=load_table(pairs, "pairs")[0])
     paths = guided(given, dpo_run, name) | {"pairs": tmp_path / "one.parquet"}
     rows = table(run(paths, tmp_path, name, steps=6, probe_every=6), "training")
     assert (rows[0]["margin"], rows[0]["accuracy"]) == (0.0, 0.0)

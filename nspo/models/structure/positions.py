@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from nspo.errors import UserError
 from nspo.models.chat import chat_ids
+from nspo.models.generation import refuse_unknown
 from nspo.run.progress import say
 
 COUNTED_FROM_PAD = (
@@ -102,7 +103,9 @@ def fitting(
     room = prompt_room(config, max_new_tokens, key)
     every, kept, ids = [dict(row) for row in rows], [], []
     for row in every:
-        if len(asked := chat_ids(tokenizer, row["prompt"])) <= room:
+        asked = chat_ids(tokenizer, row["prompt"])
+        refuse_unknown(asked, tokenizer, config, what)
+        if len(asked) <= room:
             kept.append(row)
             ids.append(asked)
     reason = f"answered in {max_new_tokens} tokens within the model's {positions_of(config)} positions"
