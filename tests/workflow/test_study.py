@@ -69,15 +69,17 @@ def behind(jobs: list[dict[str, Any]], variant: str) -> dict[str, str]:
 TRAINED = {"policy", "training/main", "matched", "walks", "evaluation/main", "certificates"}
 OF_K = {"activations", "bases", *TRAINED}
 JUDGES = {"reward", "training/reward", "cost", "training/cost"}
-ALL = {"prompts.parquet", "labels.parquet", *JUDGES, "evaluation/base", *OF_K}
+AGREE = "judge_agreement.json"
+ALL = {"prompts.parquet", "labels.parquet", "second_judge", AGREE, *JUDGES, "evaluation/base", *OF_K}
 KEYS = {  # what gets another home where this key has another value
-    "model.system_prompt": ("Be brief.", {"model", *JUDGES, "evaluation/base", *OF_K}),
+    "model.system_prompt": ("Be brief.", {"model", AGREE, *JUDGES, "evaluation/base", *OF_K}),
     "data.seed": (1, ALL),
     "data.harmful.fraction": (0.9, {"prompts.parquet", "evaluation/base", *OF_K}),
     "activations.samples": (3, OF_K),
     "bases.threshold": (2.0, OF_K - {"activations"}),
     "reward.l2": (0.2, {"reward", "training/reward", *TRAINED}),
-    "cost.l2": (0.2, {"cost", "training/cost", "evaluation/base", *TRAINED}),
+    "second_judge.l2": (0.1, {"second_judge", AGREE, "evaluation/base", "evaluation/main"}),
+    "cost.l2": (0.2, {"cost", "training/cost", AGREE, "evaluation/base", *TRAINED}),
     "policy.clip": (0.3, TRAINED),
     "policy.methods.main.learning_rate": (2.0e-3, TRAINED),
     "policy.pairs": ("labels", set()),  # of which only the preference objectives learn
