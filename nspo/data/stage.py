@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nspo.data import leaks
-from nspo.data.columns import encodable, matches, optional, text
+from nspo.data.columns import cell, encodable, matches, optional, text
 from nspo.data.labels import read_set
 from nspo.data.readers import read_rows
 from nspo.data.splits import places, position, sample, split_of
@@ -17,7 +17,7 @@ from nspo.data.tables import LABEL_COLUMNS, PROMPT_COLUMNS
 from nspo.errors import UserError
 from nspo.files.manifest import dumps, make_manifest
 from nspo.files.tables import write_table
-from nspo.settings.data import DataSet, LabelSettings, PromptSettings, SplitSettings
+from nspo.settings.data import DataSet, GoldSet, LabelSettings, PromptSettings, SplitSettings
 from nspo.sources import Source
 
 MIN_ROWS = 8
@@ -32,8 +32,8 @@ def prepare_prompts(settings: PromptSettings, wheels_dir: Path, out: Path) -> No
     sets = [(f"data.general.{domain}", "general", domain, data) for domain, data in settings.general.items()]
     for role, data in (("harmful", settings.harmful), ("benign", settings.benign)):
         sets.append((f"data.{role}", role, data.name or role, data))
-    heldout = [("general_heldout", "general", settings.general_heldout)]
-    heldout.append(("harmful_heldout", "harmful", settings.harmful_heldout))
+    heldout: list[tuple[str, str, Mapping[str, DataSet]]] = [("general_heldout", "general", settings.general_heldout)]
+    heldout += [("harmful_heldout", "harmful", settings.harmful_heldout), ("gold", "gold", settings.gold)]
     for key, role, found in heldout:
         sets += [(f"data.{key}.{domain}", role, domain, data) for domain, data in found.items()]
     rows = {key: _read(data, role, domain, key, wheels_dir) for key, role, domain, data in sets}
@@ -70,7 +70,10 @@ def _read(data: DataSet, role: str, domain: str, key: str, wheels_dir: Path) -> 
         where = f"{key} ({data.source}), row {index + 1}"
         if not matches(item, data.only, where):
             continue
-        prompt, check = text(item, data.prompt, where), _check(item, data.prompt, where)
+        prompt = text(item, data.prompt, where)
+        check = _gold(item, data, where) if isinstance(data, GoldSet) else _check(item, data.prompt, where)
+        if isinstance(data, GoldSet) and data.options:
+            prompt = f"{prompt}\n{text(item, data.options, where)}"
         if prompt in rows and rows[prompt]["check"] != check:
             raise UserError(f"{where}: its prompt stands above with another check, expected one: take a row out")
         rows[prompt] = {
@@ -111,6 +114,13 @@ def _sampled(rows: list[dict[str, Any]], data: DataSet, key: str, seed: int) -> 
     if twice:
         raise UserError(f"{where}: different prompts have the id {twice[0]!r}, expected each id once")
     return kept
+
+
+def _gold(raw: dict[str, Any], data: GoldSet, where: str) -> str:
+    """The right answer, as a check that nothing marks: it is weighed by its likelihood."""
+    found = cell(raw, data.answer, where)
+    first = text({data.answer: found[0] if isinstance(found, list) and found else found}, data.answer, where)
+    return dumps({"type": "gold", "answer": first})
 
 
 def _check(raw: dict[str, Any], prompt: str, key: str) -> str:

@@ -1,8 +1,9 @@
 """Prompts and human labels in one form each: who reads them never sees where they came from.
 
-`prompts.parquet` has one row per prompt: role (general, harmful, benign), domain, split (train, validation, heldout,
-sealed), prompt, check (JSON, how an answer is marked; empty if it is not), category. Rows stand in a seeded random
-order, so the first n of any filter are a random sample. Commands: `nspo prepare-prompts`, `nspo prepare-labels`.
+`prompts.parquet` has one row per prompt: role (general, harmful, benign, gold), domain, split (train, validation,
+heldout, sealed), prompt, check (JSON, how an answer is marked, or the right answer; empty if neither), category. Rows
+stand in a seeded random order, so the first n of any filter are a random sample. Commands: `nspo prepare-prompts`,
+`nspo prepare-labels`.
 
 `labels.parquet` has one row per judged response: id, set, target (cost or reward), split (train, heldout, and
 judge, which only the second judge learns from), prompt, response, category, and what people said of it:

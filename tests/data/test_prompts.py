@@ -33,6 +33,8 @@ def settings(tmp_path: Path) -> dict[str, Any]:
         "wheels": {},
         "general": {"maths": {"source": write(tmp_path / "maths.jsonl", prompts("maths"))}},
         "harmful": {"source": write(tmp_path / "harmful.jsonl", prompts("harmful")), "name": "harm"},
+        "general_heldout": {},
+        "gold": {},
         "harmful_heldout": {"other": {"source": write(tmp_path / "other.jsonl", prompts("other"))}},
         "benign": {"source": write(tmp_path / "benign.jsonl", prompts("benign"))},
     }

@@ -87,7 +87,7 @@ def test_stages_write_utf8_in_any_locale(tmp_path: Path, locale: dict[str, str])
         f"odd = {ODD!a}\n"
         f"benign = DataSet(source={str(data)!r}, name=odd)\n"
         "settings = PromptSettings(benign=benign, harmful=benign.model_copy(update={'name': 'other'}),"
-        " harmful_heldout={}, general={odd: benign}, wheels={})\n"
+        " harmful_heldout={}, general_heldout={}, gold={}, general={odd: benign}, wheels={})\n"
         "whole = Config(data={**Config().dump()['data'], 'benign': benign.dump()})\n"
         f"folder = {str(tmp_path)!r}\n"
         "for stage, flags, out in (('config write', to_flags(whole, keep_order=True), 'config.yaml'),\n"

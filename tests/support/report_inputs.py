@@ -222,7 +222,7 @@ def inputs(
     """Everything the report reads, written into `folder`; the arguments of `write_report` without its outputs."""
     config = folder / "config.yaml"
     config.parent.mkdir(parents=True, exist_ok=True)
-    config.write_text(f"policy: {{steps: 30, seeds: {list(seeds)}}}\n")
+    config.write_text(f"data: {{general_heldout: {{}}, gold: {{}}}}\npolicy: {{steps: 30, seeds: {list(seeds)}}}\n")
     methods = [(name, does, seed) for name, does in (("nspo", nspo), ("grpo_no_kl", twin)) for seed in seeds]
     return {
         "config": config,

@@ -97,7 +97,7 @@ def _shown(runs: Sequence[Run], main: Mapping[str, Any] | None) -> list[str]:
 def _cases(runs: Sequence[Run]) -> list[list[dict[str, Any]]]:
     """The rows of all runs, prompt by prompt, benchmarks last; prompts that some run was not asked are left out."""
     tables = [{(row["domain"], row["id"]): row for row in run.responses + run.benchmark_responses} for run in runs]
-    keys = list(tables[0])
+    keys = [key for key, row in tables[0].items() if row["role"] != "gold"]  # nobody has said these
     return [[table[key] for table in tables] for key in keys if all(key in table for table in tables)]
 
 

@@ -63,7 +63,7 @@ def results(config: Config, runs: Sequence[Run]) -> dict[str, Any]:
         "domain_columns": list(DOMAIN_SCORES.values()),
         "domains": {
             domain: [{"run": run, "scores": [run.score(*key, domain) for key in DOMAIN_SCORES]} for run in runs]
-            for domain in config.data.general
+            for domain in (*config.data.general, *config.data.general_heldout)
         },
         "judged": judged(runs),
         "disagreements": disagreements(runs),

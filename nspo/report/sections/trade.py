@@ -26,7 +26,7 @@ def trade(columns: Sequence[Measure], runs: Sequence[Run], figures: Figures) -> 
     Paths from the validation probes are drawn for the first harmful set, to which they belong.
     """
     unsafe = [column for column in columns if column.name == "unsafe_rate"]
-    against = {column.name: column for column in columns if column.name in {*PROBES, "accuracy"}}
+    against = {column.name: column for column in reversed(columns) if column.name in {*PROBES, "accuracy"}}
     pairs = [(unsafe[0], against[name]) for name in ("kl_per_token", "accuracy", "kl_first_tokens", "refusal_rate")]
     pairs += [(other, against[name]) for other in unsafe[1:] for name in ("kl_per_token", "accuracy")]
     found: dict[str, list[dict[str, str]]] = {"first": [], "more": []}
