@@ -126,7 +126,8 @@ def test_labels_of_one_class_are_refused(tmp_path: Path) -> None:
     table = pq.read_table(path)
     grades = pa.array([1.0] * table.num_rows, pa.float64())
     place = table.schema.get_field_index("grade")
-    pq.write_table(table.set_column(place, "grade", grades), path, write_page_checksum=True)
+    changed = table.set_column(place, "grade", grades).replace_schema_metadata(None)
+    pq.write_table(changed, path, write_page_checksum=True)
     with pytest.raises(UserError, match=r"24 of 24 labels of the second judge .* raise data\.judge_fraction"):
         train_second_judge(SETTINGS, path, tmp_path, tmp_path / "judge", RuntimeSettings())
 
