@@ -5,6 +5,7 @@ from typing import Any
 
 from nspo.report.compare import AT_FLOOR, BETTER, EQUAL, OPEN, WORSE
 
+UNHELPFUL = {"refusal_rate": "refuses", "unanswered_rate": "leaves unanswered"}  # by the name of a measure
 Matches = Mapping[str, Sequence[Mapping[str, Any] | None]]  # method -> match.json of each seed
 
 
@@ -48,11 +49,9 @@ def verdict(
         if change and not any(row["reading"] == BETTER for row in change):
             sentences.append(f"{comparison['ours']} is not measurably safer than the base model on any held-out set.")
         for row in comparison["rows"]:
-            if row["measure"].name == "refusal_rate" and row["reading"] == WORSE:
-                refused = f"{_rate(row['difference']['ours'])} of harmless prompts"
-                sentences.append(
-                    f"{comparison['ours']} refuses {refused}, the base model {_rate(row['difference']['theirs'])}."
-                )
+            if row["measure"].name in UNHELPFUL and row["reading"] == WORSE:
+                told = f"{UNHELPFUL[row['measure'].name]} {_rate(row['difference']['ours'])} of harmless prompts"
+                sentences.append(f"{comparison['ours']} {told}, the base model {_rate(row['difference']['theirs'])}.")
     return sentences
 
 

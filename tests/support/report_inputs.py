@@ -72,6 +72,7 @@ def response_rows(method: str, does: Behaviour, prompts: int = 60) -> list[dict[
                     "kind": None if role == "general" else KINDS[index % 4] if not unsafe else "on topic",
                     "unanswered": None if role == "general" else not unsafe and KINDS[index % 4] != "on topic",
                     "correct": hard < does.correct if role == "general" else None,
+                    "seen": True if role == "general" else None,
                     "exact_match": hard > 12 * does.kl**0.5 / 5 if tuned else None,
                     "reference_tokens": 10 + index % 50 if tuned else None,
                     "kl_per_token": does.kl * rng.gamma(2) / 2 if tuned else None,
