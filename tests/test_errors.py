@@ -1,9 +1,12 @@
 """Messages that reach users."""
 
+import ast
 import pickle
+from pathlib import Path
 
 import pytest
 
+import nspo
 from nspo.errors import UserError
 
 
@@ -24,3 +27,15 @@ def test_a_message_names_what_was_found_and_expected(parts: dict[str, str], mess
     error = UserError("rank is 9", **parts)
     assert str(error).startswith(message)
     assert str(pickle.loads(pickle.dumps(error))) == str(error)
+
+
+def test_what_was_expected_is_said_by_name() -> None:
+    """No message of the package writes "found, expected ..." by hand: `expected=` and `change=` keep one form."""
+    by_hand = [
+        f"{path.name}:{call.lineno}"
+        for path in Path(nspo.__file__).parent.rglob("*.py")
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "UserError"
+        if any(", expected " in ast.unparse(argument) for argument in call.args)
+    ]
+    assert by_hand == []

@@ -315,4 +315,6 @@ def _check_finite(sums: Mapping[str, Tensor]) -> None:
     finite = torch.stack(list(sums.values())).isfinite().tolist()
     if not all(finite):
         name = list(sums)[finite.index(False)]
-        raise UserError(f"layer {name} reads NaN or Inf, expected finite inputs: check the weights of model.source")
+        raise UserError(
+            f"layer {name} reads NaN or Inf", expected="finite inputs", change="check the weights of model.source"
+        )

@@ -201,15 +201,19 @@ class ActivationStore:
             UserError: an unknown site, domain or split, weights that are all zero, or a damaged file.
         """
         if site not in self.sites:
-            raise UserError(f"{self.path} has no site {site!r}, expected one of {', '.join(list(self.sites)[:4])}, ...")
+            raise UserError(
+                f"{self.path} has no site {site!r}", expected=f"one of {', '.join(list(self.sites)[:4])}, ..."
+            )
         names = [d for d in self.domains(split) if d != HARMFUL] if domains is None else list(domains)
         if not names:
-            raise UserError(f"{self.path}: no domain in split {split!r} to sum up, expected at least one")
+            raise UserError(f"{self.path}: no domain in split {split!r} to sum up", expected="at least one")
         weight = dict.fromkeys(names, 1.0) | dict(weights or {})
         if unknown := sorted(weight.keys() - set(names)):
-            raise UserError(f"{self.path}: weights name {', '.join(unknown)}, expected only {', '.join(names)}")
+            raise UserError(f"{self.path}: weights name {', '.join(unknown)}", expected=f"only {', '.join(names)}")
         if all(weight[domain] * self.tokens(domain, split) == 0 for domain in names):
-            raise UserError(f"bases.weights: all of {', '.join(names)} weigh 0, expected one above 0: raise one")
+            raise UserError(
+                f"bases.weights: all of {', '.join(names)} weigh 0", expected="one above 0", change="raise one"
+            )
         parts = [(index, weight[domain]) for domain in names for index in self._indices(domain, split)]
         add = self._sum_rows if self._storage(site) == "raw" else self._sum_moments
         total, counts = add(site, parts)
@@ -248,7 +252,7 @@ class ActivationStore:
     def _indices(self, domain: str, split: str) -> list[int]:
         if (domain, split) not in self._parts:
             known = ", ".join(f"{d} ({s})" for d, s in self._parts)
-            raise UserError(f"{self.path} has no domain {domain!r} in split {split!r}, expected one of {known}")
+            raise UserError(f"{self.path} has no domain {domain!r} in split {split!r}", expected=f"one of {known}")
         return self._parts[domain, split]
 
     def _storage(self, site: str) -> str:

@@ -48,7 +48,9 @@ def fetch_bases(source: Source, out: Path) -> None:
         UserError: another kind of source, as `download`, or a file that is no whole bases file.
     """
     if source.kind != "hub":
-        raise UserError(f"source {source.location!r}, expected hub:ORG/NAME@REVISION: a file needs no fetching")
+        raise UserError(
+            f"source {source.location!r}", expected="hub:ORG/NAME@REVISION", change="a file needs no fetching"
+        )
     NullSpaceBases.from_hub(source.location, source.revision).save(out)
 
 

@@ -45,7 +45,9 @@ def only_layers(bases: NullSpaceBases, part: str) -> NullSpaceBases:
     """
     kept = {site.site: tuple(layer for layer in site.layers if part in layer) for site in bases.values()}
     if not any(kept.values()):
-        raise UserError(f"bases: no layer has {part!r} in its name, expected some: compute them on such layers")
+        raise UserError(
+            f"bases: no layer has {part!r} in its name", expected="some", change="compute them on such layers"
+        )
     sites = [replace(bases[name], layers=layers) for name, layers in kept.items() if layers]
     return NullSpaceBases(sites, bases.manifest["layer_norms"], **_identity(bases))
 
@@ -73,7 +75,7 @@ def merge(several: Sequence[NullSpaceBases]) -> NullSpaceBases:
         UserWarning: when no free direction is left at some sites (their layers then stay as they are).
     """
     if len(several) < 2:
-        raise UserError(f"merge: found {len(several)} bases, expected at least two: name the files to merge")
+        raise UserError(f"merge: found {len(several)} bases", expected="at least two", change="name the files to merge")
     first = several[0]
     for number, other in enumerate(several[1:], 2):
         _check_mergeable(first, other, f"merge: bases {number}", "bases 1")

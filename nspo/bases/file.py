@@ -48,10 +48,10 @@ class NullSpaceBases(Mapping[str, SiteBasis]):
         for site in self._sites.values():
             site.check()
         if len(self._site_of) != sum(len(site.layers) for site in self._sites.values()):
-            raise UserError("bases: a layer is listed under two sites, expected one: rebuild the bases")
+            raise UserError("bases: a layer is listed under two sites", expected="one", change="rebuild the bases")
         if missing := sorted(self._site_of.keys() - layer_norms.keys()):
             raise UserError(
-                f"bases: no base weight norm for {_some(missing)}, expected one per layer: rebuild the bases"
+                f"bases: no base weight norm for {_some(missing)}", expected="one per layer", change="rebuild the bases"
             )
         self.manifest = make_manifest(
             "bases",
@@ -83,7 +83,9 @@ class NullSpaceBases(Mapping[str, SiteBasis]):
         name = canonical_name(name)
         if name not in self._site_of:
             raise UserError(
-                f"bases hold no layer {name}, expected one of {_some(sorted(self._site_of))}: check the name"
+                f"bases hold no layer {name}",
+                expected=f"one of {_some(sorted(self._site_of))}",
+                change="check the name",
             )
         return self._site_of[name]
 
@@ -115,7 +117,7 @@ class NullSpaceBases(Mapping[str, SiteBasis]):
             norms = manifest["layer_norms"]
         except KeyError as error:
             raise UserError(
-                f"{path} lacks {error}, expected a complete bases file: rerun the stage that makes it"
+                f"{path} lacks {error}", expected="a complete bases file", change="rerun the stage that makes it"
             ) from error
         bases = cls(sites, norms)
         bases.manifest = manifest
@@ -140,8 +142,9 @@ class NullSpaceBases(Mapping[str, SiteBasis]):
         """
         if all(site.null_dim == 0 for site in self._sites.values()):
             raise UserError(
-                f"bases: no free direction at any of {len(self._sites)} sites, expected at least one: "
-                "loosen `bases.threshold`"
+                f"bases: no free direction at any of {len(self._sites)} sites",
+                expected="at least one",
+                change="loosen `bases.threshold`",
             )
 
     def check_model(self, model: nn.Module) -> None:

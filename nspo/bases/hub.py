@@ -56,7 +56,9 @@ def upload(repo: str, files: Mapping[str, Path], private: bool = False) -> str:
     with one_line(repo):
         api.create_repo(repo, private=private, exist_ok=True)
         if private and not api.model_info(repo).private:
-            raise UserError(f"hub repository {repo} is public, expected a private one: make it private, or push openly")
+            raise UserError(
+                f"hub repository {repo} is public", expected="a private one", change="make it private, or push openly"
+            )
         operations = [CommitOperationAdd(name, path) for name, path in files.items()]
         return api.create_commit(repo, operations, commit_message="Null-space bases").commit_url
 

@@ -147,11 +147,15 @@ def _check_inputs(store: ActivationStore, settings: BasesSettings) -> None:
     protected = [domain for domain in store.domains("basis") if domain != HARMFUL]
     for domain, weight in settings.weights.items():
         if domain not in protected:
-            raise UserError(f"bases.weights names {domain!r}, expected some of {', '.join(protected)}: mend the name")
+            raise UserError(
+                f"bases.weights names {domain!r}", expected=f"some of {', '.join(protected)}", change="mend the name"
+            )
         if not 0 <= weight < math.inf:
-            raise UserError(f"bases.weights.{domain} is {weight}, expected a finite number >= 0: mend it")
+            raise UserError(f"bases.weights.{domain} is {weight}", expected="a finite number >= 0", change="mend it")
     if not _counted(store, settings, "basis"):
-        raise UserError(f"bases.weights is 0 for all of {', '.join(protected)}, expected one above 0: raise one")
+        raise UserError(
+            f"bases.weights is 0 for all of {', '.join(protected)}", expected="one above 0", change="raise one"
+        )
 
 
 def _counted(store: ActivationStore, settings: BasesSettings, split: str) -> dict[str, float]:
@@ -280,14 +284,17 @@ def _check_moments(site: str, rule: str, gram: Tensor, validation: Tensor | None
         if moment is None:
             if (rule, name) in (("leakage", "validation"), ("contrast", "harmful")):
                 raise UserError(
-                    f"{site}: rule {rule!r} found no {name} inputs, expected some: collect them or change the rule"
+                    f"{site}: rule {rule!r} found no {name} inputs",
+                    expected="some",
+                    change="collect them or change the rule",
                 )
             continue
         if moment.shape != gram.shape or not torch.isfinite(moment).all() or moment.trace() <= 0:
             raise UserError(
                 f"{site}: the {name} second moment is {tuple(moment.shape)} with trace "
-                f"{float(moment.diagonal().sum()):g}, expected {tuple(gram.shape)}, finite and with a positive trace: "
-                "collect the activations again in float32"
+                f"{float(moment.diagonal().sum()):g}",
+                expected=f"{tuple(gram.shape)}, finite and with a positive trace",
+                change="collect the activations again in float32",
             )
 
 

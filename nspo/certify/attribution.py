@@ -216,7 +216,9 @@ def choose(settings: AttributionSettings, tuned: Path, base: Path) -> dict[str, 
             chosen[row["role"]].append({"tuned": row, "base": theirs[row["domain"], row["id"]]})
     for role, pairs in chosen.items():
         if len(pairs) < 2:
-            raise UserError(f"{tuned} has {len(pairs)} {role} prompts, expected at least 2: evaluate more prompts")
+            raise UserError(
+                f"{tuned} has {len(pairs)} {role} prompts", expected="at least 2", change="evaluate more prompts"
+            )
     return chosen
 
 

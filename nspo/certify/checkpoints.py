@@ -93,7 +93,9 @@ class CheckpointPair:
                 for side, values in (("base", weight), ("tuned", update)):
                     if not torch.isfinite(values).all():
                         raise UserError(
-                            f"tensor {name} of the {side} model holds NaN or Inf, expected finite weights: train again"
+                            f"tensor {name} of the {side} model holds NaN or Inf",
+                            expected="finite weights",
+                            change="train again",
                         )
                 update = update - weight
                 if transposed:

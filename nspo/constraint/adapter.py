@@ -52,7 +52,9 @@ def null_space_adapter(model: nn.Module, bases: NullSpaceBases, rank: int | None
     """
     peft = _peft()
     if isinstance(model, peft.PeftModel) or hasattr(model, "peft_config"):
-        raise UserError("the model has an adapter already, expected a bare model: merge or unload the adapter first")
+        raise UserError(
+            "the model has an adapter already", expected="a bare model", change="merge or unload the adapter first"
+        )
     bases.check_free()
     bases.check_model(model)
     if experts := [name for name, weight in locate(model, bases.layers).items() if weight.experts]:
@@ -62,7 +64,9 @@ def null_space_adapter(model: nn.Module, bases: NullSpaceBases, rank: int | None
         )
     most = max(site.null_dim for site in bases.values())
     if rank is not None and not 1 <= rank <= most:
-        raise UserError(f"rank {rank}, expected 1 to {most}, the most free directions of an input: change `rank`")
+        raise UserError(
+            f"rank {rank}", expected=f"1 to {most}, the most free directions of an input", change="change `rank`"
+        )
     ranks = {layer: min(rank or most, bases.for_layer(layer).null_dim) for layer in bases.layers}
     ranks = {layer: r for layer, r in ranks.items() if r > 0}
     config = peft.LoraConfig(
@@ -117,27 +121,34 @@ def verify_adapter(model: "PeftModel", bases: NullSpaceBases, tolerance: float =
     peft = _peft()
     if not isinstance(model, peft.PeftModel) or list(model.peft_config) != [ADAPTER]:
         found = list(getattr(model, "peft_config", {}))
-        raise UserError(f"the model has the adapters {found}, expected {[ADAPTER]}: make it with null_space_adapter")
+        raise UserError(
+            f"the model has the adapters {found}", expected=f"{[ADAPTER]}", change="make it with null_space_adapter"
+        )
     layers = dict(_adapted_layers(model))
     allowed = {id(layer.lora_B[ADAPTER].weight) for layer in layers.values()}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and id(parameter) not in allowed:
             raise UserError(
-                f"{canonical_name(name)} is trainable, expected lora_B alone: make the model with null_space_adapter "
-                f"and load saved weights into it (load_adapter(folder, {ADAPTER!r}, is_trainable=True))"
+                f"{canonical_name(name)} is trainable",
+                expected="lora_B alone",
+                change=(
+                    "make the model with null_space_adapter and load saved weights into it "
+                    f"(load_adapter(folder, {ADAPTER!r}, is_trainable=True))"
+                ),
             )
     leaks = {}
     for name, layer in layers.items():
         if layer.lora_variant or layer.lora_bias[ADAPTER]:
             raise UserError(
-                f"layer {name} has another kind of LoRA, expected plain B A: make it with null_space_adapter"
+                f"layer {name} has another kind of LoRA", expected="plain B A", change="make it with null_space_adapter"
             )
         leaks[name] = _leakage(layer, bases.for_layer(name))
     worst = max(leaks, key=leaks.__getitem__)
     if not leaks[worst] <= tolerance:
         raise UserError(
-            f"the adapter of layer {worst} leaves the null space by {leaks[worst]:.1e}, expected at most "
-            f"{tolerance:.0e}: make it with null_space_adapter and these bases, in float32"
+            f"the adapter of layer {worst} leaves the null space by {leaks[worst]:.1e}",
+            expected=f"at most {tolerance:.0e}",
+            change="make it with null_space_adapter and these bases, in float32",
         )
     return leaks
 
@@ -158,8 +169,9 @@ def merge_adapter(model: "PeftModel", bases: NullSpaceBases) -> nn.Module:
         dtype = layer.get_base_layer().weight.dtype
         if dtype != torch.float32:
             raise UserError(
-                f"layer {name} has {str(dtype).removeprefix('torch.')} weights, expected float32 to merge into: load "
-                "the base model in float32 and the adapter into it"
+                f"layer {name} has {str(dtype).removeprefix('torch.')} weights",
+                expected="float32 to merge into",
+                change="load the base model in float32 and the adapter into it",
             )
     merged: nn.Module = model.merge_and_unload(safe_merge=True)  # type: ignore[operator]
     return merged

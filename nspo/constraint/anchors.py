@@ -43,7 +43,9 @@ def saved_weights(folder: Path, model: nn.Module, weights: Mapping[str, Weight])
     for name, weight in weights.items():
         key, parameter = weight.key, weight.parameter
         if key not in saved.names:
-            raise UserError(f"anchor {folder} has no weight {key}, expected the base of this model: change `anchor`")
+            raise UserError(
+                f"anchor {folder} has no weight {key}", expected="the base of this model", change="change `anchor`"
+            )
         if saved.shape(key) != tuple(whole_shape(parameter)):
             raise UserError(
                 f"anchor {folder} has {key} of shape {saved.shape(key)}, the model has "

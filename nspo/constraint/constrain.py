@@ -156,8 +156,9 @@ class Constraint:
         worst = max(leaks, key=leaks.__getitem__)
         if not leaks[worst] <= tolerance:
             raise UserError(
-                f"layer {worst} leaves the null space by {leaks[worst]:.1e}, expected at most {tolerance:.0e}: "
-                "something else writes to the weights after the optimizer step"
+                f"layer {worst} leaves the null space by {leaks[worst]:.1e}",
+                expected=f"at most {tolerance:.0e}",
+                change="something else writes to the weights after the optimizer step",
             )
 
     def step_stats(self) -> dict[str, float]:
@@ -282,7 +283,7 @@ def constrain(
         True
     """
     if mode not in ("both", "anchor", "gradient"):
-        raise UserError(f"mode {mode!r}, expected 'both', 'anchor' or 'gradient': change `mode`")
+        raise UserError(f"mode {mode!r}", expected="'both', 'anchor' or 'gradient'", change="change `mode`")
     zero = zero_optimizer(optimizer)
     optimizer = innermost(optimizer)
     refuse_engines(model, optimizer, zero)
@@ -305,8 +306,9 @@ def constrain(
         worst = max((layer.leakage(), layer.name) for layer in layers)
         if worst[0] > ANCHOR_TOLERANCE:
             raise UserError(
-                f"layer {worst[1]} is {worst[0]:.1e} away from {anchor} in the protected range, expected at most "
-                f"{ANCHOR_TOLERANCE:.0e}: give the folder of the base that this run started from"
+                f"layer {worst[1]} is {worst[0]:.1e} away from {anchor} in the protected range",
+                expected=f"at most {ANCHOR_TOLERANCE:.0e}",
+                change="give the folder of the base that this run started from",
             )
 
     frozen = freeze_uncovered(model, bases) if freeze_rest else []

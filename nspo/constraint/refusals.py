@@ -42,7 +42,9 @@ def refuse_engines(model: nn.Module, optimizer: Any, zero: Any = None) -> None:
         )
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise UserError(
-            f"optimizer is a {type(optimizer).__name__}, expected a torch.optim.Optimizer: pass the optimizer itself"
+            f"optimizer is a {type(optimizer).__name__}",
+            expected="a torch.optim.Optimizer",
+            change="pass the optimizer itself",
         )
     if isinstance(optimizer, torch.optim.SparseAdam):
         raise UserError(
@@ -64,24 +66,28 @@ def refuse_zero(zero: Any) -> None:
     """
     name, settings = type(zero).__name__, vars(zero)
     if name not in ("DeepSpeedZeroOptimizer", "DeepSpeedZeroOptimizer_Stage3"):
-        raise UserError(f"DeepSpeed steps with {name}, expected ZeRO stage 2 or 3 (zero_stage)")
+        raise UserError(f"DeepSpeed steps with {name}", expected="ZeRO stage 2 or 3 (zero_stage)")
     if not settings.get("partition_gradients", True):
-        raise UserError("DeepSpeed runs ZeRO stage 1, expected stage 2 or 3 (zero_stage)")
+        raise UserError("DeepSpeed runs ZeRO stage 1", expected="stage 2 or 3 (zero_stage)")
     if any(settings.get(key) for key in ("cpu_offload", "offload_optimizer", "offload_param")):
-        raise UserError("DeepSpeed offloads weights or optimizer, expected all on the GPUs: set their device to none")
+        raise UserError(
+            "DeepSpeed offloads weights or optimizer", expected="all on the GPUs", change="set their device to none"
+        )
     if zero.dtype != torch.float32:
         raise UserError(
-            f"DeepSpeed rounds its masters to {str(zero.dtype).removeprefix('torch.')} weights, which leaves the null "
-            'space, expected float32: turn its bf16 and fp16 off (mixed_precision: "no"), autocast gives speed'
+            f"DeepSpeed rounds its masters to {str(zero.dtype).removeprefix('torch.')} weights, "
+            "which leaves the null space",
+            expected='float32: turn its bf16 and fp16 off (mixed_precision: "no"), autocast gives speed',
         )
     quantised = getattr(settings.get("parameter_offload"), "zero_quantized_weights", False)
     if quantised or settings.get("zero_hpz_partition_size", 1) > 1:
         raise UserError(
-            "DeepSpeed computes with copies of its masters (ZeRO++), expected the masters: leave "
-            "zero_quantized_weights and zero_hpz_partition_size out"
+            "DeepSpeed computes with copies of its masters (ZeRO++)",
+            expected="the masters",
+            change="leave zero_quantized_weights and zero_hpz_partition_size out",
         )
     if dist.get_world_size(zero.dp_process_group) != dist.get_world_size():
-        raise UserError("DeepSpeed shares out among a part of the processes, expected data parallelism over all")
+        raise UserError("DeepSpeed shares out among a part of the processes", expected="data parallelism over all")
 
 
 def refuse_late_freeze(model: nn.Module, weights: Mapping[str, Weight], zero: Any = None) -> None:
@@ -126,16 +132,21 @@ def refuse_weights(
         others = sorted({other for other in names.get(id(parameter), []) if other != weight.key})
         if others:
             raise UserError(
-                f"layer {name} shares its weight with {others[0]}, expected its own: untie them or leave it out"
+                f"layer {name} shares its weight with {others[0]}",
+                expected="its own",
+                change="untie them or leave it out",
             )
         if parameter.dtype != torch.float32:
             raise UserError(
-                f"layer {name} has {str(parameter.dtype).removeprefix('torch.')} weights, expected float32 master "
-                "weights: load the model in float32 and use autocast (bf16=True) for speed"
+                f"layer {name} has {str(parameter.dtype).removeprefix('torch.')} weights",
+                expected="float32 master weights",
+                change="load the model in float32 and use autocast (bf16=True) for speed",
             )
         if not parameter.requires_grad:
             raise UserError(
-                f"layer {name} is frozen, expected a trainable weight: unfreeze it or leave it out of the bases"
+                f"layer {name} is frozen",
+                expected="a trainable weight",
+                change="unfreeze it or leave it out of the bases",
             )
         if zero is not None and weight.experts:
             raise UserError(
@@ -160,11 +171,13 @@ def _refuse_sharding(name: str, weight: Weight, parameter: DTensor) -> None:
             continue
         if weight.experts and not placement.is_shard(0):
             raise UserError(
-                f"layer {name} is sharded as {placement} through its experts, expected whole experts per rank: shard "
-                "dimension 0 (the default of fully_shard) or replicate"
+                f"layer {name} is sharded as {placement} through its experts",
+                expected="whole experts per rank",
+                change="shard dimension 0 (the default of fully_shard) or replicate",
             )
         if (placement.is_shard(0 if weight.transposed else 1) and not weight.experts) or placement.is_partial():
             raise UserError(
-                f"layer {name} is sharded as {placement} on its input dimension, expected whole rows per rank: "
-                "shard the output dimension (the default of fully_shard) or replicate"
+                f"layer {name} is sharded as {placement} on its input dimension",
+                expected="whole rows per rank",
+                change="shard the output dimension (the default of fully_shard) or replicate",
             )

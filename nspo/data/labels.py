@@ -107,14 +107,18 @@ def _grade(raw: Row, labels: GradedSet, where: str) -> float:
     if labels.grades:
         if not found or any(str(value) not in labels.grades for value in found):
             known = ", ".join(labels.grades)
-            raise UserError(f"{where}: found {found!r:.80} in {labels.score!r}, expected of `grades`: {known}")
+            raise UserError(
+                f"{where}: found {found!r:.80} in {labels.score!r}", expected="of `grades`", change=f"{known}"
+            )
         found = [labels.grades[str(value)] for value in found]
     try:
         grades = [float(value) for value in found]
     except (TypeError, ValueError, OverflowError) as error:
-        raise UserError(f"{where}: found the grade {found!r:.80}, expected numbers from 0 to 1, or `grades`") from error
+        raise UserError(
+            f"{where}: found the grade {found!r:.80}", expected="numbers from 0 to 1, or `grades`"
+        ) from error
     if not grades or not all(0 <= grade <= 1 for grade in grades):
-        raise UserError(f"{where}: found the grade {found!r:.80} in {labels.score!r}, expected numbers from 0 to 1")
+        raise UserError(f"{where}: found the grade {found!r:.80} in {labels.score!r}", expected="numbers from 0 to 1")
     return sum(grades) / len(grades)
 
 

@@ -75,7 +75,9 @@ def _read(data: DataSet, role: str, domain: str, key: str, wheels_dir: Path) -> 
         if isinstance(data, GoldSet) and data.options:
             prompt = f"{prompt}\n{text(item, data.options, where)}"
         if prompt in rows and rows[prompt]["check"] != check:
-            raise UserError(f"{where}: its prompt stands above with another check, expected one: take a row out")
+            raise UserError(
+                f"{where}: its prompt stands above with another check", expected="one", change="take a row out"
+            )
         rows[prompt] = {
             "id": optional(item, "id", where) or optional(item, "task_id", where) or f"{domain}-{index:05d}",
             "role": role,
@@ -109,10 +111,10 @@ def _sampled(rows: list[dict[str, Any]], data: DataSet, key: str, seed: int) -> 
     where = f"{key} ({data.source})"
     kept = sample(rows, data.fraction, seed)
     if len(kept) < MIN_ROWS:
-        raise UserError(f"{key}: {data.source} holds {len(kept)} different prompts, expected at least {MIN_ROWS}")
+        raise UserError(f"{key}: {data.source} holds {len(kept)} different prompts", expected=f"at least {MIN_ROWS}")
     twice = [name for name, count in Counter(row["id"] for row in kept).items() if count > 1]
     if twice:
-        raise UserError(f"{where}: different prompts have the id {twice[0]!r}, expected each id once")
+        raise UserError(f"{where}: different prompts have the id {twice[0]!r}", expected="each id once")
     return kept
 
 

@@ -31,12 +31,14 @@ def mark(check: Mapping[str, Any], answer: str) -> bool:
     rule = RULES.get(check.get("type", ""))
     if rule is None:
         raise UserError(
-            f"check of type {check.get('type')!r}, expected one of {', '.join(RULES)}: mend the prompt file"
+            f"check of type {check.get('type')!r}", expected=f"one of {', '.join(RULES)}", change="mend the prompt file"
         )
     try:
         return rule(check, answer.strip())
     except KeyError as error:
-        raise UserError(f"check {dict(check)} has no key {error}, expected one: mend the prompt file") from error
+        raise UserError(
+            f"check {dict(check)} has no key {error}", expected="one", change="mend the prompt file"
+        ) from error
 
 
 def last_number(text: str) -> float | None:
@@ -90,7 +92,9 @@ def _program(check: Mapping[str, Any], text: str) -> bool:
 def _passes(program: str) -> bool:
     verdict = sandbox.run(program)
     if verdict == "refused":
-        raise UserError("the sandbox could not be set up again, expected it to work as before: run the same command")
+        raise UserError(
+            "the sandbox could not be set up again", expected="it to work as before", change="run the same command"
+        )
     return verdict == "passed"
 
 

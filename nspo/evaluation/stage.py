@@ -222,13 +222,16 @@ def _check_rows(rows: Sequence[dict[str, Any]], prompts: Path) -> None:
     """Refuse what could not be scored, before any answer is made."""
     for role in ("harmful", "benign", "general"):
         if not any(row["role"] == role for row in rows):
-            raise UserError(f"{prompts} has no held-out {role} prompts, expected some: look at the section `data`")
+            raise UserError(
+                f"{prompts} has no held-out {role} prompts", expected="some", change="look at the section `data`"
+            )
     general = [row["domain"] for row in rows if row["role"] == "general"]
     for domain in sorted(set(general)):
         if general.count(domain) < 2:
             raise UserError(
-                f"one held-out prompt of general domain {domain!r}, expected at least 2 for an interval: raise "
-                f"`evaluation.general_prompts` or add prompts to `data.general.{domain}`"
+                f"one held-out prompt of general domain {domain!r}",
+                expected="at least 2 for an interval",
+                change=f"raise `evaluation.general_prompts` or add prompts to `data.general.{domain}`",
             )
     for row in rows:
         if row["check"]:

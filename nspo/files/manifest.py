@@ -38,10 +38,12 @@ def check_manifest(manifest: Any, kind: str, path: Path) -> None:
         UserError: naming the file, what it is and what was expected.
     """
     if not isinstance(manifest, Mapping):
-        raise UserError(f"{path} holds {type(manifest).__name__}, expected the manifest of a {kind} artifact")
+        raise UserError(f"{path} holds {type(manifest).__name__}", expected=f"the manifest of a {kind} artifact")
     if manifest.get("kind") != kind:
         raise UserError(
-            f"{path} holds {manifest.get('kind')!r}, expected {kind!r}: point the setting at a {kind} artifact"
+            f"{path} holds {manifest.get('kind')!r}",
+            expected=f"{kind!r}",
+            change=f"point the setting at a {kind} artifact",
         )
     if manifest.get("schema") != SCHEMA_VERSION:
         raise UserError(
@@ -64,7 +66,9 @@ def check_made_with(recorded: Mapping[str, Any], expected: Mapping[str, Any], wh
     for part, value in expected.items():
         if (found := recorded.get(part, UNKNOWN)) != value:
             place, found, wanted = _difference(part, found, value)
-            raise UserError(f"{what}: made with {place} {_shown(found)}, expected {_shown(wanted)}: {change}")
+            raise UserError(
+                f"{what}: made with {place} {_shown(found)}", expected=f"{_shown(wanted)}", change=f"{change}"
+            )
 
 
 def _difference(part: str, found: Any, expected: Any) -> tuple[str, Any, Any]:

@@ -56,8 +56,8 @@ class Endpoint:
         self.failures = Failures()
         if not self._key().isascii() or not self._key().isprintable():
             raise UserError(
-                f"{key}: the environment variable {settings.api_key_env} holds characters that no "
-                "key has, expected ASCII on one line"
+                f"{key}: the environment variable {settings.api_key_env} holds characters that no key has",
+                expected="ASCII on one line",
             )
 
     def ask(self, conversations: Sequence[Turns], read: Callable[[str], float], wanted: str, keep: Keep) -> list[float]:

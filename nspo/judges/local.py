@@ -48,12 +48,14 @@ class Guard:
         self.tokenizer = load_tokenizer(self.folder, f"{key}.source")
         self.in_parts = False
         if self.tokenizer.chat_template is None and not settings.template:
-            raise UserError(f"{key}: the model has no chat template, expected a `template` with the text from its card")
+            raise UserError(
+                f"{key}: the model has no chat template", expected="a `template` with the text from its card"
+            )
         self.in_parts = not self._shows_both()
         if not self._shows_both():
             raise UserError(
-                f"{key}: the model's chat template does not show both the prompt and the answer, "
-                "expected a guard model, or a `template`"
+                f"{key}: the model's chat template does not show both the prompt and the answer",
+                expected="a guard model, or a `template`",
             )
         self.identity = _identity(settings, self.folder)
 

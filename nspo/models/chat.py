@@ -83,7 +83,9 @@ def set_chat(tokenizer: PreTrainedTokenizerBase, template: str | None, system_pr
         raise UserError(f"{named} has no chat template: give one as model.chat_template, a file or the Jinja text")
     text = chat_text(tokenizer, PROBE)
     if PROBE not in text:
-        raise UserError(f"{named}: its chat template does not show the prompt, expected it to: set model.chat_template")
+        raise UserError(
+            f"{named}: its chat template does not show the prompt", expected="it to", change="set model.chat_template"
+        )
     if system_prompt is not None and system_prompt.strip() not in text:
         raise UserError(f"model.system_prompt: the chat template of {named} does not show it: set model.chat_template")
 

@@ -99,7 +99,9 @@ def drift(
     if vocabulary != other:
         raise UserError(f"tuned model has {other} tokens, its base {vocabulary}: compare a model with its own base")
     if empty := sum(not answer for answer in answer_ids):
-        raise UserError(f"{empty} base answers have no token, expected at least a stop token: evaluate the base again")
+        raise UserError(
+            f"{empty} base answers have no token", expected="at least a stop token", change="evaluate the base again"
+        )
     figures = {name: [0.0] * len(prompt_ids) for name in FIGURES}
     with track(description, len(prompt_ids), "prompt") as bar:
         for batch in batches(prompt_ids, answer_ids, batch_size, vocabulary):

@@ -38,7 +38,7 @@ def model_folder(key: str, text: str) -> Path:
     if source.kind == "path":
         if not Path(source.location, "config.json").is_file():
             raise UserError(
-                f"{key}: {source.location} holds no model, expected a Hugging Face model folder with config.json"
+                f"{key}: {source.location} holds no model", expected="a Hugging Face model folder with config.json"
             )
         return Path(source.location)
     return hub_folder(key, source)
@@ -104,8 +104,9 @@ def load_tokenizer(folder: Path | str, named: str = "", side: str = "left") -> P
     tokenizer = read_tokenizer(folder, named or f"{folder}", padding_side=side)
     if tokenizer.pad_token is None and tokenizer.eos_token is None:
         raise UserError(
-            f"{named or folder}: its tokenizer has neither a pad nor an eos token, expected one: name it in "
-            "tokenizer_config.json"
+            f"{named or folder}: its tokenizer has neither a pad nor an eos token",
+            expected="one",
+            change="name it in tokenizer_config.json",
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -142,12 +143,16 @@ def load_whole(
             raise  # of the machine, which the command line tells
         raise UserError(f"{named} cannot be loaded: {first_line(error)}") from error
     if getattr(model, "_hf_peft_config_loaded", False):
-        raise UserError(f"{named} is an adapter, expected a model: merge it into its base and give that folder")
+        raise UserError(
+            f"{named} is an adapter", expected="a model", change="merge it into its base and give that folder"
+        )
     _check_report(model, report, named, spared)
     for name, weight in model.state_dict().items():
         if weight.is_floating_point() and weight.element_size() > 1 and not weight.isfinite().all():
             raise UserError(
-                f"{named}: the weight {name} holds NaN or Inf, expected finite numbers: copy or train it again"
+                f"{named}: the weight {name} holds NaN or Inf",
+                expected="finite numbers",
+                change="copy or train it again",
             )
     return model
 

@@ -71,21 +71,26 @@ class SiteBasis:
         columns = {"range": self.rank, "null": self.null_dim}.get(self.kind)
         if columns is None or tuple(self.basis.shape) != (self.width, columns):
             raise UserError(
-                f"bases: site {self.site} holds a {self.kind!r} basis of shape {tuple(self.basis.shape)}, expected "
-                f"({self.width}, {columns}) for width {self.width} and rank {self.rank}: rebuild the bases"
+                f"bases: site {self.site} holds a {self.kind!r} basis of shape {tuple(self.basis.shape)}",
+                expected=f"({self.width}, {columns}) for width {self.width} and rank {self.rank}",
+                change="rebuild the bases",
             )
         if len(self.eigenvalues) not in (0, self.width):
             raise UserError(
-                f"bases: site {self.site} holds {len(self.eigenvalues)} eigenvalues, expected {self.width} (or none): "
-                "rebuild the bases"
+                f"bases: site {self.site} holds {len(self.eigenvalues)} eigenvalues",
+                expected=f"{self.width} (or none)",
+                change="rebuild the bases",
             )
         if not (torch.isfinite(self.basis).all() and torch.isfinite(self.eigenvalues).all()):
-            raise UserError(f"bases: site {self.site} holds NaN or Inf, expected finite values: rebuild the bases")
+            raise UserError(
+                f"bases: site {self.site} holds NaN or Inf", expected="finite values", change="rebuild the bases"
+            )
         error = _orthonormality_error(self.basis)
         if error > ORTHONORMALITY_TOLERANCE:
             raise UserError(
-                f"bases: site {self.site} is not orthonormal (off by {error:.1e}, expected at most "
-                f"{ORTHONORMALITY_TOLERANCE:.0e}): rebuild the bases"
+                f"bases: site {self.site} is not orthonormal (off by {error:.1e}",
+                expected=f"at most {ORTHONORMALITY_TOLERANCE:.0e})",
+                change="rebuild the bases",
             )
 
 

@@ -44,10 +44,14 @@ def spectrum(gram: Tensor) -> Tensor:
 
 def _checked(gram: Tensor) -> Tensor:
     if gram.ndim != 2 or gram.shape[0] != gram.shape[1]:
-        raise UserError(f"second moment of shape {tuple(gram.shape)}, expected a square matrix: collect it again")
+        raise UserError(
+            f"second moment of shape {tuple(gram.shape)}", expected="a square matrix", change="collect it again"
+        )
     if not torch.isfinite(gram).all():
         bad = int((~torch.isfinite(gram)).sum())
-        raise UserError(f"second moment has {bad} NaN or Inf entries, expected finite values: run the model in float32")
+        raise UserError(
+            f"second moment has {bad} NaN or Inf entries", expected="finite values", change="run the model in float32"
+        )
     return _symmetric(gram)
 
 
@@ -82,11 +86,11 @@ def check_rule(rule: str, threshold: float) -> None:
         UserError: naming the rule, the value and the limits.
     """
     if rule not in RULES:
-        raise UserError(f"selection rule {rule!r}, expected one of {', '.join(RULES)}: change `bases.rule`")
+        raise UserError(f"selection rule {rule!r}", expected=f"one of {', '.join(RULES)}", change="change `bases.rule`")
     upper = math.inf if rule in ("absolute", "rank", "contrast") else 1.0
     if not 0 <= threshold <= upper or (rule == "rank" and threshold != int(threshold)):
         meaning = "a whole number >= 0" if rule == "rank" else f"a number from 0 to {upper:g}"
-        raise UserError(f"threshold {threshold} for rule {rule!r}, expected {meaning}: change `bases.threshold`")
+        raise UserError(f"threshold {threshold} for rule {rule!r}", expected=meaning, change="change `bases.threshold`")
 
 
 def protected_rank(
@@ -129,7 +133,9 @@ def protected_rank(
     if rule == "leakage":
         if vectors is None or validation_gram is None:
             raise UserError(
-                "rule 'leakage' found no validation inputs, expected some: hold out general tokens or change the rule"
+                "rule 'leakage' found no validation inputs",
+                expected="some",
+                change="hold out general tokens or change the rule",
             )
         tails = _tails(energies(vectors, validation_gram.double()))
         return _first(tails <= (threshold**2 + ROUNDING) * tails[0])

@@ -175,4 +175,6 @@ def _asked(block: Any, config: Any) -> int:
         for name in ASKED:
             if isinstance(found := getattr(source, name, None), int):
                 return found
-    raise UserError("--model: nothing says how many experts a token asks, expected num_experts_per_tok in config.json")
+    raise UserError(
+        "--model: nothing says how many experts a token asks", expected="num_experts_per_tok in config.json"
+    )

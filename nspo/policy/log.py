@@ -178,7 +178,9 @@ class LogCallback(TrainerCallback):
         for name, key in (("loss", "loss"), ("norm of the gradient", "grad_norm_clipped_from")):
             if not math.isfinite(row.get(key, 0.0)):
                 raise UserError(
-                    f"step {state.global_step}: the {name} is {row[key]}, expected a finite number: {REMEDY}"
+                    f"step {state.global_step}: the {name} is {row[key]}",
+                    expected="a finite number",
+                    change=REMEDY,
                 )
         for columns in self.columns:
             row |= columns(state.global_step)

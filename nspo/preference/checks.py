@@ -131,8 +131,10 @@ def refuse_one_class(path: Path, target: Target, split: str, judged: Judgements,
     if 0 < positive < graded or (target == "reward" and len(judged.pairs)):
         return
     raise UserError(
-        f"{path}: {positive} of {graded} {split} labels of the {target} model are graded {settings.positive_above} or "
-        f"more, expected some of both kinds: change {target}.positive_above or data.labels"
+        f"{path}: {positive} of {graded} {split} labels of the {target} model are graded "
+        f"{settings.positive_above} or more",
+        expected="some of both kinds",
+        change=f"change {target}.positive_above or data.labels",
     )
 
 

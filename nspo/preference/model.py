@@ -140,7 +140,9 @@ class PreferenceModel:
         manifest = read_json(folder / MANIFEST_NAME)
         check_manifest(manifest, KIND, folder)
         if target not in (None, manifest["target"]):
-            raise UserError(f"{folder} holds a {manifest['target']} model, expected a {target} model: swap the folders")
+            raise UserError(
+                f"{folder} holds a {manifest['target']} model", expected=f"a {target} model", change="swap the folders"
+            )
         check_fingerprints(folder, manifest["model"])
         whole: Any = load_whole(AutoModelForSequenceClassification, folder, f"{folder}", dtype=torch.float32)
         model = whole.to(device).eval()

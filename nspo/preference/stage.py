@@ -139,8 +139,9 @@ def _fit(
             features[split] = answer_features(scorer, ids, scorer.config.pad_token_id, LENGTHS, bar.update)
         if not torch.isfinite(features[split]).all():
             raise UserError(
-                f"{target} model: the base model gives NaN or Inf for an answer, expected finite hidden states: check "
-                "the weights of model.source"
+                f"{target} model: the base model gives NaN or Inf for an answer",
+                expected="finite hidden states",
+                change="check the weights of model.source",
             )
     head = fit_head(features["train"], judged, l2)
     with torch.no_grad():

@@ -146,7 +146,9 @@ def check_suffix(path: Path) -> str:
     """
     suffix = path.suffix.removeprefix(".")
     if suffix not in METADATA:
-        raise UserError(f"{path}: a figure is written as .png or .svg, expected one of these suffixes: rename it")
+        raise UserError(
+            f"{path}: a figure is written as .png or .svg", expected="one of these suffixes", change="rename it"
+        )
     return suffix
 
 

@@ -30,11 +30,11 @@ def machine_flags(environment: Mapping[str, str], hosts: Sequence[str]) -> list[
         rank, job = int(environment["SLURM_NODEID"]), int(environment["SLURM_JOB_ID"])
     except (KeyError, ValueError) as error:
         raise UserError(
-            f"several nodes: {error} in the environment of this task, expected a job of SLURM started by srun (in the "
-            "profile, for this rule: `mpi: srun`)"
+            f"several nodes: {error} in the environment of this task",
+            expected="a job of SLURM started by srun (in the profile, for this rule: `mpi: srun`)",
         ) from error
     if not hosts or rank >= len(hosts):
-        raise UserError(f"several nodes: this is node {rank} of {len(hosts)}, expected one of the job's own")
+        raise UserError(f"several nodes: this is node {rank} of {len(hosts)}", expected="one of the job's own")
     flags = {
         "num_machines": len(hosts),
         "machine_rank": rank,

@@ -65,7 +65,7 @@ def _split(gpus: int) -> tuple[list[str] | None, list[str] | None]:
     if not gpus:
         return None, None
     if gpus > len(names):
-        raise UserError(f"--gpus {gpus}: found {len(names)} GPUs, expected at least as many")
+        raise UserError(f"--gpus {gpus}: found {len(names)} GPUs", expected="at least as many")
     return names[-gpus:], names[:-gpus]
 
 

@@ -73,7 +73,9 @@ def screen(
     for count in settings.answers:
         if count % rollouts.group_size:
             raise UserError(
-                f"screen.answers has {count}, expected multiples of policy.group_size ({rollouts.group_size}): mend it"
+                f"screen.answers has {count}",
+                expected=f"multiples of policy.group_size ({rollouts.group_size})",
+                change="mend it",
             )
     store = ActivationStore(activations)
     identity = {
@@ -151,7 +153,9 @@ def _weighed(rule: SelectionSettings, store: ActivationStore) -> tuple[list[str]
     """The protected domains that count for a rule, and their weights."""
     known = [domain for domain in store.domains("basis") if domain != HARMFUL]
     if unknown := sorted(rule.weights.keys() - set(known)):
-        raise UserError(f"screen.rules names the domain {unknown[0]!r}, expected some of {', '.join(known)}: mend it")
+        raise UserError(
+            f"screen.rules names the domain {unknown[0]!r}", expected=f"some of {', '.join(known)}", change="mend it"
+        )
     weights = {domain: rule.weights.get(domain, 1.0) for domain in known}
     return [domain for domain in known if weights[domain]], {d: w for d, w in weights.items() if w}
 

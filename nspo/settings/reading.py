@@ -110,7 +110,7 @@ def check_config(raw: Any, where: str = "config") -> Config:
 def validate(section: type[S], raw: Any, where: str) -> S:
     """Build `section` from plain values, turning pydantic's report into one `UserError`, a line per fault."""
     if not isinstance(raw, dict):
-        raise UserError(f"{where}: found {type(raw).__name__}, expected a mapping of keys to values")
+        raise UserError(f"{where}: found {type(raw).__name__}", expected="a mapping of keys to values")
     try:
         return section.model_validate(raw)
     except ValidationError as error:

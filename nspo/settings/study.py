@@ -32,10 +32,10 @@ def variants(config: Config, where: str) -> dict[str, Config]:
     found: dict[str, Config] = {}
     for place, name, changes in _written(config):
         if name in found:
-            raise UserError(f"{where}: {place}: a variant is called {name!r} already, expected another name")
+            raise UserError(f"{where}: {place}: a variant is called {name!r} already", expected="another name")
         found[name] = validate(Config, changed(base, changes), f"{where}: {place}")
         if found[name].runtime != config.runtime or found[name].study:
-            raise UserError(f"{where}: {place}: `runtime` and `study` are of the whole file, expected no key of them")
+            raise UserError(f"{where}: {place}: `runtime` and `study` are of the whole file", expected="no key of them")
     return found
 
 

@@ -50,7 +50,7 @@ def xstest(task: Task, row: Row) -> dict[str, Any]:
     """Safe prompts test over-refusal, their unsafe contrasts safety: two domains, never pooled."""
     label = row.get("label") or ("unsafe" if str(row.get("type")).startswith("contrast") else "safe")
     if label not in ("safe", "unsafe"):
-        raise UserError(f"a row has the label {label!r}, expected safe or unsafe")
+        raise UserError(f"a row has the label {label!r}", expected="safe or unsafe")
     return {**prompts(task, row), "role": "benign" if label == "safe" else "harmful", "domain": f"xstest_{label}"}
 
 
@@ -98,7 +98,9 @@ def _tests(stored: Any) -> list[dict[str, str]]:
         pickled = zlib.decompress(base64.b64decode(stored))
         strings = [value for _, value, _ in pickletools.genops(pickled) if isinstance(value, str)]
         if len(strings) != 1:
-            raise UserError(f"private_test_cases hold {len(strings)} strings, expected one: not LiveCodeBench's form")
+            raise UserError(
+                f"private_test_cases hold {len(strings)} strings", expected="one", change="not LiveCodeBench's form"
+            )
         found = json.loads(strings[0])
     return [{key: case[key] for key in ("input", "output", "testtype")} for case in found]
 
@@ -110,7 +112,7 @@ def choices(task: Task, row: Row) -> dict[str, Any]:
     options = [text.strip() for text in parts[1::2]] or [part.strip() for part in listed.split("/")]
     names = [name.lower() for name in parts[0::2]] or options
     if row["answer"] not in names or not question.strip():
-        raise UserError(f"a row has the answer {row['answer']!r:.40}, expected one of {', '.join(names)[:80]}")
+        raise UserError(f"a row has the answer {row['answer']!r:.40}", expected=f"one of {', '.join(names)[:80]}")
     question = question.strip()
     return {
         "prompt": question,

@@ -47,11 +47,11 @@ def load(name: str, settings: BenchmarkSettings, training: Sequence[str] | None)
         items.setdefault(dumps([item["prompt"], item.get("doc")]), item)
     every = list(items.values())
     if not every:
-        raise UserError(f"{name}: no row of {_told(place)} belongs to the benchmark, expected its own file")
+        raise UserError(f"{name}: no row of {_told(place)} belongs to the benchmark", expected="its own file")
     kept, leaks = _without_leaks(every, training, settings.near_duplicate)
     asked = stratified(kept, settings.limit or len(kept), settings.sample_seed)
     if not asked:
-        raise UserError(f"{name}: every prompt stands among the training prompts, expected some that do not")
+        raise UserError(f"{name}: every prompt stands among the training prompts", expected="some that do not")
     version = {"revision": place.revision} if isinstance(place, Source) else {}
     record = {
         "name": name,
@@ -110,7 +110,7 @@ def locate(name: str, settings: BenchmarkSettings) -> list[Path] | Source:
         if source.kind == "hub":
             return source
         if not Path(source.location).is_file():
-            raise UserError(f"benchmarks.sources.{name}: {source.location} does not exist, expected a file")
+            raise UserError(f"benchmarks.sources.{name}: {source.location} does not exist", expected="a file")
         return [Path(source.location)]
     if settings.data and (files := sorted(Path(settings.data).glob(task.file))):
         return files
@@ -173,11 +173,11 @@ def _flat(where: object, value: Any, names: tuple[str, ...] = ()) -> Iterator[di
             yield from _flat(where, part, (*names, str(key).rstrip(":")))
         return
     if not isinstance(value, list):
-        raise UserError(f"{where}: found {type(value).__name__}, expected rows, texts, or topics that hold them")
+        raise UserError(f"{where}: found {type(value).__name__}", expected="rows, texts, or topics that hold them")
     known = {"category": names[0]} if names else {}
     for row in value:
         if not isinstance(row, Mapping | str):
-            raise UserError(f"{where}: found the row {row!r:.60}, expected columns or a text")
+            raise UserError(f"{where}: found the row {row!r:.60}", expected="columns or a text")
         yield {**known, "prompt": row} if isinstance(row, str) else {**known, **row}
 
 
@@ -192,8 +192,8 @@ def _item(name: str, task: Task, row: Mapping[str, Any], index: int) -> dict[str
         made = FORMATS[task.format](task, row)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise UserError(
-            f"{name}: row {index} is not as the benchmark's are ({type(error).__name__}: {error}), expected its own "
-            f"columns, found {', '.join(map(str, row))[:200]}"
+            f"{name}: row {index} is not as the benchmark's are ({type(error).__name__}: {error})",
+            expected=f"its own columns, found {', '.join(map(str, row))[:200]}",
         ) from error
     except UserError as error:
         raise UserError(f"{name}: row {index}: {error}") from error

@@ -110,7 +110,7 @@ def run_benchmarks(
             judge that cannot go on.
     """
     if not settings.tasks:
-        raise UserError("no benchmark is named, expected --tasks NAME,NAME (see docs/evaluation.md)")
+        raise UserError("no benchmark is named", expected="--tasks NAME,NAME (see docs/evaluation.md)")
     device = device_of(runtime.device)
     check_engine("benchmarks.engine", settings.engine, device)
     check_benchmarks(settings)
@@ -219,8 +219,9 @@ def _refer(task: str, benchmark: Benchmark, settings: dict[str, Any], base_answe
     if base_answers is None:
         if missing := [item for item in benchmark.items if not isinstance(item["published"], str)]:
             raise UserError(
-                f"{task}: {len(missing)} of {len(benchmark.items)} prompts have no published answer (`output`), "
-                "expected the benchmark's own file, or `benchmarks.comparison.against: base`"
+                f"{task}: {len(missing)} of {len(benchmark.items)} prompts have no published answer (`output`)",
+                expected="the benchmark's own file, or `benchmarks.comparison.against",
+                change="base`",
             )
         given = {item["id"]: item["published"].strip() for item in benchmark.items}
         whose = {"answers": fingerprint(sorted(given.items()))}

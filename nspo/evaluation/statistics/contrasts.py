@@ -75,8 +75,8 @@ def contrast(ours: ArrayLike, theirs: ArrayLike, rates: bool = False) -> Contras
     prompts = {table.shape[1] for table in tables}
     if len(prompts) != 1 or min(prompts) < 2:
         raise UserError(
-            f"tables of {' and '.join(map(str, sorted(prompts)))} prompts cannot be compared, expected the same 2 or "
-            "more prompts of both methods"
+            f"tables of {' and '.join(map(str, sorted(prompts)))} prompts cannot be compared",
+            expected="the same 2 or more prompts of both methods",
         )
     count = prompts.pop()
     paired = tables[0].mean(0) - tables[1].mean(0)
@@ -116,7 +116,9 @@ def weighted(values: ArrayLike, weights: Sequence[float], log: bool = False) -> 
     if not log:
         return means + influence
     if (means <= 0).any():
-        raise UserError(f"a mean of {means.min():.3g} has no logarithm, expected means above zero (a model that moved)")
+        raise UserError(
+            f"a mean of {means.min():.3g} has no logarithm", expected="means above zero (a model that moved)"
+        )
     return np.log(means) + influence / means
 
 

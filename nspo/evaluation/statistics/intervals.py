@@ -75,7 +75,7 @@ def bootstrap_mean(values: Sequence[float], seed: int = 0, weights: Sequence[flo
     """
     if len(values) < 2:
         raise UserError(
-            f"a mean over {len(values)} prompts has no interval, expected at least 2: evaluate more prompts"
+            f"a mean over {len(values)} prompts has no interval", expected="at least 2", change="evaluate more prompts"
         )
     shares = np.ones(len(values)) if weights is None else np.asarray(weights, dtype=float)
     data = np.asarray(values, dtype=float)
@@ -116,8 +116,8 @@ def pooled_mean(values: Sequence[Sequence[float]], seed: int = 0, weights: Seque
     lengths = {len(row) for row in values}
     if len(values) < 2 or len(lengths) != 1 or min(lengths) < 2:
         raise UserError(
-            f"{len(values)} seeds with {sorted(lengths)} prompts cannot be pooled, expected at least 2 seeds with the "
-            "same prompts, 2 or more"
+            f"{len(values)} seeds with {sorted(lengths)} prompts cannot be pooled",
+            expected="at least 2 seeds with the same prompts, 2 or more",
         )
     return _crossed([np.asarray(values, dtype=float)], seed, weights)
 

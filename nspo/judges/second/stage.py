@@ -59,7 +59,9 @@ def train_second_judge(
     if len({row["prompt"] for row in rows}) < 2 or len(set(harmful.tolist())) < 2:
         raise UserError(
             f"{labels}: {int(harmful.sum())} of {len(rows)} labels of the second judge are graded "
-            f"{settings.positive_above} or more, expected some of both kinds: raise data.judge_fraction"
+            f"{settings.positive_above} or more",
+            expected="some of both kinds",
+            change="raise data.judge_fraction",
         )
     encoder = load_encoder(settings, wheels_dir, device_of(runtime.device))
     asked = encoder.embed([row["prompt"] for row in rows], "prompts of the labels")
@@ -141,8 +143,9 @@ def topic_threshold(own: Floats, other: Floats) -> dict[str, Any]:
     """
     if not len(own) or not len(other):
         raise UserError(
-            "the labels of the second judge hold no answers to two prompts that are no refusals, expected some: raise "
-            "data.judge_fraction"
+            "the labels of the second judge hold no answers to two prompts that are no refusals",
+            expected="some",
+            change="raise data.judge_fraction",
         )
     tried = np.unique(np.concatenate([own, other]))
     hit, passed = ((values[None] >= tried[:, None]).mean(1) for values in (own, other))

@@ -33,8 +33,10 @@ def check_model_files(path: Path | str, named: str) -> None:
     elif path.is_dir():
         if (path / "adapter_config.json").is_file():
             raise UserError(
-                f"{named}: {path} holds an adapter (adapter_config.json), expected a model: merge it into its base "
-                "(peft: merge_and_unload, save_pretrained) and give that folder"
+                f"{named}: {path} holds an adapter (adapter_config.json)",
+                expected=(
+                    "a model: merge it into its base (peft: merge_and_unload, save_pretrained) and give that folder"
+                ),
             )
         weight_files(path, named)
 
@@ -55,7 +57,9 @@ def weight_files(folder: Path, named: str) -> dict[str, Path]:
 
     single, index = folder / "model.safetensors", folder / INDEX
     if single.is_file() and index.is_file():
-        raise UserError(f"{named}: {folder} holds both {single.name} and {INDEX}, expected one: remove the stale one")
+        raise UserError(
+            f"{named}: {folder} holds both {single.name} and {INDEX}", expected="one", change="remove the stale one"
+        )
     listed = read_json(index)["weight_map"] if index.is_file() else {}
     shards = [folder / name for name in sorted(set(listed.values()))] or [single] * single.is_file()
     found: dict[str, Path] = {}
@@ -85,6 +89,7 @@ def _check_gguf(path: Path, named: str) -> None:
         parts = max(parts, int(name[1]))
     if parts > 1:
         raise UserError(
-            f"{named}: {path} is one of {parts} parts of a split GGUF, expected a whole one: join them "
-            "(`llama-gguf-split --merge FIRST-PART WHOLE.gguf`)"
+            f"{named}: {path} is one of {parts} parts of a split GGUF",
+            expected="a whole one",
+            change="join them (`llama-gguf-split --merge FIRST-PART WHOLE.gguf`)",
         )

@@ -27,7 +27,7 @@ def frozen(template: Any, named: str) -> Any:
     if not isinstance(template, str):
         return template
     if CHANCE.search(template):
-        raise UserError(f"{named}: its chat template draws random numbers, expected the same prompt every time")
+        raise UserError(f"{named}: its chat template draws random numbers", expected="the same prompt every time")
     return _clock() + template if CLOCK in template and _clock() not in template else template
 
 

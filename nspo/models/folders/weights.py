@@ -186,7 +186,7 @@ def stored_tensors(folder: Path) -> dict[str, _Stored]:
     for name, path in weight_files(folder, f"{folder}").items():
         files.setdefault(path, []).append(name)
     if not files:
-        raise UserError(f"{folder} holds no *.safetensors weights, expected a Hugging Face model folder")
+        raise UserError(f"{folder} holds no *.safetensors weights", expected="a Hugging Face model folder")
     found = {}
     for path, names in files.items():
         with _opened(path) as file:

@@ -126,8 +126,9 @@ def locate(model: nn.Module, names: Iterable[str]) -> dict[str, Weight]:
     for weight in found.values():
         if weight.expert is not None and named[weight.holder] != weight.experts:
             raise UserError(
-                f"the bases hold {named[weight.holder]} of the {weight.experts} experts of {weight.holder}, expected "
-                "all: they are one parameter, and the others would move freely"
+                f"the bases hold {named[weight.holder]} of the {weight.experts} experts of {weight.holder}",
+                expected="all",
+                change="they are one parameter, and the others would move freely",
             )
     return found
 
@@ -148,12 +149,17 @@ def _locate(name: str, modules: dict[str, Any]) -> Weight:
         raise UserError(f"the model has no layer {name}, the bases expect it: use the bases of this model")
     if hasattr(module, "base_layer"):
         raise UserError(
-            f"layer {name} is wrapped by {type(module).__module__}.{type(module).__name__}, expected a plain "
-            "linear layer: merge or unload the adapter first, or train nspo.null_space_adapter of the bare "
-            "model, which needs no constrain()"
+            f"layer {name} is wrapped by {type(module).__module__}.{type(module).__name__}",
+            expected="a plain linear layer",
+            change=(
+                "merge or unload the adapter first, or train nspo.null_space_adapter of the bare "
+                "model, which needs no constrain()"
+            ),
         )
     if not (isinstance(module, nn.Linear) or is_transposed(module)):
-        raise UserError(f"layer {name} is a {type(module).__name__}, expected nn.Linear: leave it out of the bases")
+        raise UserError(
+            f"layer {name} is a {type(module).__name__}", expected="nn.Linear", change="leave it out of the bases"
+        )
     return Weight(name, module, "weight", is_transposed(module))
 
 
@@ -167,13 +173,16 @@ def find_weights(model: nn.Module, names: Iterable[str]) -> dict[str, Weight]:
     for name, weight in found.items():
         parameter = weight.parameter
         if parameter.is_meta:
-            raise UserError(f"layer {name} has its weight on the meta device, expected data: load the weights first")
+            raise UserError(
+                f"layer {name} has its weight on the meta device", expected="data", change="load the weights first"
+            )
         plain = type(parameter.data) in (Tensor, DTensor) and parameter.is_floating_point() and parameter.itemsize > 1
         if not plain or len(whole_shape(parameter)) not in (2, 3):
             kind = f"{type(parameter.data).__name__} {parameter.dtype} of shape {tuple(parameter.shape)}"
             raise UserError(
-                f"layer {name} has a quantised or flattened weight ({kind}), expected a float matrix: "
-                "load it unquantised"
+                f"layer {name} has a quantised or flattened weight ({kind})",
+                expected="a float matrix",
+                change="load it unquantised",
             )
     return found
 

@@ -65,9 +65,10 @@ def find_sites(model: PreTrainedModel, pattern: str = ".*") -> list[Site]:
     matching = _matching(names, pattern)
     if unknown := [name for name in unknown_experts(blocks) if re.fullmatch(pattern, name)]:
         raise UserError(
-            f"{len(unknown)} layers ({', '.join(unknown[:3])}, ...) hold experts in a form whose inputs cannot be "
-            "collected, expected linear layers or the experts of transformers' mixtures: leave them out with "
-            "`activations.layers`, for instance '.*attn.*'"
+            f"{len(unknown)} layers ({', '.join(unknown[:3])}, ...) hold experts in a form whose "
+            "inputs cannot be collected",
+            expected="linear layers or the experts of transformers' mixtures",
+            change="leave them out with `activations.layers`, for instance '.*attn.*'",
         )
     places = locate(model, [name for name in matching if name not in own])
     read = [Site(name, (name,), place.width) for name, place in places.items()]
@@ -138,7 +139,7 @@ def modules_in_blocks(model: PreTrainedModel) -> dict[str, nn.Module]:
         if name.startswith(inside) and isinstance(module, nn.ModuleList) and len(module) == count:
             return {n: m for n, m in modules.items() if n.startswith(name + ".")}
     raise UserError(
-        f"model.source: {type(model).__name__} has no list of {count} blocks, expected a decoder-only language model"
+        f"model.source: {type(model).__name__} has no list of {count} blocks", expected="a decoder-only language model"
     )
 
 
@@ -155,8 +156,8 @@ def _matching(names: Sequence[str], pattern: str) -> list[str]:
         raise UserError(f"activations.layers: {pattern!r} is not a regular expression ({error})") from error
     if not found:
         raise UserError(
-            f"activations.layers: {pattern!r} matches none of the {len(names)} linear layers, expected a pattern "
-            f"for full names such as {', '.join(names[:7])}"
+            f"activations.layers: {pattern!r} matches none of the {len(names)} linear layers",
+            expected=f"a pattern for full names such as {', '.join(names[:7])}",
         )
     return found
 
@@ -195,7 +196,8 @@ def _probe(
         bare = [tuple(size for size in shape[:-1] if size != 1) + shape[-1:] for shape in shapes]
         if bare not in ([(*PROBE_SHAPE, site.width)], [(tokens, site.width)]):
             raise UserError(
-                f"layer {site.name} read inputs of shapes {shapes} in a forward pass over {PROBE_SHAPE} tokens, "
-                f"expected one of width {site.width} per token, once: leave it out with `activations.layers`"
+                f"layer {site.name} read inputs of shapes {shapes} in a forward pass over {PROBE_SHAPE} tokens",
+                expected=f"one of width {site.width} per token, once",
+                change="leave it out with `activations.layers`",
             )
     return {name: calls[0] for name, calls in seen.items()}, chosen

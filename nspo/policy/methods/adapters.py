@@ -74,7 +74,9 @@ def project_after(policy: PreTrainedModel, bases: NullSpaceBases, base: Path) ->
     squares = [(float(before), float(update.square().sum())) for before, _, _, update in projected()]
     before, after = (sum(column) for column in zip(*squares, strict=True))
     if after == 0:
-        raise UserError("nothing of the update lies in the null space, expected some: protect less (`bases.threshold`)")
+        raise UserError(
+            "nothing of the update lies in the null space", expected="some", change="protect less (`bases.threshold`)"
+        )
     scale = (before / after) ** 0.5
     for _, rows, start, update in projected():
         rows.copy_(start + scale * update)

@@ -70,7 +70,9 @@ def load_bases(method: MethodSettings, name: str, path: Path | None, model: Path
     own, made = method.own_bases, bases.manifest.get("settings")
     if own is not None and made != (wanted := own.model_dump()):
         raise UserError(
-            f"{path} was made with {made}, expected the bases of method {name!r}, {wanted}: compute them anew"
+            f"{path} was made with {made}",
+            expected=f"the bases of method {name!r}, {wanted}",
+            change="compute them anew",
         )
     bases.check_folder(model)
     return bases

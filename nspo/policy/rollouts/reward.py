@@ -68,8 +68,9 @@ def score_where(model: Scorer, asked: list[str], answers: list[str], where: Tens
         scores[where] = model.score([asked[i] for i in index], [answers[i] for i in index]).cpu()
     if isinstance(model, PreferenceModel) and not torch.isfinite(scores).all():
         raise UserError(
-            f"the {model.target} model scores an answer with NaN or Inf, expected a finite number: train it again "
-            "(delete its folder), or check its labels"
+            f"the {model.target} model scores an answer with NaN or Inf",
+            expected="a finite number",
+            change="train it again (delete its folder), or check its labels",
         )
     return scores
 

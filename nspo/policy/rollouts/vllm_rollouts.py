@@ -33,14 +33,18 @@ def check_rollout(training: TrainingSettings, vllm: VLLMSettings, device: torch.
         return
     if device.type != "cuda":
         raise UserError(
-            f"policy.rollout is 'vllm', but the stage runs on {device.type}, expected an NVIDIA GPU (vLLM's CPU build "
-            "packs its weights and takes no new ones): set policy.rollout: transformers"
+            f"policy.rollout is 'vllm', but the stage runs on {device.type}",
+            expected=(
+                "an NVIDIA GPU (vLLM's CPU build packs its weights and takes no new ones): set "
+                "policy.rollout: transformers"
+            ),
         )
     check_engine("policy.rollout", training.rollout, device)
     if vllm.server is None and processes % vllm.tensor_parallel:
         raise UserError(
-            f"runtime.vllm.tensor_parallel is {vllm.tensor_parallel}, expected a divisor of the {processes} training "
-            "processes: change it"
+            f"runtime.vllm.tensor_parallel is {vllm.tensor_parallel}",
+            expected=f"a divisor of the {processes} training processes",
+            change="change it",
         )
 
 

@@ -37,7 +37,7 @@ def write_study(variants: list[Path], out: Path, table: Path, plots: Path) -> No
         UserError: for two folders of one name, or one that lacks a file.
     """
     if twice := {folder.name for folder in variants if [it.name for it in variants].count(folder.name) > 1}:
-        raise UserError(f"{min(twice)}: found two variants of this name, expected each once")
+        raise UserError(f"{min(twice)}: found two variants of this name", expected="each once")
     configs = load_variants(variants)
     columns, rows = load_rows(variants, configs)
     values = varied(configs)
