@@ -90,7 +90,7 @@ BAD_PROMPTS = {
 }
 BAD_LABELS = {
     "grade.csv": (CSV.replace("0.5", "high").encode(), "found the grade ['high'], expected numbers from 0 to 1"),
-    "none.csv": (CSV.replace("grade", "mark").encode(), "found the grade [] in columns 'grade'"),
+    "none.csv": (CSV.replace("grade", "mark").encode(), "found the grade [] in 'grade'"),
     "nan.jsonl": (ROWS.replace("0.5", "NaN").encode(), "found the grade [nan]"),
     "list.jsonl": (ROWS.replace("0.5", "[1]").encode(), "found the grade [[1]]"),
     "huge.jsonl": (ROWS.replace("0.5", "1" + "0" * 400).encode(), "found the grade [1000"),
