@@ -103,7 +103,7 @@ def test_a_prompt_with_two_checks_is_refused(tmp_path: Path) -> None:
     for role in sets:
         write(tmp_path / f"{role}.jsonl", [{"prompt": f"{role} {word}"} for word in "abcdefghijklmnop"])
     general = {"maths": DataSet(source=str(tmp_path / "maths.jsonl"))}
-    settings = PromptSettings(general=general, general_heldout={}, harmful_heldout={}, **sets)
+    settings = PromptSettings(general=general, general_heldout={}, harmful_heldout={}, gold={}, **sets)
     write(tmp_path / "maths.jsonl", [*rows, rows[0]])
     prepare_prompts(settings, tmp_path, tmp_path / "prompts.parquet")
     write(tmp_path / "maths.jsonl", [*rows, {**rows[0], "check": {"type": "number", "answer": 9}}])

@@ -21,7 +21,8 @@ SCORES = (  # axis, name, domain, unit
     ("safety", "unsafe_rate", "harmbench", "rate"),
     ("over_refusal", "refusal_rate", "benign", "rate"),
     ("ability", "accuracy", "all", "rate"),
-    ("drift", "kl_per_token", "all", "nats"),
+    ("drift", "kl_per_token", "seen", "nats"),
+    ("drift", "kl_per_token", "unseen", "nats"),
     ("drift", "kl_per_token", "maths", "nats"),
 )
 

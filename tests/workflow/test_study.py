@@ -125,8 +125,8 @@ def test_every_variant_is_a_row_beside_its_keys(ran: Path) -> None:
     assert by_name["no constraint"]["policy.methods.main.constraint.kind"] == "none"
     assert by_name["space-energy-0.8"]["bases.threshold"] == "0.8"
     summary = csv.DictReader((ran / "results/study/variants/small K/summary.csv").open())
-    (kl,) = (r for r in summary if (r["method"], r["name"], r["domain"]) == ("main", "kl_per_token", "all"))
-    assert float(by_name["small K"]["kl_per_token"]) == pytest.approx(float(kl["value"]))
+    (kl,) = (r for r in summary if (r["method"], r["name"], r["domain"]) == ("main", "kl_per_token", "seen"))
+    assert float(by_name["small K"]["kl_per_token_seen"]) == pytest.approx(float(kl["value"]))
     assert float(by_name["as configured"]["leakage_basis"]) < 1e-6 < float(by_name["no constraint"]["leakage_basis"])
     assert 'href="variants/small%20K/report.html"' in (ran / "results/study/study.html").read_text()
 

@@ -19,12 +19,19 @@ from typing import Any
 import psutil
 import pytest
 import yaml
-from support.workflow_project import ROOT, contents, snakemake, snakemake_command
+from support.workflow_project import ROOT, contents, copy_project, snakemake, snakemake_command
 
 from nspo.evaluation.benchmarks.registry import TASKS
 from nspo.settings.policy.methods import PRESETS, MethodSettings
 
 pytestmark = pytest.mark.workflow
+
+
+@pytest.fixture(scope="module")
+def finished(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the finished project that these tests may change, while others read the first one."""
+    return Path(shutil.copytree(finished, tmp_path_factory.mktemp("changed") / "project", symlinks=True))
+
 
 # What comes after a policy; and what writes the configuration into the page.
 AFTER = {"report", "write_config"}
@@ -224,18 +231,21 @@ def test_processes_share_out_the_training(finished: Path) -> None:
     assert "micro_batch_size x processes (4 x 2)" in refused.stdout
 
 
-def test_artifacts_are_cached_between_workflows(finished: Path, tmp_path: Path) -> None:
+def test_artifacts_are_cached_between_workflows(tmp_path: Path) -> None:
     """With `--cache`, a second workflow with the same settings and another results folder takes both artifacts over."""
-    settings = {"SNAKEMAKE_OUTPUT_CACHE": str(tmp_path)}
+    (tmp_path / "project").mkdir()
+    project, cache = copy_project(tmp_path / "project"), tmp_path / "cache"
+    cache.mkdir()
+    settings = {"SNAKEMAKE_OUTPUT_CACHE": str(cache)}
     for name in ("first", "second"):
-        config = changed(finished, runtime={"results": f"results/{name}"})
-        run = snakemake(finished, "--until", "compute_bases", "--cache", config=config, environment=settings)
+        config = changed(project, runtime={"results": f"results/{name}"})
+        run = snakemake(project, "--until", "compute_bases", "--cache", config=config, environment=settings)
         assert run.returncode == 0, run.stdout[-3000:]
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(list(cache.iterdir())) == 2
     for artifact in ("activations/manifest.json", "bases/bases.safetensors"):
-        first, second = (finished / f"results/{name}" / artifact for name in ("first", "second"))
+        first, second = (project / f"results/{name}" / artifact for name in ("first", "second"))
         assert first.resolve() == second.resolve()
-        assert first.resolve().is_relative_to(tmp_path)
+        assert first.resolve().is_relative_to(cache)
 
 
 def test_an_edit_of_code_reruns_its_stage_and_a_touch_does_not(finished: Path) -> None:

@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import shutil
 import signal
 import sys
 from functools import cache
@@ -18,6 +19,8 @@ if (beside / "nspo" / "workflow").is_dir():
     alone = Path(".snakemake", "package").absolute()  # a folder of this package alone
     alone.mkdir(parents=True, exist_ok=True)
     if not (alone / "nspo").exists() or not (alone / "nspo").samefile(beside / "nspo"):
+        if (alone / "nspo").is_dir() and not (alone / "nspo").is_symlink():
+            shutil.rmtree(alone / "nspo")  # a copy of the run that followed the link
         (alone / "nspo").unlink(missing_ok=True)
         (alone / "nspo").symlink_to(beside / "nspo")
     sys.path.insert(0, str(alone))
