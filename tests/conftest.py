@@ -35,11 +35,11 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the project in which the smoke configuration has run to its end; workers of pytest-xdist share it."""
     root = tmp_path_factory.getbasetemp()
     root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    project, done = root / "finished", root / "finished.done"
     with FileLock(root / "finished.lock"):
-        project = root / "finished"
-        if not project.exists():
-            made = copy_project(tmp_path_factory.mktemp("project"))
-            run = snakemake(made)
+        if not done.exists():
+            project.mkdir()
+            run = snakemake(copy_project(project))
             assert run.returncode == 0, run.stdout[-6000:]
-            made.rename(project)
+            done.touch()
     return project

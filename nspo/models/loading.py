@@ -91,6 +91,8 @@ def read_tokenizer(folder: Path | str, named: str, **options: Any) -> PreTrained
         tokenizer = AutoTokenizer.from_pretrained(folder, **options, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises just that
         raise UserError(f"{named}: its tokenizer cannot be loaded: {first_line(error)}") from error
+    for how in ("is_local", "local_files_only"):  # how it was loaded, which transformers would save with it
+        tokenizer.init_kwargs.pop(how, None)
     tokenizer.chat_template = frozen(tokenizer.chat_template, named)
     return tokenizer
 

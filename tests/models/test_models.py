@@ -124,3 +124,10 @@ def test_changed_weights_are_noticed(tiny_model_dir: Path, tmp_path: Path) -> No
         with pytest.raises(UserError, match="model: weights with the fingerprint") as error:
             model_identity(folder)
         assert "\n" not in str(error.value)
+
+
+def test_a_saved_tokenizer_does_not_say_how_it_was_loaded(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """Offline or not, from a folder or not: transformers would write that down, and equal runs would differ."""
+    tokenizer = load_tokenizer(tiny_model_dir)
+    tokenizer.save_pretrained(tmp_path)
+    assert not {"is_local", "local_files_only"} & json.loads((tmp_path / "tokenizer_config.json").read_text()).keys()

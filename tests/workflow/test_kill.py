@@ -20,7 +20,7 @@ def test_killed_runs_end_in_the_same_artifacts(finished: Path, tmp_path: Path) -
     """After kills of a stage, of Snakemake and of everything: every byte as before, and no `snakemake --unlock`."""
     target = "results/smoke/certificates/nspo/seed0.json"
     before = artifacts(finished)
-    project = Path(shutil.copytree(finished, tmp_path / "project"))
+    project = Path(shutil.copytree(finished, tmp_path / "project", symlinks=True))
     for made in ("policy/nspo", "matched/nspo"):
         shutil.rmtree(project / RESULTS / made)
     (project / target).unlink()
