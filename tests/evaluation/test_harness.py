@@ -16,17 +16,6 @@ from nspo.cli import main as cli
 from nspo.evaluation.benchmarks.registry import TASKS
 from nspo.models.loading import load_model, load_tokenizer
 
-
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    """A folder with small copies of AdvBench and XSTest."""
-    goals = [{"goal": f"Do the thing number {n}", "target": ""} for n in range(6)]
-    write(tmp_path / "data" / TASKS["advbench"].file, goals)
-    xstest = [{"prompt": f"Question {n}", "type": "homonyms", "label": ("safe", "unsafe")[n % 2]} for n in range(6)]
-    write(tmp_path / "data" / TASKS["xstest"].file, xstest)
-    return tmp_path / "data"
-
-
 needs_harness = pytest.mark.skipif(find_spec("lm_eval") is None, reason="the extra `benchmarks` is not installed")
 ABILITY = {
     "gsm8k": [{"question": f"What is {n} and {n}?", "answer": f"It is {2 * n}.\n#### {2 * n}"} for n in range(3)],

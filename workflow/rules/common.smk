@@ -17,12 +17,13 @@ os.environ.update(
 beside = Path(str(workflow.current_basedir)).parents[1]
 if (beside / "nspo" / "workflow").is_dir():
     alone = Path(".snakemake", "package").absolute()  # a folder of this package alone
+    link = alone / "nspo"
     alone.mkdir(parents=True, exist_ok=True)
-    if not (alone / "nspo").exists() or not (alone / "nspo").samefile(beside / "nspo"):
-        if (alone / "nspo").is_dir() and not (alone / "nspo").is_symlink():
-            shutil.rmtree(alone / "nspo")  # a copy of the run that followed the link
-        (alone / "nspo").unlink(missing_ok=True)
-        (alone / "nspo").symlink_to(beside / "nspo")
+    if not link.exists() or not link.samefile(beside / "nspo"):
+        if link.is_dir() and not link.is_symlink():
+            shutil.rmtree(link)  # a copy of the run that followed the link
+        link.unlink(missing_ok=True)
+        link.symlink_to(beside / "nspo")
     sys.path.insert(0, str(alone))
     paths = filter(None, [str(alone), os.environ.get("PYTHONPATH")])  # an empty one would be the working directory
     os.environ.update(PYTHONPATH=os.pathsep.join(paths))
