@@ -19,6 +19,7 @@ SCHEMA_VERSION = 1
 METADATA_KEY = "nspo"
 UNKNOWN = "unknown"  # of a part that an artifact does not record
 MANIFEST_NAME = "manifest.json"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def dumps(value: Any) -> str:
@@ -124,18 +125,31 @@ def fingerprint_files(paths: Iterable[Path]) -> str:
     return digest.hexdigest()[:16]
 
 
+def weight_shards(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder that transformers loads: the one, or those that the index names.
+
+    What else lies there, such as the same weights as `consolidated.safetensors`, is not the model.
+    """
+    single, index = folder / WEIGHTS, folder / INDEX
+    if single.is_file() or not index.is_file():
+        return [single] * single.is_file()
+    return [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+
+
 def fingerprint_model(folder: Path | str) -> dict[str, str]:
-    """`{"weights": ..., "tokenizer": ...}` for a model folder: safetensors shards, and tokenizer with chat template.
+    """`{"weights": ..., "tokenizer": ...}` for a model folder: `weight_shards`, and tokenizer with chat template.
 
     Raises:
-        UserError: when the folder holds no safetensors weights.
+        UserError: when the folder holds no safetensors weights, or not all that the index names.
     """
     folder = Path(folder)
-    weights = list(folder.glob("*.safetensors"))
+    weights = weight_shards(folder)
     if not weights:
         raise UserError(
-            f"{folder} holds no *.safetensors weights: expected a Hugging Face model folder (`model.source`)"
+            f"{folder} holds neither {WEIGHTS} nor {INDEX}: expected a Hugging Face model folder (`model.source`)"
         )
+    if lost := [shard for shard in weights if not shard.is_file()]:
+        raise UserError(f"{lost[0]} does not exist, {INDEX} expects it: copy the whole model")
     names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
     return {
         "weights": fingerprint_files(weights),

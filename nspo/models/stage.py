@@ -21,6 +21,7 @@ from nspo.files.manifest import MANIFEST_NAME, fingerprint_model, make_manifest,
 from nspo.models.chat import chat_ids, set_chat, turn_end
 from nspo.models.folders.classes import empty_model, model_class
 from nspo.models.folders.files import check_model_files
+from nspo.models.folders.gguf_file import read_once
 from nspo.models.folders.template import date_of
 from nspo.models.generation import refuse_unknown, stop_ids
 from nspo.models.loading import hub_folder, load_config, load_model, load_whole, read_tokenizer, save_model
@@ -29,6 +30,7 @@ from nspo.settings.model import ModelSettings
 from nspo.sources import Source
 
 
+@read_once()
 def prepare_model(settings: ModelSettings, wheels_dir: Path, out: Path) -> None:
     """Write the base model as a folder of fp32 safetensors with its tokenizer and a manifest of fingerprints.
 

@@ -38,6 +38,26 @@ def test_preparing_a_folder_keeps_the_weights(tiny_model_dir: Path, tmp_path: Pa
     assert fingerprint_model(tmp_path / "a") == fingerprint_model(tmp_path / "b")
 
 
+def test_identity_is_of_the_files_that_are_loaded(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """The same weights in another form, or shards of an older copy, are not the model, sharded or whole."""
+    model, tokenizer = load_model(tiny_model_dir), load_tokenizer(tiny_model_dir)
+    for size in ("1GB", "20KB"):
+        folder = tmp_path / size
+        model.save_pretrained(folder, max_shard_size=size)
+        tokenizer.save_pretrained(folder)
+        before = fingerprint_model(folder)
+        for name in ("consolidated.safetensors", "model-00001-of-00077.safetensors"):
+            (folder / name).write_bytes(b"another form")
+        assert fingerprint_model(folder) == before
+        assert model_identity(folder).items() >= before.items()
+        used = max(path for path in folder.glob("model*.safetensors") if "00077" not in path.name)
+        used.write_bytes(used.read_bytes()[:-1] + b"!")
+        assert fingerprint_model(folder)["weights"] != before["weights"]
+    used.unlink()
+    with pytest.raises(UserError, match=r"safetensors does not exist, model\.safetensors\.index\.json expects it"):
+        fingerprint_model(folder)
+
+
 def test_a_model_without_chat_template_is_refused(tiny_model_dir: Path, tmp_path: Path) -> None:
     """A base model that was not made for chat is refused before anything is written."""
     load_model(tiny_model_dir).save_pretrained(tmp_path / "m")

@@ -12,10 +12,10 @@ from nspo.models.chat import chat_ids, chat_text
 from nspo.models.folders.weights import open_weights
 from nspo.models.loading import load_model, load_tokenizer, model_identity
 from nspo.models.stage import prepare_model
-from nspo.models.tiny import tiny_tokenizer
+from nspo.models.tiny import tiny_model, tiny_tokenizer
 from nspo.settings.model import ModelSettings
 from tests.support.families import EXPERTS, tiny_family
-from tests.support.quantised import to_fp8, to_mxfp4
+from tests.support.quantised import to_fp8, to_gguf, to_mxfp4
 
 TURNS = "{% for message in messages %}[{{ message.role }}] {{ message.content }}\n{% endfor %}"
 WANTS_SYSTEM = "{% if messages[0].role != 'system' %}{{ raise_exception('a system turn first') }}{% endif %}" + TURNS
@@ -55,6 +55,20 @@ def test_mxfp4_becomes_what_it_means(tmp_path: Path) -> None:
     meant = to_mxfp4(published(transformers.GptOssForCausalLM(config).float(), tmp_path / "mxfp4"))
     state = load_model(prepare(tmp_path / "mxfp4")).state_dict()
     assert len(meant) == 4
+    for name, value in meant.items():
+        assert torch.equal(state[name], value), name
+
+
+def test_gguf_becomes_what_it_means(tmp_path: Path, monkeypatch) -> None:
+    """Codes times scales, by the package's own arithmetic, under transformers' names; the file is parsed once."""
+    import gguf
+
+    parsed, reader = [], gguf.GGUFReader
+    monkeypatch.setattr(gguf, "GGUFReader", lambda path: parsed.append(path) or reader(path))
+    meant = to_gguf(tiny_model(), tmp_path / "model.gguf")
+    state = load_model(prepare(tmp_path / "model.gguf", chat_template=TURNS)).state_dict()
+    assert parsed == [str(tmp_path / "model.gguf")]
+    assert meant.keys() == state.keys() - {"lm_head.weight"}
     for name, value in meant.items():
         assert torch.equal(state[name], value), name
 

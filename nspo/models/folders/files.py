@@ -1,12 +1,11 @@
 """Is this folder, or GGUF file, a whole model? Asked before transformers is, which tells it late or not at all."""
 
-import re
 from pathlib import Path
 
-from nspo.errors import UserError, first_line
-from nspo.files.manifest import read_json
+from nspo.errors import UserError
+from nspo.files.manifest import INDEX, WEIGHTS, read_json, weight_shards
+from nspo.models.folders.gguf_file import check_gguf
 
-INDEX = "model.safetensors.index.json"
 POINTER = b"version https://git-lfs.github.com/spec/"
 MODEL_FILES = {".safetensors", ".bin", ".gguf", ".json", ".jinja", ".model", ".txt"}
 
@@ -29,7 +28,7 @@ def check_model_files(path: Path | str, named: str) -> None:
         if file.is_file() and _starts_with(file, POINTER):
             raise UserError(f"{named}: {file} is a git-LFS pointer, not the file itself: run `git lfs pull` there")
     if path.suffix == ".gguf":
-        _check_gguf(path, named)
+        check_gguf(path, named)
     elif path.is_dir():
         if (path / "adapter_config.json").is_file():
             raise UserError(
@@ -55,15 +54,14 @@ def weight_files(folder: Path, named: str) -> dict[str, Path]:
     """
     from safetensors import SafetensorError, safe_open
 
-    single, index = folder / "model.safetensors", folder / INDEX
-    if single.is_file() and index.is_file():
+    index = folder / INDEX
+    if index.is_file() and (folder / WEIGHTS).is_file():
         raise UserError(
-            f"{named}: {folder} holds both {single.name} and {INDEX}", expected="one", change="remove the stale one"
+            f"{named}: {folder} holds both {WEIGHTS} and {INDEX}", expected="one", change="remove the stale one"
         )
     listed = read_json(index)["weight_map"] if index.is_file() else {}
-    shards = [folder / name for name in sorted(set(listed.values()))] or [single] * single.is_file()
     found: dict[str, Path] = {}
-    for shard in shards:
+    for shard in weight_shards(folder):
         if not shard.is_file():
             raise UserError(f"{named}: {shard} does not exist, {INDEX} expects it: copy the whole model")
         try:
@@ -74,22 +72,3 @@ def weight_files(folder: Path, named: str) -> dict[str, Path]:
     if lost := sorted(listed.keys() - found):
         raise UserError(f"{named}: {folder} lacks the tensor {lost[0]}, {INDEX} expects it: copy the whole model")
     return found
-
-
-def _check_gguf(path: Path, named: str) -> None:
-    from gguf import GGUFReader
-
-    try:
-        reader = GGUFReader(path)
-    except (ValueError, LookupError, OSError) as error:
-        raise UserError(f"{named}: {path} is not a whole GGUF file ({first_line(error)}): copy it again") from error
-    split = reader.get_field("split.count")
-    parts = int(split.contents()) if split else 1
-    if name := re.fullmatch(r".*-\d{5}-of-(\d{5})\.gguf", path.name):
-        parts = max(parts, int(name[1]))
-    if parts > 1:
-        raise UserError(
-            f"{named}: {path} is one of {parts} parts of a split GGUF",
-            expected="a whole one",
-            change="join them (`llama-gguf-split --merge FIRST-PART WHOLE.gguf`)",
-        )
