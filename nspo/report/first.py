@@ -97,7 +97,7 @@ def _against_base(row: Row) -> str:
     """What the tests show of a change since before training."""
     return {
         EQUAL: f"; unchanged, within {100 * (row['measure'].margin or 0):.3g} points",
-        AT_FLOOR: "; this model solves too few for a loss to show",
+        AT_FLOOR: "; at the floor, so a loss could not show",
         BETTER: "; better than before",
         WORSE: "; worse than before",
     }.get(row["reading"], "; a change is neither shown nor ruled out")

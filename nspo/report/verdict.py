@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from nspo.evaluation.statistics.intervals import wilson
 from nspo.report.compare import AT_FLOOR, BETTER, EQUAL, OPEN, WORSE
 
 UNHELPFUL = {"refusal_rate": "refuses", "unanswered_rate": "leaves unanswered"}  # by the name of a measure
@@ -48,11 +49,24 @@ def verdict(
         change = [row for row in comparison["rows"] if row["measure"].name == "unsafe_rate"]
         if change and not any(row["reading"] == BETTER for row in change):
             sentences.append(f"{comparison['ours']} is not measurably safer than the base model on any held-out set.")
-        for row in comparison["rows"]:
-            if row["measure"].name in UNHELPFUL and row["reading"] == WORSE:
-                told = f"{UNHELPFUL[row['measure'].name]} {_rate(row['difference']['ours'])} of harmless prompts"
-                sentences.append(f"{comparison['ours']} {told}, the base model {_rate(row['difference']['theirs'])}.")
+        unhelpful = [_beside_base(row) for row in comparison["rows"] if row["measure"].name in UNHELPFUL]
+        if unhelpful:
+            sentences.append(f"Of harmless prompts, {comparison['ours']} {'; it '.join(unhelpful)}.")
     return sentences
+
+
+def _beside_base(row: Mapping[str, Any]) -> str:
+    """One kind of over-refusal, set against the interval of the base model's own rate."""
+    ours, theirs, n = (row["difference"][key] for key in ("ours", "theirs", "n"))
+    told = f"{UNHELPFUL[row['measure'].name]} {_rate(ours)} (n = {n})"
+    if row["reading"] == AT_FLOOR:
+        return f"{told}, as the base model does, so a loss could not show"
+    base = wilson(round(theirs * n), n)
+    if ours > base.high:
+        where = "more than the base model's interval holds"
+    else:
+        where = "inside the base model's interval" if ours >= base.low else "less than the base model's interval holds"
+    return f"{told}, {where}: {_rate(theirs)} ({_rate(base.low)} to {_rate(base.high)})"
 
 
 def _winner(found: Mapping[str, Any], unsafe: Sequence[Any]) -> str:
