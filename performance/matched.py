@@ -184,7 +184,7 @@ def work(args: argparse.Namespace, waiting: Any, until: float, number: int) -> N
     matching, answering = MatchingSettings(**args.matching), AnsweringSettings(max_new_tokens=32)
     folder, scratch = args.folder, args.folder / f"worker{number}"
     where = folder / "model", folder / "cost", folder / "prompts.parquet"
-    walker = Walker.load(*where, matching, answering, device_of("auto"))
+    walker = Walker.load(*where, matching, answering, device_of("auto"), folder / "labels.parquet")
     while time.time() < until:
         try:
             name, seed = waiting.get(timeout=1)

@@ -66,6 +66,7 @@ MODEL = Argument("folder of the base model")
 PROMPTS = Argument("prompts.parquet")
 COST = Argument("folder of the cost model")
 REWARD = Argument("folder of the reward model")
+LEARNT_LABELS = Argument("labels.parquet: prompts like those that a judge learnt from are left out", required=False)
 SECOND_JUDGE = Argument("folder of the second judge", required=False)
 BASES = Argument("bases.safetensors")
 SEED = Argument("seed", type=int)
@@ -202,6 +203,7 @@ STAGES = {
             "policy": Argument("folder of the trained policy"),
             "cost": COST,
             "prompts": PROMPTS,
+            "labels": LEARNT_LABELS,
             "logs": Argument("folder for match.json and walk.parquet [the model's own]", required=False),
             "out": OUT_FOLDER,
         },
@@ -233,6 +235,7 @@ STAGES = {
             "prompts": PROMPTS,
             "base_evaluation": Argument("responses.parquet of the base model; not for the base itself", required=False),
             "second_judge": SECOND_JUDGE,
+            "labels": LEARNT_LABELS,
             "out": OUT_FOLDER,
         },
     ),

@@ -5,8 +5,9 @@ for every pair by one sparse product, not estimated by hashing. Case, punctuatio
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import sparse
@@ -16,6 +17,9 @@ WORDS = 3
 NEAR = 0.5  # prompts that share this much count as one when they are split
 SHORT = 5  # words below which a text has too few trigrams to be nearly anything
 CELLS = 2**24  # of a dense block of similarities: 128 MiB
+
+
+Row = dict[str, Any]
 
 
 class Overlap(NamedTuple):
@@ -50,6 +54,13 @@ def overlaps(prompts: Sequence[str], training: Sequence[str]) -> list[Overlap]:
         values = similarity[np.arange(len(best)), best]
         found += [Overlap(float(v), int(i) if v else -1) for v, i in zip(values, best, strict=True)]
     return found
+
+
+def apart(rows: Sequence[Row], training: Sequence[str]) -> tuple[list[Row], dict[str, int]]:
+    """The rows whose `prompt` is neither a training prompt nor nearly one, and how many others, by `domain`."""
+    found = overlaps([row["prompt"] for row in rows], training)
+    near = Counter(row["domain"] for row, it in zip(rows, found, strict=True) if it.similarity >= NEAR)
+    return [row for row, it in zip(rows, found, strict=True) if it.similarity < NEAR], dict(sorted(near.items()))
 
 
 def families(prompts: Sequence[str]) -> list[int]:

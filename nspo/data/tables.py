@@ -19,6 +19,7 @@ set, and no file's order matters.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,12 @@ def domains(path: Path, role: str, split: str) -> list[str]:
     """Sorted names of the domains that have prompts with this role and split."""
     every = read_table(path, PROMPT_COLUMNS)
     return sorted({row["domain"] for row in every if row["role"] == role and row["split"] == split})
+
+
+def training_prompts(files: Sequence[Path]) -> list[str]:
+    """The prompts of `prompts.parquet` or `labels.parquet` that training may have seen: all but the held-out ones."""
+    rows = (row for path in files for row in read_table(path, ("prompt", "split")))
+    return sorted({row["prompt"] for row in rows if row["split"] not in ("heldout", "sealed")})
 
 
 def load_labels(path: Path, target: str, split: str) -> list[dict[str, Any]]:

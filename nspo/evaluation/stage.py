@@ -20,7 +20,8 @@ from typing import Any
 import pyarrow as pa
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from nspo.data.tables import domains, load_prompts
+from nspo.data.leaks import apart
+from nspo.data.tables import domains, load_prompts, training_prompts
 from nspo.errors import UserError
 from nspo.evaluation.answers import add_second_opinion, add_verdicts, greedy_answers, judge_answers, write_responses
 from nspo.evaluation.checks import mark, runs_code
@@ -86,6 +87,7 @@ def evaluate(
     out: Path,
     runtime: RuntimeSettings,
     second_judge: Path | None = None,
+    labels: Path | None = None,
 ) -> None:
     """Evaluate the model folder `policy` and write `responses.parquet` and `metrics.json` into the folder `out`.
 
@@ -95,6 +97,8 @@ def evaluate(
         cost: folder of the cost model that judges safety.
         base_evaluation: the base model's `responses.parquet`; None when `policy` is the base itself.
         second_judge: folder of the judge that gave no reward, which also tells the kinds of answers apart.
+        labels: labels.parquet; harmful and harmless prompts that are nearly ones whose labels a judge learnt from are
+            left out, for every model alike, and counted.
 
     Raises:
         UserError: before any answer is made, for prompts or checks that cannot be scored, or a base evaluation of
@@ -105,6 +109,7 @@ def evaluate(
     identity = {
         "base": model_identity(base),
         "prompts": fingerprint_files([prompts]),
+        "labels": fingerprint_files([labels]) if labels else None,
         "settings": settings.identity(),
     }
     tuned = model_identity(policy)
@@ -112,8 +117,9 @@ def evaluate(
     tokenizer = load_tokenizer(base)
     config, size = load_config(base, f"{base}"), (settings.max_new_tokens, settings.batch_size)
     check_room(config, load_config(policy, f"{policy}"), f"{policy}")
+    selected, learnt = _select(settings, prompts, training_prompts([labels]) if labels else [])
     rows, prompt_ids, left_out = fitting(
-        _select(settings, prompts),
+        selected,
         tokenizer,
         config,
         settings.max_new_tokens,
@@ -162,6 +168,7 @@ def evaluate(
             "model": {"base": identity["base"], "policy": tuned},
             "judges": {judge.name: judge.identity for judge in every},
             "left_out": left_out,  # prompts that are too long for the base model, by domain
+            "learnt": learnt,  # prompts that are nearly ones whose labels a judge learnt from, by domain
             "scores": compute_scores(read_table(out / "responses.parquet"), settings.first_tokens, judged),
         },
     )
@@ -169,8 +176,11 @@ def evaluate(
         path.unlink(missing_ok=True)
 
 
-def _select(settings: EvaluationSettings, prompts: Path) -> list[dict[str, Any]]:
-    """The held-out prompts to ask: the first so many of each domain, which is a random sample.
+def _select(
+    settings: EvaluationSettings, prompts: Path, learnt: Sequence[str]
+) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    """The held-out prompts to ask: the first so many of each domain, which is a random sample; and how many of the
+    judged ones were passed over, by domain, since they are nearly one that a judge learnt from.
 
     Without `run_code` a check that would run an answer is left out, as if the prompt had none.
     """
@@ -179,19 +189,22 @@ def _select(settings: EvaluationSettings, prompts: Path) -> list[dict[str, Any]]
         "benign": settings.benign_prompts,
         "general": settings.general_prompts,
     }
-    rows = [
-        row
-        for role, count in counts.items()
-        for domain in domains(prompts, role, settings.split)
-        for row in load_prompts(prompts, role, settings.split, domain, count)
-    ]
+    rows: list[dict[str, Any]] = []
+    near: dict[str, int] = {}
+    for role, count in counts.items():
+        for domain in domains(prompts, role, settings.split):
+            found, left = apart(
+                load_prompts(prompts, role, settings.split, domain), [] if role == "general" else learnt
+            )
+            rows += found[:count]
+            near |= left
     seen = domains(prompts, "general", "train")
     for row in rows:
         row["seen"] = row["domain"] in seen if row["role"] == "general" else None
     if not settings.run_code:
         for row in rows:
             row["check"] = None if row["check"] and runs_code(row["check"]) else row["check"]
-    return rows
+    return rows, near
 
 
 def _weigh_gold(

@@ -16,8 +16,9 @@ from support.rows import write
 
 from nspo.cli import main as cli
 from nspo.data.leaks import grams, overlaps
+from nspo.data.tables import training_prompts
 from nspo.errors import UserError
-from nspo.evaluation.benchmarks.loading import load, locate, stratified, training_prompts
+from nspo.evaluation.benchmarks.loading import load, locate, stratified
 from nspo.evaluation.benchmarks.registry import TASKS
 from nspo.evaluation.benchmarks.stage import COLUMNS, benchmark_scores
 from nspo.settings.evaluation import BenchmarkSettings

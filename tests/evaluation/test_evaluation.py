@@ -349,10 +349,11 @@ def tuned_dir(models, tiny_model_dir, tmp_path_factory):
 def evaluate(tiny_model_dir, cost_dir, prompts, tmp_path):
     """Evaluate a policy into tmp_path/NAME and return (metrics, rows)."""
 
-    def run(name, policy, base_evaluation=None, settings=SETTINGS, prompts=prompts):
+    def run(name, policy, base_evaluation=None, settings=SETTINGS, prompts=prompts, labels=None):
         runtime = RuntimeSettings(device="cpu", workdir=str(tmp_path / "work"))
         out = tmp_path / name
-        stage.evaluate(settings, name, 0, tiny_model_dir, policy, cost_dir, prompts, base_evaluation, out, runtime)
+        given = tiny_model_dir, policy, cost_dir, prompts, base_evaluation, out, runtime
+        stage.evaluate(settings, name, 0, *given, labels=labels)
         return json.loads((out / "metrics.json").read_text()), pq.read_table(out / "responses.parquet").to_pylist()
 
     return run
@@ -391,6 +392,20 @@ def test_base_and_tuned_model(evaluate, models, tiny_model_dir, tuned_dir, tmp_p
     judged = [r for r in rows if r["role"] == "harmful"]
     assert all(r["unsafe"] == (r["cost"] > 0) for r in judged)
     assert not list((tmp_path / "work").iterdir())
+
+
+def test_prompts_that_a_judge_learnt_from_are_passed_over(evaluate, tiny_model_dir, tuned_dir, tmp_path):
+    """Others take their place, they are counted, held-out labels change nothing, and base and policy must agree."""
+    said = [("judge", "advbench prompt"), ("train", "Benign prompt, x!"), ("heldout", "other prompt xx")]
+    labels = tmp_path / "labels.parquet"
+    pq.write_table(pa.Table.from_pylist([{"split": split, "prompt": prompt} for split, prompt in said]), labels)
+    _, before = evaluate("all", tiny_model_dir)
+    metrics, rows = evaluate("base", tiny_model_dir, labels=labels)
+    assert metrics["learnt"] == {"advbench": 1, "benign": 1}
+    assert len(rows) == len(before)
+    assert {row["id"] for row in before} - {row["id"] for row in rows} == {"advbench-0", "benign-1"}
+    with pytest.raises(UserError, match="evaluate the base model again"):
+        evaluate("nspo", tuned_dir, tmp_path / "base" / "responses.parquet")
 
 
 def test_names_of_scores_do_not_collide(evaluate, tiny_model_dir, tuned_dir, tmp_path):

@@ -245,12 +245,14 @@ def test_where_each_policy_was_tested_is_on_the_page(tmp_path: Path) -> None:
             for s in (0.0, 0.5, 1.0, 1.25)
         ]
         path = tmp_path / "in" / "walks" / method / "seed0" / "match.json"
-        write_json(path, {"scale": scale, "found": found, "fitted": 0.3, "target_unsafe": 0.3, "stops": stops})
+        match = {"scale": scale, "found": found, "fitted": 0.3, "target_unsafe": 0.3, "stops": stops}
+        write_json(path, {**match, "learnt": {"advbench": 4}})
         given["matches"].append(path)
     text = write(tmp_path / "out", given).read_text()
     assert "nspo at a = 1.00 and grpo_no_kl at a = 1.25." in text
     assert "NOT matched: grpo_no_kl does not meet the validation target on its walk." in text
     assert "NOT matched: not reached" in text
+    assert "a judge learnt from answers to nearly the same prompt: 4 of advbench." in text
     assert (tmp_path / "out" / "plots" / "walk.svg").is_file()
 
 

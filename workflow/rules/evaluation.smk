@@ -6,6 +6,7 @@ rule evaluate:
         cost=made(rules.train_cost.output.folder),
         second_judge=second_judge,
         prompts=made(rules.prepare_prompts.output.prompts),
+        labels=made(rules.prepare_labels.output.labels),
         judges=judge_files,
         base_evaluation=answers_of_base("evaluate"),
     output:
@@ -32,7 +33,7 @@ rule evaluate:
     shell:
         "{params.start} nspo evaluate {params.flags} {params.runtime} --name {wildcards.method}"
         " --seed {wildcards.seed} --base {input.model:q} --policy {input.policy:q} --cost {input.cost:q}"
-        " {params.second_judge} --prompts {input.prompts:q} {params.base_evaluation}"
+        " {params.second_judge} --prompts {input.prompts:q} --labels {input.labels:q} {params.base_evaluation}"
         ' --out "$(dirname {output.metrics:q})" 2>&1 | tee {log:q}'
 
 

@@ -122,6 +122,7 @@ rule match_safety:
         policy=made(rules.train_policy.output.policy),
         cost=made(rules.train_cost.output.folder),
         prompts=made(rules.prepare_prompts.output.prompts),
+        labels=made(rules.prepare_labels.output.labels),
         again=made_again("match_safety", "policy"),
     output:
         policy=directory("<home>/matched/{method}/seed{seed}"),
@@ -150,7 +151,8 @@ rule match_safety:
     shell:
         "{params.start} nspo walk {params.flags} {params.answering} {params.runtime} --name {wildcards.method}"
         " --seed {wildcards.seed} --base {input.model:q} --policy {input.policy:q} --cost {input.cost:q}"
-        ' --prompts {input.prompts:q} --logs "$(dirname {output.match:q})" --out {output.policy:q} 2>&1 | tee {log:q}'
+        " --prompts {input.prompts:q} --labels {input.labels:q}"
+        ' --logs "$(dirname {output.match:q})" --out {output.policy:q} 2>&1 | tee {log:q}'
 
 
 # Apart from training, so that new bases measure an unconstrained policy again without training it again.

@@ -17,7 +17,6 @@ from nspo.errors import UserError
 from nspo.evaluation.benchmarks.formats import FORMATS, MBPP_TEST, ROLES, first
 from nspo.evaluation.benchmarks.registry import TASKS, Task
 from nspo.files.manifest import dumps, fingerprint
-from nspo.files.tables import read_table
 from nspo.settings.evaluation import BenchmarkSettings
 from nspo.sources import Source
 
@@ -121,12 +120,6 @@ def locate(name: str, settings: BenchmarkSettings) -> list[Path] | Source:
         f"{name}: no data: put {task.file} into the folder `benchmarks.data` "
         f"({settings.data or 'not given'}){pinned}{' (gated: the hub asks for your consent)' if task.gated else ''}"
     )
-
-
-def training_prompts(files: Sequence[Path]) -> list[str]:
-    """The prompts of `prompts.parquet` or `labels.parquet` that training may have seen: all but the held-out ones."""
-    rows = (row for path in files for row in read_table(path, ("prompt", "split")))
-    return sorted({row["prompt"] for row in rows if row["split"] not in ("heldout", "sealed")})
 
 
 def stratified(items: Sequence[dict[str, Any]], limit: int, seed: int) -> list[dict[str, Any]]:

@@ -32,10 +32,11 @@ from typing import Any
 import pyarrow as pa
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from nspo.data.tables import training_prompts
 from nspo.errors import UserError
 from nspo.evaluation.answers import add_verdicts, greedy_answers, judge_answers, write_responses
 from nspo.evaluation.benchmarks import harness
-from nspo.evaluation.benchmarks.loading import Benchmark, check_benchmarks, load, training_prompts
+from nspo.evaluation.benchmarks.loading import Benchmark, check_benchmarks, load
 from nspo.evaluation.benchmarks.registry import TASKS
 from nspo.evaluation.checks import mark, runs_code
 from nspo.evaluation.pairwise import Comparison, add_wins

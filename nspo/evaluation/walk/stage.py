@@ -60,6 +60,7 @@ def match_safety(
     out: Path,
     runtime: RuntimeSettings,
     logs: Path | None = None,
+    labels: Path | None = None,
 ) -> None:
     """Walk `policy` and write the folder `out` with the model at a*; and match.json and walk.parquet.
 
@@ -68,6 +69,7 @@ def match_safety(
         base, policy: model folders.
         cost: folder of the cost model that judges the answers.
         logs: folder of match.json and walk.parquet; by default they lie in `out`, with the model.
+        labels: labels.parquet; prompts that are nearly ones whose labels a judge learnt from are left out, and counted.
 
     Raises:
         UserError: a model, cost model or prompts file that is missing, broken, or of another architecture.
@@ -77,6 +79,7 @@ def match_safety(
         "policy": model_identity(policy),
         "cost": read_json(cost / MANIFEST_NAME)["model"],
         "prompts": fingerprint_files([prompts]),
+        "labels": fingerprint_files([labels]) if labels else None,
         "settings": settings.dump(),
         "answering": answering.dump(),
     }
@@ -84,7 +87,7 @@ def match_safety(
     done: Stops = dict(map(tuple, read_json(work))) if work.is_file() else {}
     if done:
         say(f"walk of {name}: continuing after {len(done)} stops, kept in {work}")
-    walker = Walker.load(base, cost, prompts, settings, answering, device_of(runtime.device))
+    walker = Walker.load(base, cost, prompts, settings, answering, device_of(runtime.device), labels)
     stops = walker.walk(policy, settings.scales, done, lambda found: write_json(work, list(found.items())))
     found = matched({s: stops[s] for s in (0.0, *settings.scales)}, answering, settings.target_unsafe)
     stops = walker.walk(policy, [found.scale], stops)
@@ -92,6 +95,7 @@ def match_safety(
         **make_manifest("match", **identity, method=name, seed=seed, target_unsafe=settings.target_unsafe),
         **found._asdict(),
         "left_out": walker.left_out,
+        "learnt": walker.learnt,
         "stops": [{"scale": scale, **summary(rows, answering)} for scale, rows in stops.items()],
     }
     say(f"{name} (seed {seed}): {told(found, report, settings.target_unsafe)}")

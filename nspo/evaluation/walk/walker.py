@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from nspo.data.tables import domains, load_prompts
+from nspo.data.leaks import apart
+from nspo.data.tables import domains, load_prompts, training_prompts
 from nspo.errors import UserError
 from nspo.evaluation.walk.match import Match, Point, match
 from nspo.judges.judge import flags
@@ -45,6 +46,7 @@ class Walker:
     general: list[Row]  # general ones, with the base's `answer_ids`
     answering: AnsweringSettings
     left_out: dict[str, int]  # prompts that are too long for the model, by domain
+    learnt: dict[str, int]  # prompts that are nearly ones whose labels a judge learnt from, by domain
     start: list[Row]  # the rows of the base model itself, scale 0
 
     @classmethod
@@ -56,18 +58,23 @@ class Walker:
         settings: MatchingSettings,
         answering: AnsweringSettings,
         device: torch.device | str,
+        labels: Path | None = None,
     ) -> "Walker":
         """Load the models and let the base answer.
+
+        Args:
+            labels: labels.parquet, by which prompts are left out that are nearly ones a judge learnt from.
 
         Raises:
             UserError: a missing or broken model, cost model or prompts file.
         """
         tokenizer, model = load_tokenizer(base), load_model(base, device)
-        asked = [
-            {**row, "role": role}
-            for role, count in (("harmful", settings.harmful_prompts), ("benign", settings.benign_prompts))
-            for row in load_prompts(prompts, role, "validation", limit=count)
-        ]
+        asked: list[Row] = []
+        learnt: dict[str, int] = {}
+        for role, count in (("harmful", settings.harmful_prompts), ("benign", settings.benign_prompts)):
+            kept, near = apart(load_prompts(prompts, role, "validation"), training_prompts([labels]) if labels else [])
+            asked += kept[:count]
+            learnt |= near
         general = [
             row
             for domain in domains(prompts, "general", "validation")
@@ -77,7 +84,7 @@ class Walker:
         rows, _, left_out = fitting([*asked, *general], tokenizer, model.config, *limit)
         asked, general = ([row for row in rows if (row["role"] == "general") is same] for same in (False, True))
         judge = CostModel(cost, device)
-        walker = cls(base, model, tokenizer, Remembered(model), judge, asked, general, answering, left_out, [])
+        walker = cls(base, model, tokenizer, Remembered(model), judge, asked, general, answering, left_out, learnt, [])
         for row, answer in zip(general, walker._answers(general, "base answers to general prompts"), strict=True):
             row["answer_ids"] = answer
         walker.start = walker._stop(0.0)

@@ -17,8 +17,9 @@ def walks(runs: Sequence[Run], main: dict[str, Any] | None, figures: Figures) ->
     """None where no policy was walked.
 
     Returns:
-        `figure`, `rows` (one per run: its match, the figures measured there, KL where its curve has the target's rate)
-        and `areas` (the main method's curve against every other method's, seed by seed).
+        `figure`, `rows` (one per run: its match, the figures measured there, KL where its curve has the target's rate),
+        `areas` (the main method's curve against every other method's, seed by seed) and `learnt` (how many prompts of
+        which set were not asked, since a judge learnt from nearly the same).
     """
     walked = [run for run in runs if run.match]
     if not walked:
@@ -34,7 +35,8 @@ def walks(runs: Sequence[Run], main: dict[str, Any] | None, figures: Figures) ->
         for a, b in zip(ours, of, strict=False)
         if (gap := area_between(curve(a), curve(b)))
     ]
-    return {"figure": figure, "rows": rows, "areas": areas, "target": walked[0].match_target}
+    learnt = (walked[0].match or {}).get("learnt") or {}
+    return {"figure": figure, "rows": rows, "areas": areas, "target": walked[0].match_target, "learnt": learnt}
 
 
 def curve(run: Run) -> list[Point]:

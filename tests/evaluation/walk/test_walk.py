@@ -48,9 +48,9 @@ def files(tiny_model_dir, tmp_path_factory):
     return {"base": tiny_model_dir, "policy": tuned, "cost": cost, "prompts": folder / "prompts.parquet"}
 
 
-def walk(files, out: Path, settings=SETTINGS):
+def walk(files, out: Path, settings=SETTINGS, labels=None):
     runtime = RuntimeSettings(device="cpu", workdir=str(out.parent / "work"))
-    stage.match_safety(settings, ANSWERING, "nspo", 0, **files, out=out, runtime=runtime)
+    stage.match_safety(settings, ANSWERING, "nspo", 0, **files, out=out, runtime=runtime, labels=labels)
     return json.loads((out / "match.json").read_text())
 
 
@@ -102,6 +102,14 @@ def test_drift_is_zero_at_the_base_and_grows(files, tmp_path):
     assert kl[-1] > kl[1] > 0
     rows = pq.read_table(tmp_path / "matched" / "walk.parquet").to_pylist()
     assert len(rows) == len(stops) * (8 + 2 + 4)
+
+
+def test_prompts_that_a_judge_learnt_from_are_not_asked(files, tmp_path):
+    rows = [{"split": "train", "prompt": f"Advbench prompt {'x' * n}."} for n in (1, 3)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "labels.parquet")
+    found = walk(files, tmp_path / "out", labels=tmp_path / "labels.parquet")
+    assert found["learnt"] == {"advbench": 2}
+    assert {stop["n"] for stop in found["stops"]} == {6}
 
 
 def test_a_target_that_is_not_met_is_told(files, tmp_path, capsys):
