@@ -49,9 +49,10 @@ def to_flags(
     Mappings are sorted by key, so that equal settings give equal flags; `keep_order` leaves them as they were written.
     `identity` leaves out what changes no result (`Section.identity`), to compare and not to run.
     """
-    values = settings.identity() if identity else settings.dump()
+    wanted = None if names is None else set(names)
+    values = settings.identity(wanted) if identity else settings.dump(wanted)
     values = values if keep_order else json.loads(json.dumps(values, sort_keys=True))
-    chosen = [name for name in type(settings).model_fields if name in values and (names is None or name in names)]
+    chosen = [name for name in type(settings).model_fields if name in values]
     return " ".join(_assignment(name, format_value(values[name])) for name in chosen)
 
 

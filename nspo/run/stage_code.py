@@ -42,6 +42,7 @@ def stage_modules(*modules: str, package: Path = PACKAGE) -> dict[str, Path]:
     return dict(sorted(found.items()))
 
 
+@cache
 def _file(name: str, package: Path) -> Path | None:
     """The file of a module of this package, None for any other name."""
     head, *rest = name.split(".")
@@ -65,7 +66,7 @@ def _read(path: Path, name: str) -> Module:
     """
     tree = ast.parse(path.read_bytes())
     names: list[str] = []
-    for node in list(ast.walk(tree)):
+    for node in list(_statements(tree)):
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -76,6 +77,14 @@ def _read(path: Path, name: str) -> Module:
             if name.startswith("nspo.settings.") and isinstance(node, (ast.Module, ast.ClassDef)):
                 node.body = list(_computing(node))
     return Module(tuple(names), ast.dump(tree))
+
+
+def _statements(node: ast.AST) -> Iterator[ast.AST]:
+    """A module and every statement in it; nothing that is looked for stands inside an expression."""
+    yield node
+    for block in ("body", "orelse", "finalbody", "handlers", "cases"):
+        for part in getattr(node, block, []):
+            yield from _statements(part)
 
 
 def _computing(node: ast.Module | ast.ClassDef) -> Iterator[ast.stmt]:

@@ -24,13 +24,13 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
-    def dump(self) -> dict[str, Any]:
-        """The settings as plain JSON values, defaults filled in."""
-        return self.model_dump(mode="json")
+    def dump(self, names: set[str] | None = None) -> dict[str, Any]:
+        """The settings (all, or those of `names`) as plain JSON values, defaults filled in."""
+        return self.model_dump(mode="json", include=names)
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self, names: set[str] | None = None) -> dict[str, Any]:
         """As `dump`, without what changes no result, such as the address at which a judge is asked."""
-        return self.model_dump(mode="json", context={"identity": True})
+        return self.model_dump(mode="json", include=names, context={"identity": True})
 
 
 def path_fault(text: str) -> str | None:

@@ -28,6 +28,7 @@ class Homes:
         self.variants = variants
         self._variant_at: dict[str, str] = {}  # the first that has this home
         self._known: dict[tuple[Any, ...], str] = {}
+        self._watched: dict[str, list[str]] = {}  # by rule
 
     def variant(self, wildcards: Any) -> str:
         """The variant of a job, or one of those that share it."""
@@ -53,13 +54,18 @@ class Homes:
         key = (rule.name, wildcards["variant"], *sorted(own.items()))
         if key not in self._known:
             job = Wildcards(fromdict={**own, "variant": wildcards["variant"], "home": ""})
-            settings = {name: value(job) for name, value in rule.params.items() if _watched(name, value)}
+            settings = {name: rule.params[name](job) for name in self._watched_of(rule)}
             inputs = {name: _homes(_paths(value, job)) for name, value in rule.input.items()}
             text = json.dumps([settings, inputs], sort_keys=True)
             home = hashlib.sha256(text.encode()).hexdigest()[:12]
             self._variant_at.setdefault(home, wildcards["variant"])
             self._known[key] = home
         return self._known[key]
+
+    def _watched_of(self, rule: Any) -> list[str]:
+        if rule.name not in self._watched:
+            self._watched[rule.name] = [name for name, value in rule.params.items() if _watched(name, value)]
+        return self._watched[rule.name]
 
 
 def _watched(name: str, value: Any) -> bool:

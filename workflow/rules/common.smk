@@ -157,9 +157,12 @@ def device(wildcards, threads):
     return to_flags(settings.runtime, ["device"])
 
 
+libraries = " ".join(f"{name}=={version(name)}" for name in ("numpy", "safetensors", "scipy", "torch", "transformers"))
+
+
 def versions(wildcards, threads):
     """The libraries behind an artifact: a part of the key under which `--cache` shares it, and no reason to run again."""
-    return " ".join(f"{name}=={version(name)}" for name in ("numpy", "safetensors", "scipy", "torch", "transformers"))
+    return libraries
 
 
 def start(wildcards, threads, resources, processes=1, sharding="none"):
