@@ -363,7 +363,7 @@ STAGES = {
         arguments={"results": Argument("folder of results")},
     ),
     "plan": Stage(
-        "nspo.plan.plan:show_plan",
+        "nspo.plan.show:show_plan",
         "say what a configuration will take of time, memory, disk and GPU hours",
         arguments={
             "config": Argument("configuration (YAML)"),

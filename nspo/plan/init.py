@@ -15,8 +15,9 @@ import yaml
 from nspo.data.readers import READERS, read_file
 from nspo.errors import UserError, first_line
 from nspo.files.atomic import atomic_path
-from nspo.plan.plan import MACHINES, rows, stages
+from nspo.plan.plan import MACHINES, stages
 from nspo.plan.shapes import Shape, shape_of
+from nspo.plan.show import rows
 from nspo.run.progress import say
 from nspo.run.tables import table
 from nspo.settings.config import Config

@@ -7,19 +7,11 @@ of model. A plan is right to a factor of two or three, which tells an afternoon 
 """
 
 import math
-import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-from nspo.errors import UserError
-from nspo.plan.shapes import Shape, shape_of
-from nspo.run.tables import table
+from nspo.plan.shapes import Shape
 from nspo.settings.config import Config
 from nspo.settings.policy.methods import MethodSettings
-from nspo.settings.reading import load_config
-from nspo.settings.study import variants
 
 FP32 = 4  # bytes
 ADAM = 8  # bytes of a trained weight: two moments
@@ -93,7 +85,7 @@ def stages(config: Config, shape: Shape, machine: Machine, devices: int | None =
         for seed in config.policy.seeds:
             label = f"{name} seed {seed}"
             found.append(plan.policy(label, method))
-            found += [stage(label) for stage in (plan.certify, plan.evaluate, *locate, *questions)]
+            found += [stage(label) for stage in (plan.match, plan.certify, plan.evaluate, *locate, *questions)]
     return found
 
 
@@ -172,6 +164,18 @@ class _Plan:
         seconds, disk = settings.steps * step + probing, FP32 * shape.weights
         return Cost(f"train_policy {label}", seconds, self.training, each, disk, divides=True)
 
+    def match(self, label: str) -> Cost:
+        """At every stop of the walk to equal safety answers to validation prompts, and drift; another model is left."""
+        settings, answering = self.config.matching, self.config.evaluation
+        stops = 2 + len(settings.scales)  # the base model's, and the last, where the policy is tested
+        prompts = settings.harmful_prompts + settings.benign_prompts
+        general = settings.general_prompts * len(self.config.data.general)
+        length = PROMPT_TOKENS + answering.max_new_tokens
+        seconds = _decode(self.shape, self.machine, prompts, answering.max_new_tokens, answering.batch_size)
+        seconds += general * length * 2 * self.shape.multiplied / self.machine.flops
+        weights = FP32 * self.shape.weights
+        return Cost(f"match_safety {label}", stops * seconds, 1, 2 * weights, weights)
+
     def certify(self, label: str) -> Cost:
         """dW times the held-out second moments of every domain, on the CPU."""
         work = 2 * sum(one.count * one.out * one.width**2 for one in self.shape.matrices)
@@ -231,69 +235,3 @@ def _decode(shape: Shape, machine: Machine, answers: float, tokens: int, batch: 
     reading = FP32 * shape.multiplied / machine.bandwidth
     multiplying = 2 * shape.multiplied * min(answers, batch) / machine.flops
     return math.ceil(answers / batch) * tokens * max(reading, multiplying)
-
-
-def rows(costs: list[Cost], machine: Machine) -> Iterator[dict[str, Any]]:
-    """One row per stage for people to read, then their sum: stages run one after the other."""
-    for cost in costs:
-        yield {
-            "stage": cost.stage,
-            "hours": cost.seconds / 3600,
-            "devices": cost.devices,
-            "device hours": cost.seconds * cost.devices / 3600,
-            "GB of memory": cost.memory / 1e9,
-            "GB on disk": cost.disk / 1e9,
-            "fits": _fits(cost, machine),
-        }
-    yield {
-        "stage": "sum",
-        "hours": sum(cost.seconds for cost in costs) / 3600,
-        "devices": None,
-        "device hours": sum(cost.seconds * cost.devices for cost in costs) / 3600,
-        "GB of memory": max(cost.memory for cost in costs) / 1e9,
-        "GB on disk": sum(cost.disk for cost in costs) / 1e9,
-        "fits": None,
-    }
-
-
-def _fits(cost: Cost, machine: Machine) -> str:
-    """Whether a stage fits its devices, or how many would hold it."""
-    if not cost.devices:
-        return "host"
-    room = USABLE * machine.memory
-    if cost.memory <= room:
-        return "yes"
-    return f"no, {math.ceil(cost.memory * cost.devices / room)} split it" if cost.divides else "no, too large for one"
-
-
-def show_plan(config: Path, model: str | None, machine: str | None, devices: int | None) -> None:
-    """Print the plan of a configuration.
-
-    Args:
-        model: see `shape_of`; by default the configuration's own.
-        machine: a name of `MACHINES`, by default h100.
-        devices: how many of them share collection and training, by default what the configuration says.
-
-    Raises:
-        UserError: a bad configuration, an unknown machine or model, or fewer than one device.
-    """
-    settings, name = load_config(config), machine or "h100"
-    if name not in MACHINES:
-        raise UserError(f"--machine {name}: expected one of {', '.join(MACHINES)}")
-    if devices is not None and devices < 1:
-        raise UserError(f"--devices {devices}: expected at least 1")
-    chosen = MACHINES[name]
-    shape = shape_of(model or settings.model.source)
-    costs = stages(settings, shape, chosen, devices)
-    sys.stdout.write(
-        f"{table(list(rows(costs, chosen)))}\n\nThe model: {shape.weights / 1e9:.3g} billion weights, "
-        f"{shape.active / 1e9:.3g} active per token, {shape.trained / 1e9:.3g} constrained.\nAssumed of one {name}: "
-        f"{chosen.flops / 1e12:.3g} TFLOP/s, {chosen.bandwidth / 1e12:.3g} TB/s, {chosen.memory / 1e9:.3g} GB; prompts "
-        f"of {PROMPT_TOKENS} tokens, answers at full length, {LABELS} labels, {QUESTIONS} prompts of a benchmark "
-        "without limit.\nEverything else is measured or counted (docs/scaling.md); expect a factor of two or three.\n"
-    )
-    if found := variants(settings, str(config)):
-        sys.stdout.write(
-            f"This is the configuration without its study; of the {len(found)} variants each takes about as much, less "
-            "what it shares with another.\n"
-        )

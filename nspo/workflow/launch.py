@@ -28,7 +28,10 @@ def launcher(processes: int, threads: int, sharded: str = "", gpus: int = 0, nod
         how = f"--config_file {shlex.quote(sharded)}"
     share = f"--num_processes {processes} --num_cpu_threads_per_process {max(1, threads * nodes // processes)}"
     if nodes > 1:
-        each = f"{mpi} --nodes={nodes} --ntasks={nodes} --ntasks-per-node=1 python -m nspo.run.node"
+        tasks = (
+            f"--nodes={nodes} --ntasks={nodes} --ntasks-per-node=1 --cpus-per-task={threads}"  # srun inherits no CPUs
+        )
+        each = f"{mpi} {tasks} python -m nspo.run.node"
         return f"{each} accelerate launch {how} {share} -m"
     port = "--main_process_port 0"  # a free one, for each job
     return f"{claimed}accelerate launch {how} {share} --num_machines 1 {port} -m"

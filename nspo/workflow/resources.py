@@ -30,7 +30,6 @@ RESUMING = {
 }
 AS = {
     "judge_agreement": "evaluate",
-    "match_safety": "evaluate",
     "screen": "train_policy",
     "prepare_model": "evaluate",
 }  # what is not planned, and what takes no less

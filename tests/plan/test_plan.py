@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM
 
 from nspo.errors import UserError
 from nspo.models.structure.sites import find_sites
-from nspo.plan.plan import MACHINES, rows, show_plan, stages
+from nspo.plan.plan import MACHINES, stages
 from nspo.plan.shapes import SHAPES, shape_of
+from nspo.plan.show import rows, show_plan
 from nspo.settings.config import Config
 from nspo.settings.reading import check_config, load_config
 
@@ -118,7 +119,7 @@ def test_every_heavy_stage_is_planned() -> None:
     planned = {cost.stage: cost for cost in stages(check_config(raw), shape, machine)}
     of_each = {
         f"{stage} {name} seed 0"
-        for stage in ("train_policy", "certify", "evaluate", "attribute", "benchmark")
+        for stage in ("train_policy", "match_safety", "certify", "evaluate", "attribute", "benchmark")
         for name in methods
     }
     once = {"collect_activations", "compute_bases", "train_cost", "train_reward", "make_pairs seed 0"}
@@ -158,8 +159,17 @@ def test_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert "train_policy grpo_no_kl seed 0" in printed
     assert "\nsum " in printed
     assert "Assumed of one h100" in printed
+
+
+def test_a_study_is_planned_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    """What variants share is counted once, and beside it what it would be without sharing; tests/workflow/test_study.py
+    compares the jobs with those of the workflow."""
     show_plan(ROOT / "config/study.yaml", None, "cpu", None)
-    assert "of the 23 variants" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    jobs = {line.split()[0]: line.split()[1:3] for line in printed.partition("\n\n")[0].splitlines()}
+    assert jobs["train_policy"] == ["23", "23"]
+    assert jobs["train_cost"] == ["1", "23"]
+    assert "23 variants, each stage once" in printed
 
 
 @pytest.mark.parametrize(

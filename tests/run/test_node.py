@@ -24,7 +24,9 @@ def test_two_nodes_agree(tmp_path: Path) -> None:
         (tmp_path / name).write_text(FAKE.format(python=sys.executable))
         (tmp_path / name).chmod(0o755)
     start = launcher(4, 8, nodes=2)
-    assert start.startswith("srun --nodes=2 --ntasks=2 --ntasks-per-node=1 python -m nspo.run.node accelerate launch ")
+    assert start.startswith(
+        "srun --nodes=2 --ntasks=2 --ntasks-per-node=1 --cpus-per-task=8 python -m nspo.run.node accelerate launch "
+    )
     words = start.partition("nspo.run.node ")[2].split()
     told = []
     for rank in range(2):

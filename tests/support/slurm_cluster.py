@@ -1,8 +1,10 @@
-"""A real SLURM of one node on this machine, for tests: munged, slurmctld, slurmd, started as root, ended by their ids.
+"""A real SLURM on this machine, for tests: munged, slurmctld, a slurmd for each of two nodes, started as root, ended by
+their ids.
 
-The node says it has more cores, memory and GPUs than there are (`config_overrides`), so that jobs can ask for what
-profiles/slurm asks for; cgroups are not needed. Finished jobs are accounted in a text file (`jobcomp/filetxt`), which
-needs no database. The configuration stands in /etc/slurm, because `srun` inside a job looks nowhere else.
+Both nodes are this machine. Each says that it has more cores, memory and GPUs than there are (`config_overrides`), so
+that jobs can ask for what profiles/slurm asks for; cgroups are not needed. Finished jobs are accounted in a text file
+(`jobcomp/filetxt`), which needs no database. The configuration stands in /etc/slurm, because `srun` inside a job looks
+nowhere else.
 """
 
 import os
@@ -19,21 +21,20 @@ from pathlib import Path
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scancel")
 ETC = Path("/etc/slurm")
 PARTITION = "test"
-CORES, MEMORY_MB = 16, 300_000
+NODE = "NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=8 RealMemory=150000 Gres=gpu:1"
 
 CONFIG = """\
 ClusterName=nspo
 SlurmctldHost={host}
 SlurmctldPort={controller_port}
-SlurmdPort={node_port}
 AuthType=auth/munge
 AuthInfo=socket={folder}/munge.socket
 SlurmUser=root
 SlurmdUser=root
 StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/spool
+SlurmdSpoolDir={folder}/spool-%n
 SlurmctldPidFile={folder}/slurmctld.pid
-SlurmdPidFile={folder}/slurmd.pid
+SlurmdPidFile={folder}/slurmd-%n.pid
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
@@ -47,7 +48,7 @@ KillWait=2
 MpiDefault=none
 ReturnToService=2
 GresTypes=gpu
-NodeName={host} NodeAddr=127.0.0.1 CPUs={cores} RealMemory={memory} Gres=gpu:2 State=UNKNOWN
+{nodes}
 PartitionName={partition} Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
 
@@ -96,19 +97,18 @@ def _left_over() -> bool:
 def cluster(folder: Path) -> Iterator[Cluster]:
     """Start a cluster with its files in `folder`; afterwards end what was started and take the configuration away."""
     host = socket.gethostname().split(".")[0]
-    for name in ("state", "spool"):
+    names = (host, "localhost")  # which every machine resolves, as nodes of a cluster resolve each other
+    for name in ("state", *(f"spool-{name}" for name in names)):
         (folder / name).mkdir(parents=True)
     with ExitStack() as cleanup:
         config = CONFIG.format(
             host=host,
             folder=folder,
             controller_port=_free_port(),
-            node_port=_free_port(),
-            cores=CORES,
-            memory=MEMORY_MB,
+            nodes="\n".join(NODE.format(name=name, host=host, port=_free_port()) for name in names),
             partition=PARTITION,
         )
-        for name, text in (("slurm.conf", config), ("gres.conf", "Name=gpu File=/dev/null,/dev/zero\n")):
+        for name, text in (("slurm.conf", config), ("gres.conf", "Name=gpu File=/dev/null\n")):
             cleanup.callback((ETC / name).unlink, missing_ok=True)
             (ETC / name).write_text(text)
         key = folder / "munge.key"
@@ -118,14 +118,15 @@ def cluster(folder: Path) -> Iterator[Cluster]:
         options = [f"{option}={path}" for option, path in files.items()]
         munge = ["munged", "--foreground", "--force", f"--socket={folder}/munge.socket", *options]
         daemons = []
-        for command in (munge, ["slurmctld", "-D", "-c"], ["slurmd", "-D", "-N", host]):
-            log = cleanup.enter_context((folder / f"{command[0]}.log").open("w"))
+        for command in (munge, ["slurmctld", "-D", "-c"], *(["slurmd", "-D", "-N", name] for name in names)):
+            log = cleanup.enter_context((folder / f"{command[0]}-{len(daemons)}.log").open("w"))
             daemon = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
             cleanup.callback(_end, daemon)
             daemons.append(daemon)
             if command is munge:
                 _wait(lambda: (folder / "munge.socket").exists(), daemons, folder)
-        _wait(lambda: "idle" in _output("sinfo", "--noheader", "--format=%T"), daemons, folder)
+        idle = ["sinfo", "--noheader", "--Node", "--states=idle", "--format=%N"]
+        _wait(lambda: set(_output(*idle).split()) == set(names), daemons, folder)
         cleanup.callback(_output, "scancel", "--user=root")
         yield Cluster(PARTITION, folder / "jobs.log")
 

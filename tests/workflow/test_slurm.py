@@ -1,9 +1,10 @@
-"""The workflow on a real SLURM of one node: `make test-slurm` (as root, with Debian's slurm-wlm and munge).
+"""The workflow on a real SLURM of two nodes: `make test-slurm` (as root, with Debian's slurm-wlm and munge).
 
 The shipped profile is used as it is, but for the partition that a user fills in, and for options that say that this
 cluster has no accounting database and that its jobs are short.
 """
 
+import json
 import re
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import yaml
 from support.kill_harness import artifacts, difference
 from support.slurm_cluster import Cluster, cluster, missing
 from support.workflow_project import BENCHMARK, copy_project, set_config
@@ -80,16 +82,28 @@ def start(project: Path, log: Path, *arguments: str) -> subprocess.Popen[bytes]:
         return subprocess.Popen(command, cwd=project, stdout=file, stderr=subprocess.STDOUT)
 
 
-def cancel_once(slurm: Cluster, running: subprocess.Popen[bytes], rule: str, at_work: Callable[[], bool]) -> str:
-    """Cancel the job of `rule` as soon as it is `at_work`, and return its id."""
+def stop_once(
+    slurm: Cluster, running: subprocess.Popen[bytes], rule: str, at_work: Callable[[], bool], *command: str
+) -> str:
+    """Stop the job of `rule` by `command` and its id, as soon as it is `at_work`; its id."""
     before = set(slurm.jobs())
     while not at_work():
         assert running.poll() is None, "the workflow ended before its job could be cancelled"
         time.sleep(0.05)
     new = {job: facts for job, facts in slurm.jobs().items() if job not in before and of_rule(facts) == rule}
     (job,) = [job for job, facts in new.items() if facts["JobState"] == "RUNNING"]
-    subprocess.run(["scancel", job], check=True)
+    subprocess.run([*command, job], check=True)
     return job
+
+
+def at_work(project: Path) -> bool:
+    """Whether a policy has a checkpoint."""
+    return any((project / RESULTS).glob(".work/policy-*/*/trainer_state.json"))
+
+
+def said(project: Path) -> str:
+    """The log of the policy's training."""
+    return (project / RESULTS / "logs/train_policy/nspo-seed0.log").read_text()
 
 
 def of_rule(job: dict[str, str]) -> str:
@@ -131,13 +145,12 @@ def test_a_cancelled_job_is_submitted_again_with_more(project: Path, slurm: Clus
     before = artifacts(project)
     shutil.rmtree(project / POLICY)
     running = start(project, tmp_path / "log", str(POLICY))
-    checkpoints = ".work/policy-*/*/trainer_state.json"
-    job = cancel_once(slurm, running, "train_policy", lambda: any((project / RESULTS).glob(checkpoints)))
+    job = stop_once(slurm, running, "train_policy", partial(at_work, project), "scancel")
     assert running.wait() == 0, (tmp_path / "log").read_text()[-6000:]
     assert slurm.accounted()[job]["JobState"] == "CANCELLED"
     again = max(slurm.jobs().values(), key=lambda entry: int(entry["JobId"]))
     assert (asked(again), again["JobState"]) == (planned(project, attempt=2), "COMPLETED")
-    assert "resuming nspo (seed 0) from" in (project / RESULTS / "logs/train_policy/nspo-seed0.log").read_text()
+    assert "resuming nspo (seed 0) from" in said(project)
     assert difference(before, artifacts(project)) == []
 
 
@@ -148,9 +161,77 @@ def test_a_cancelled_workflow_goes_on(project: Path, slurm: Cluster, tmp_path: P
     target = str(BASE / "metrics.json")
     running = start(project, tmp_path / "log", "--retries", "0", target)
     kept = partial((project / RESULTS).glob, ".work/evaluation-*.jsonl")
-    cancel_once(slurm, running, "evaluate", lambda: any(path.stat().st_size for path in kept()))
+    stop_once(slurm, running, "evaluate", lambda: any(path.stat().st_size for path in kept()), "scancel")
     assert running.wait() == 1
     assert not (project / target).exists()
     assert start(project, tmp_path / "log", target).wait() == 0, (tmp_path / "log").read_text()[-6000:]
     assert "continuing after" in (project / RESULTS / "logs/evaluate/base-seed0.log").read_text()
     assert difference(before, artifacts(project)) == []
+
+
+def test_a_warning_writes_a_checkpoint(project: Path, slurm: Cluster, tmp_path: Path) -> None:
+    """SIGUSR1, which `--signal=USR1@300` sends ahead of a limit, ends training after a step, and the next attempt goes
+    on to the same policy."""
+    before = artifacts(project)
+    shutil.rmtree(project / POLICY)
+    running = start(project, tmp_path / "log", str(POLICY))
+    warned = stop_once(slurm, running, "train_policy", partial(at_work, project), "scancel", "--signal=USR1")
+    assert running.wait() == 0, (tmp_path / "log").read_text()[-6000:]
+    assert slurm.accounted()[warned]["JobState"] == "FAILED"
+    assert "resuming nspo (seed 0) from" in said(project)
+    assert difference(before, artifacts(project)) == []
+
+
+def test_a_requeued_job_goes_on(project: Path, slurm: Cluster, tmp_path: Path) -> None:
+    """Pre-empted: SIGTERM, and queued again by SLURM itself. One job to the workflow, which makes the same policy."""
+    before, jobs = artifacts(project), len(slurm.jobs())
+    shutil.rmtree(project / POLICY)
+    running = start(project, tmp_path / "log", "--retries", "0", str(POLICY))
+    job = stop_once(slurm, running, "train_policy", partial(at_work, project), "scontrol", "requeue")
+    assert running.wait() == 0, (tmp_path / "log").read_text()[-6000:]
+    assert slurm.jobs()[job]["Restarts"] == "1"
+    assert len(slurm.jobs()) == jobs + 1
+    assert "resuming nspo (seed 0) from" in said(project)
+    assert difference(before, artifacts(project)) == []
+
+
+def test_two_nodes_train_one_policy(project: Path, slurm: Cluster, tmp_path: Path) -> None:
+    """As docs/cluster.md says: `srun` starts a task on each node, and both train together."""
+    shutil.copytree(project / RESULTS, project / "results/two")
+    shutil.rmtree(project / "results/two/policy/nspo")
+    raw = yaml.safe_load((project / "config/smoke.yaml").read_text())
+    raw["policy"] |= {"processes": 2, "micro_batch_size": 2}
+    raw["runtime"]["results"] = "results/two"
+    (project / "config/two.yaml").write_text(yaml.safe_dump(raw))
+    resources = [f"train_policy:{name}" for name in ("nodes=2", "tasks=2", "tasks_per_gpu=0", "mpi=srun")]
+    options = ("--set-resources", *resources, "--configfile", "config/two.yaml")
+    target = "results/two/policy/nspo/seed0"
+    assert start(project, tmp_path / "log", target, *options).wait() == 0, (tmp_path / "log").read_text()[-6000:]
+    job = max(slurm.jobs().values(), key=lambda entry: int(entry["JobId"]))
+    assert (of_rule(job), job["NumNodes"], job["NumTasks"], job["JobState"]) == ("train_policy", "2", "2", "COMPLETED")
+    log = (project / "results/two/logs/train_policy/nspo-seed0.log").read_text()
+    assert log.count("probe step 0") == 1  # told by one voice
+    settings = json.loads((project / "results/two/training/nspo/seed0/settings.json").read_text())
+    assert settings["processes"] == 2
+
+
+def test_small_jobs_share_a_submission(project: Path, slurm: Cluster, tmp_path: Path) -> None:
+    """A group of two certificates is one job, and an array of two is one submission of two."""
+    certificates = [
+        str(path.relative_to(project)) for path in (project / RESULTS / "certificates").glob("*/seed0.json")
+    ]
+    assert len(certificates) == 2
+    before = artifacts(project)
+    for options, jobs in (
+        (("--groups", "certify=a", "--group-components", "a=2"), 1),
+        (("--slurm-array-jobs", "certify"), 2),
+    ):
+        known = set(slurm.jobs())
+        for certificate in certificates:
+            (project / certificate).unlink()
+        running = start(project, tmp_path / "log", *certificates, *options)
+        assert running.wait() == 0, (tmp_path / "log").read_text()[-6000:]
+        new = [facts for job, facts in slurm.jobs().items() if job not in known]
+        assert len(new) == jobs
+        assert jobs == 1 or len({facts["ArrayJobId"] for facts in new}) == 1
+        assert difference(before, artifacts(project)) == []

@@ -2,6 +2,7 @@
 
 import csv
 import re
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,12 @@ from typing import Any
 import pytest
 import yaml
 from support.workflow_project import ROOT, copy_project, snakemake
+
+from nspo.plan.plan import MACHINES, stages
+from nspo.plan.shapes import SHAPES
+from nspo.plan.sharing import shared
+from nspo.settings.reading import load_config
+from nspo.settings.study import variants as every
 
 pytestmark = pytest.mark.workflow
 
@@ -93,7 +100,8 @@ KEYS = {  # what gets another home where this key has another value
 def test_a_key_gives_a_new_home_to_what_it_shapes(tmp_path: Path) -> None:
     """And to what follows from that, the very stages that a run of one configuration would run again."""
     variants = {"base": None} | {key: {key: value} for key, (value, _) in KEYS.items()}
-    jobs = planned(ROOT, study(variants, {}, tmp_path))
+    config = study(variants, {}, tmp_path)
+    jobs = planned(ROOT, config)
     base = behind(jobs, "base")
     assert {"model", "certificates/main/seed0.json"} <= set(base)
     for key, (_, expected) in KEYS.items():
@@ -101,6 +109,11 @@ def test_a_key_gives_a_new_home_to_what_it_shapes(tmp_path: Path) -> None:
         assert found.keys() == base.keys()
         moved = {path for path in base if found[path] != base[path]}
         assert {re.sub(r"^((?:training|evaluation)/\w+|[^/]+).*", r"\1", path) for path in moved} == expected, key
+    planner = [
+        (it, stages(it, SHAPES["smollm2-135m"], MACHINES["cpu"])) for it in every(load_config(config), "").values()
+    ]
+    counted = Counter(cost.stage.partition(" ")[0] for cost in shared(planner))
+    assert counted.items() <= counts(jobs).items()  # `nspo plan` shares the same
 
 
 @pytest.fixture(scope="module")
