@@ -40,7 +40,7 @@ from nspo.models.loading import load_model, load_tokenizer, model_identity
 from nspo.models.structure.coverage import blocks_of
 from nspo.models.structure.linears import layer_norms
 from nspo.models.structure.positions import prompt_room
-from nspo.models.structure.sites import Site, find_sites, watch
+from nspo.models.structure.sites import Site, find_sites, watch, without_site
 from nspo.run.processes import own_device, processes_of
 from nspo.run.progress import say, track
 from nspo.settings.bases import ActivationSettings
@@ -118,6 +118,9 @@ def _collect(
     if processes.is_main_process:
         if processes.num_processes > 1:
             say(f"activations: {processes.num_processes} processes share {len(chunks)} parts")
+        if bare := without_site(network, sites):
+            some = ", ".join(bare[:3]) + ", ..." * (len(bare) > 3)
+            say(f"activations: {len(bare)} linear layers of the blocks get no basis ({some})")
         _announce(settings, room, chunks, stored_bytes(settings, sites, chunks, storage), finished, work)
     for chunk in _share(chunks, settings.max_new_tokens, processes):
         if not finished[chunk.index].is_file():

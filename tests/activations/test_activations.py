@@ -22,7 +22,7 @@ from nspo.errors import UserError
 from nspo.files.manifest import MANIFEST_NAME, make_manifest, write_json
 from nspo.models import loading as models
 from nspo.models.chat import chat_ids
-from nspo.models.structure.sites import Site, find_sites
+from nspo.models.structure.sites import Site, find_sites, without_site
 from nspo.nullspace.moments import add_second_moment, mirror, unpack, upper_blocks
 
 # ------------------------------------------------------------------------------------------- sites
@@ -84,12 +84,27 @@ def test_text_model_of_gemma3_is_found_by_structure():
     assert len(find_sites(tf.Gemma3ForCausalLM(config).eval())) == 8
 
 
-def test_layer_used_twice_in_one_forward_is_refused(tiny_model_dir):
-    """A shared module would count its inputs twice under one name."""
+def test_a_layer_that_is_not_read_once_per_token_has_no_site_and_is_named(tiny_model_dir):
+    """A shared module would count its inputs twice under one name; one that is never called has no inputs."""
     model = models.load_model(tiny_model_dir)
     model.model.layers[1].mlp = model.model.layers[0].mlp
-    with pytest.raises(UserError, match=r"layer model\.layers\.0\.mlp\.gate_proj read inputs of shapes"):
-        find_sites(model)
+    model.model.layers[1].spare = torch.nn.Linear(4, 4)
+    sites = find_sites(model)
+    shared = [f"model.layers.0.mlp.{name}_proj" for name in ("gate", "up", "down")]
+    assert without_site(model, sites) == [*shared, "model.layers.1.spare"]
+    assert not any("mlp" in layer for site in sites for layer in site.layers)
+    with pytest.raises(UserError, match=r"none of the 3 layers .*gate_proj, reads one vector per token"):
+        find_sites(model, ".*mlp.*")
+
+
+def test_what_is_linear_in_a_recurrent_block_is_covered():
+    """Mamba multiplies by the weight of dt_proj and never calls it: left out, the other projections have sites."""
+    small = {"vocab_size": 64, "hidden_size": 16, "state_size": 4, "num_hidden_layers": 2, "time_step_rank": 4}
+    model = tf.MambaForCausalLM(tf.MambaConfig(**small)).eval()
+    sites = find_sites(model)
+    assert without_site(model, sites) == [f"backbone.layers.{n}.mixer.dt_proj" for n in range(2)]
+    names = {layer.split("mixer.")[1] for site in sites for layer in site.layers}
+    assert names == {"in_proj", "x_proj", "out_proj"}
 
 
 # ------------------------------------------------------------------------------------------- what is kept

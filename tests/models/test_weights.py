@@ -96,8 +96,9 @@ def test_the_class_is_the_one_that_saves_the_folder_whole(tmp_path: Path) -> Non
         text.architectures = named
         assert model_class(text).__name__ == "LlamaForCausalLM"
         assert unprotected_inputs(text) == []
-    for values, message in (({"model_type": "t5"}, "encoder-decoder"), ({"model_type": "vit"}, "no causal language")):
-        (tmp_path / "config.json").write_text(json.dumps(values))
+    refused = (("t5", "encoder-decoder"), ("vit", "no causal language"), ("blip-2", "cannot read text without pixel_v"))
+    for kind, message in refused:
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
         with pytest.raises(UserError, match=message):
             model_class(load_config(tmp_path, "it"))
 

@@ -1,5 +1,6 @@
 """Which transformers class a configuration is loaded as: one answer for every stage, known before a weight is read."""
 
+import inspect
 from typing import Any, cast
 
 import torch
@@ -19,8 +20,18 @@ def model_class(config: Any) -> type[PreTrainedModel]:
     whole and is saved whole again. Else, as for a folder that names no class, what transformers maps its type to.
 
     Raises:
-        UserError: an encoder-decoder, or a type of model without such a class.
+        UserError: an encoder-decoder, a type of model without such a class, or one that reads no text alone.
     """
+    found = _mapped_class(config)
+    needed = {name for name, part in inspect.signature(found.forward).parameters.items() if part.default is part.empty}
+    if beside := sorted(needed - {"self", "input_ids", "args", "kwargs"}):
+        raise UserError(
+            f"{found.__name__} cannot read text without {beside[0]}", expected="a model that reads text alone"
+        )
+    return found
+
+
+def _mapped_class(config: Any) -> type[PreTrainedModel]:
     if getattr(config, "is_encoder_decoder", False):
         raise UserError(f"the model is of the type {config.model_type!r}, an encoder-decoder: expected a decoder alone")
     for name in getattr(config, "architectures", None) or ():

@@ -3,9 +3,11 @@
 Layers that read the very same tensor (q, k and v; gate and up) share one second moment and one basis, so they form one
 site, whatever the architecture calls them. A site is named after its first listed layer, in the order of the model's
 modules. Experts share the site of what their block feeds them all, and each has one more for its own down projection.
-Routers have none: they stay frozen, because a router that moves sends general tokens to other experts.
+Routers have none: they stay frozen, because a router that moves sends general tokens to other experts. Nor have layers
+that do not read one vector per token, once: Mamba multiplies by the weight of its `dt_proj` and never calls it.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -47,11 +49,12 @@ def find_sites(model: PreTrainedModel, pattern: str = ".*") -> list[Site]:
     """The sites of all linear layers (`Conv1D` too) and experts in the decoder blocks whose name matches `pattern`.
 
     Experts match by the name of their parameter, such as "model.layers.0.mlp.experts.down_proj", all or none.
-    Embeddings and the language-model head lie outside the blocks and are never included.
+    Embeddings and the language-model head lie outside the blocks and are never included. What else is left out, because
+    it is not used exactly once per forward pass or does not read one vector per token, `without_site` names.
 
     Raises:
-        UserError: `pattern` is no regular expression or matches nothing; or a layer it matches holds experts of an
-            unknown form, is not used exactly once per forward pass, or does not read one vector per token.
+        UserError: `pattern` is no regular expression or matches nothing that has a site; or a layer that it matches
+            holds experts of an unknown form.
     """
     blocks = modules_in_blocks(model)
     experts = find_experts(blocks)
@@ -76,6 +79,12 @@ def find_sites(model: PreTrainedModel, pattern: str = ".*") -> list[Site]:
     groups: dict[tuple[int, ...], list[str]] = {}
     for name, (tensor, version) in inputs.items():
         groups.setdefault((tensor.data_ptr(), tensor.numel(), version), []).append(name)
+    if not inputs and not calls:
+        raise UserError(
+            f"activations.layers: none of the {len(matching)} layers that {pattern!r} matches, such as {matching[0]}, "
+            "reads one vector per token, once",
+            expected="at least one",
+        )
     shared = {names[0]: Site(names[0], tuple(names), places[names[0]].width) for names in groups.values()}
     sites: list[Site] = []
     for name in matching:
@@ -84,6 +93,13 @@ def find_sites(model: PreTrainedModel, pattern: str = ".*") -> list[Site]:
         elif name in own:
             sites += _own_sites(own[name], calls[name])
     return sites
+
+
+def without_site(model: PreTrainedModel, sites: Iterable[Site]) -> list[str]:
+    """The linear layers of the decoder blocks that are in none of `sites`: no basis will protect or move them."""
+    covered = {layer for site in sites for layer in site.layers}
+    linear = (name for name, m in modules_in_blocks(model).items() if isinstance(m, nn.Linear) or is_transposed(m))
+    return [name for name in linear if name not in covered]
 
 
 @contextmanager
@@ -166,14 +182,14 @@ def _matching(names: Sequence[str], pattern: str) -> list[str]:
 def _probe(
     model: PreTrainedModel, sites: Sequence[Site], experts: Sequence[Experts]
 ) -> tuple[dict[str, tuple[Tensor, int]], dict[str, int]]:
-    """One forward pass: what each site reads, with the tensor's version at that moment; and by the name of the down
-    projections of `experts`, which are checked, how many of them every token asks.
+    """One forward pass: what each site reads once per token, with the tensor's version at that moment; and by the name
+    of the down projections of `experts`, which are checked, how many of them every token asks.
 
     The tensors are kept alive together, so an address stands for one tensor; the version tells an in-place change.
     """
     seen: dict[str, list[tuple[Tensor, int]]] = {site.name: [] for site in sites}
     chosen: dict[str, int] = {}
-    tokens = PROBE_SHAPE[0] * PROBE_SHAPE[1]
+    tokens = math.prod(PROBE_SHAPE)
     ids = (torch.arange(tokens, device=model.device) % model.config.get_text_config().vocab_size).view(PROBE_SHAPE)
     hooks = []
     for one in experts:
@@ -190,14 +206,12 @@ def _probe(
     finally:
         for handle in hooks:
             handle.remove()
-    for site in sites:
-        shapes = [tuple(tensor.shape) for tensor, _ in seen[site.name]]
-        # Some attention gives its vectors a dimension of one head.
-        bare = [tuple(size for size in shape[:-1] if size != 1) + shape[-1:] for shape in shapes]
-        if bare not in ([(*PROBE_SHAPE, site.width)], [(tokens, site.width)]):
-            raise UserError(
-                f"layer {site.name} read inputs of shapes {shapes} in a forward pass over {PROBE_SHAPE} tokens",
-                expected=f"one of width {site.width} per token, once",
-                change="leave it out with `activations.layers`",
-            )
-    return {name: calls[0] for name, calls in seen.items()}, chosen
+    read = {site.name: seen[site.name][0] for site in sites if _once_per_token(site, [t for t, _ in seen[site.name]])}
+    return read, chosen
+
+
+def _once_per_token(site: Site, read: Sequence[Tensor]) -> bool:
+    """Whether a layer was called once over the probe, with one vector for every token."""
+    # Some attention gives its vectors a dimension of one head.
+    shapes = [tuple(size for size in tensor.shape[:-1] if size != 1) + tensor.shape[-1:] for tensor in read]
+    return shapes in ([(*PROBE_SHAPE, site.width)], [(math.prod(PROBE_SHAPE), site.width)])
