@@ -33,18 +33,25 @@ def text(raw: Row, column: str, where: str, empty: bool = False) -> str:
     if not isinstance(found, str | None):
         raise UserError(f"{where}: a row has the {column!r} {found!r:.60}: expected text")
     stripped = (found or "").strip()
-    if not stripped and not empty:
+    if not empty and not any(char.isprintable() and not char.isspace() for char in stripped):
         raise UserError(f"{where}: a row has an empty {column!r}: expected text")
     return encodable(stripped, column, where)
 
 
 def optional(raw: Row, column: str, where: str) -> str:
     """The text or number in a column that may be missing or empty."""
-    return encodable(str(raw.get(column) or ""), column, where)
+    return encodable(_shown(raw.get(column)), column, where)
+
+
+def _shown(value: Any) -> str:
+    """A cell as text; empty where nothing stands in it, which pandas writes as NaN."""
+    return "" if value is None or value != value else str(value)
 
 
 def encodable(found: str, column: str, where: str) -> str:
-    """`found`, unless it holds half a surrogate pair, which JSON can spell and no file can store."""
+    """`found`, unless it holds half a surrogate pair or a NUL, which JSON can spell and not every file can store."""
+    if "\0" in found:
+        raise UserError(f"{where}: a row has a {column!r} with a NUL character", expected="text", change="mend it")
     try:
         found.encode()
     except UnicodeEncodeError as error:
@@ -78,9 +85,9 @@ def which(raw: Row, column: str, where: str) -> int:
 
 
 def matches(raw: Row, only: Mapping[str, str], where: str) -> bool:
-    """Whether every column of `only` matches its regular expression somewhere.
+    """Whether every column of `only` matches its regular expression somewhere; an empty cell is empty text.
 
     Raises:
         UserError: when a column is missing.
     """
-    return all(re.search(pattern, str(cell(raw, column, where))) for column, pattern in only.items())
+    return all(re.search(pattern, _shown(cell(raw, column, where))) for column, pattern in only.items())

@@ -112,7 +112,7 @@ def _grade(raw: Row, labels: GradedSet, where: str) -> float:
             )
         found = [labels.grades[str(value)] for value in found]
     try:
-        grades = [float(value) for value in found]
+        grades = [_number(value) for value in found]
     except (TypeError, ValueError, OverflowError) as error:
         raise UserError(
             f"{where}: found the grade {found!r:.80}", expected="numbers from 0 to 1, or `grades`"
@@ -120,6 +120,13 @@ def _grade(raw: Row, labels: GradedSet, where: str) -> float:
     if not grades or not all(0 <= grade <= 1 for grade in grades):
         raise UserError(f"{where}: found the grade {found!r:.80} in {labels.score!r}", expected="numbers from 0 to 1")
     return sum(grades) / len(grades)
+
+
+def _number(value: Any) -> float:
+    """What a cell says; `float` alone would read 0_5 as 5."""
+    if "_" in str(value):
+        raise ValueError(value)
+    return float(value)
 
 
 def _category(raw: Row, column: str, where: str) -> str:

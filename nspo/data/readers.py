@@ -4,6 +4,7 @@ import csv
 import gzip
 import io
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import yaml
 
 from nspo.data.wheels import resolve
 from nspo.errors import UserError, first_line
+from nspo.settings.reading import StrictLoader
 from nspo.sources import Source
 
 
@@ -79,10 +81,25 @@ def _jsonl(data: bytes) -> Any:
     rows = []
     for number, line in enumerate(_text(data).split("\n"), 1):
         try:
-            rows += [json.loads(line)] if line.strip() else []
+            rows += [_json(line)] if line.strip() else []
         except json.JSONDecodeError as error:  # which takes every line for the first
             raise ValueError(f"line {number}, column {error.colno}: {error.msg}") from error
+        except ValueError as error:
+            raise ValueError(f"line {number}: {error}") from error
     return rows
+
+
+def _json(text: str) -> Any:
+    return json.loads(text, object_pairs_hook=_once)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A mapping; of two values under one key, json would keep the last."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"the key {twice!r} stands twice in a row")
+    return found
 
 
 def _csv(data: bytes) -> Any:
@@ -108,13 +125,13 @@ def _parquet(data: bytes) -> Any:
 
 
 def _yaml(data: bytes) -> Any:
-    document = yaml.safe_load(_text(data))
+    document = yaml.load(_text(data), Loader=StrictLoader)
     return document["seeds"] if isinstance(document, dict) and "seeds" in document else document
 
 
 READERS: dict[str, Callable[[bytes], Any]] = {
     ".jsonl": _jsonl,
-    ".json": lambda data: json.loads(_text(data)),
+    ".json": lambda data: _json(_text(data)),
     ".csv": _csv,
     ".txt": lambda data: [{"prompt": line.strip()} for line in _text(data).split("\n") if line.strip()],
     ".parquet": _parquet,

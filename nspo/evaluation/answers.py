@@ -4,6 +4,7 @@ Answers are kept in the working folder while they come; so are the verdicts of j
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,18 +50,24 @@ def greedy_answers(
     return [answers[i] for i in range(len(prompt_ids))]
 
 
-def judge_answers(rows: Sequence[dict[str, Any]], cost: CostModel | None, refusal: RefusalPhrases) -> None:
-    """Add the verdicts: refusals everywhere; on harmful prompts costs, where there is a cost model."""
+def judge_answers(rows: Sequence[dict[str, Any]], cost: CostModel | None, refusal: RefusalPhrases) -> dict[str, int]:
+    """Add the verdicts: refusals everywhere; on harmful prompts costs, where there is a cost model.
+
+    Returns:
+        by domain, how many answers are longer than the cost model reads.
+    """
     said = refusal.verdicts([row["prompt"] for row in rows], [row["response"] for row in rows])
     for row, refused in zip(rows, flags(said, if_failed=False), strict=True):
         row["refused"] = refused
     harmful = [row for row in rows if row["role"] == "harmful"]
     if cost is None or not harmful:
-        return
+        return {}
     costs = cost.verdicts([row["prompt"] for row in harmful], [row["response"] for row in harmful])
     for row, value, unsafe in zip(harmful, costs, flags(costs, if_failed=True), strict=True):
         failed = math.isnan(value)
         row.update(cost=None if failed else value, unsafe=unsafe, cost_failed=failed)
+    unread = cost.model.unread([row["prompt"] for row in harmful], [row["response"] for row in harmful])
+    return dict(Counter(row["domain"] for row, cut in zip(harmful, unread, strict=True) if cut))
 
 
 def add_second_opinion(rows: Sequence[dict[str, Any]], judge: SecondJudge) -> None:

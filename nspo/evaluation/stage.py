@@ -13,12 +13,14 @@ Commands: `nspo evaluate --name base --base results/model --policy results/model
 model with `--base-evaluation results/evaluation/base/seed0/responses.parquet`.
 """
 
+import math
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from nspo.data.leaks import apart
 from nspo.data.tables import domains, load_prompts, training_prompts
@@ -40,9 +42,10 @@ from nspo.judges.second.judge import SecondJudge
 from nspo.models.chat import chat_ids
 from nspo.models.drift import FIGURES
 from nspo.models.drift import drift as measure_drift
+from nspo.models.generation import refuse_unknown
 from nspo.models.likelihood import answer_nll
 from nspo.models.loading import load_config, load_model, load_tokenizer, model_identity
-from nspo.models.structure.positions import check_room, fitting
+from nspo.models.structure.positions import check_room, count_left_out, fitting, positions_of
 from nspo.models.vllm_engine import answering, check_engine
 from nspo.preference.model import CostModel
 from nspo.run.devices import device_of
@@ -127,6 +130,7 @@ def evaluate(
         "evaluation.max_new_tokens",
     )
     _check_rows(rows, prompts)
+    gold, gold_left_out = _gold(settings, prompts, tokenizer, config)
     judges = CostModel(cost, device), RefusalPhrases()
     second = SecondJudge(second_judge, device) if second_judge else None
     added = added_judges(settings.judges, runtime)
@@ -141,11 +145,12 @@ def evaluate(
         row.update(response=response, answer_ids=ids, response_tokens=len(ids))
         row["correct"] = mark(row["check"], response) if row["check"] else None
 
-    weighed = _weigh_gold(settings, prompts, model, tokenizer)
+    asked_gold, right = [row["prompt_ids"] for row in gold], [row["answer_ids"] for row in gold]
+    weighed = answer_nll(model, tokenizer, asked_gold, right, settings.batch_size, "right answers")
     if reference is not None:
         _compare(rows, prompt_ids, reference, load_model(base, device), model, tokenizer, settings)
     del model
-    judge_answers(rows, *judges)
+    unread = judge_answers(rows, *judges)
     if second:
         add_second_opinion(rows, second)
     every: list[Judge] = [*judges, *([second] if second else []), *added]
@@ -153,7 +158,7 @@ def evaluate(
     for judge, verdicts in zip(added, kept, strict=True):
         add_verdicts(rows, judge, verdicts)
 
-    rows += weighed
+    rows += [{**row, "gold_nll": value} for row, value in zip(gold, weighed, strict=True)]
     manifest = make_manifest(KIND, **identity, policy=tuned, method=name, seed=seed)
     out.mkdir(parents=True, exist_ok=True)
     judged = [*([second.name] if second else []), *settings.judges]
@@ -167,8 +172,9 @@ def evaluate(
             "base": base_evaluation is None,
             "model": {"base": identity["base"], "policy": tuned},
             "judges": {judge.name: judge.identity for judge in every},
-            "left_out": left_out,  # prompts that are too long for the base model, by domain
+            "left_out": dict(Counter(left_out) + Counter(gold_left_out)),  # too long for the base model, by domain
             "learnt": learnt,  # prompts that are nearly ones whose labels a judge learnt from, by domain
+            "unread": unread,  # answers whose end the cost model does not read, by domain
             "scores": compute_scores(read_table(out / "responses.parquet"), settings.first_tokens, judged),
         },
     )
@@ -207,28 +213,31 @@ def _select(
     return rows, near
 
 
-def _weigh_gold(
-    settings: EvaluationSettings, prompts: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> list[dict[str, Any]]:
-    """The rows of `data.gold`: questions, their right answers, and how likely the model finds these."""
+def _gold(
+    settings: EvaluationSettings, prompts: Path, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig
+) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    """The rows of `data.gold`, questions with their right answers, and how many are too long for the base, by domain.
+
+    Raises:
+        UserError: when no question of a domain fits, or the model has no row for a token.
+    """
+    room = positions_of(config) or math.inf
     rows = [
         row
         for domain in domains(prompts, "gold", settings.split)
         for row in load_prompts(prompts, "gold", settings.split, domain, settings.gold_answers)
     ]
-    asked = [chat_ids(tokenizer, row["prompt"]) for row in rows]
-    answers = [tokenizer(row["check"]["answer"], add_special_tokens=False)["input_ids"] for row in rows]
-    values = answer_nll(model, tokenizer, asked, answers, settings.batch_size, "right answers")
-    return [
-        {
-            **{key: row[key] for key in ("role", "domain", "category", "id", "prompt")},
-            "response": row["check"]["answer"],
-            "answer_ids": ids,
-            "response_tokens": len(ids),
-            "gold_nll": value,
-        }
-        for row, ids, value in zip(rows, answers, values, strict=True)
-    ]
+    found = []
+    for row in rows:
+        answer = tokenizer(row["check"]["answer"], add_special_tokens=False)["input_ids"]
+        asked = chat_ids(tokenizer, row["prompt"])
+        refuse_unknown([*asked, *answer], tokenizer, config, "right answers")
+        if len(asked) + len(answer) <= room:
+            known = {key: row[key] for key in ("role", "domain", "category", "id", "prompt")}
+            said = {"response": row["check"]["answer"], "answer_ids": answer, "response_tokens": len(answer)}
+            found.append({**known, **said, "prompt_ids": asked})
+    reason = f"read with their answers within the model's {room:g} positions"
+    return found, count_left_out(rows, found, "right answers", reason, "take the set out of data.gold")
 
 
 def _check_rows(rows: Sequence[dict[str, Any]], prompts: Path) -> None:

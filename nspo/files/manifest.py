@@ -133,7 +133,23 @@ def weight_shards(folder: Path) -> list[Path]:
     single, index = folder / WEIGHTS, folder / INDEX
     if single.is_file() or not index.is_file():
         return [single] * single.is_file()
-    return [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+    return [folder / name for name in sorted(set(weight_map(index).values()))]
+
+
+def weight_map(index: Path) -> dict[str, str]:
+    """The file of every tensor, as the index of a model in several files says.
+
+    Raises:
+        UserError: when it names no tensors, or what is no file beside it.
+    """
+    written = read_json(index)
+    listed = written.get("weight_map") if isinstance(written, dict) else None
+    if not isinstance(listed, dict) or not listed:
+        raise UserError(f"{index} names no tensors", expected="a `weight_map`", change="copy the whole model")
+    for name in listed.values():
+        if not isinstance(name, str) or Path(name).name != name:
+            raise UserError(f"{index} names {name!r:.80}", expected="files beside it", change="copy the whole model")
+    return listed
 
 
 def fingerprint_model(folder: Path | str) -> dict[str, str]:

@@ -17,7 +17,7 @@ from nspo.errors import UserError, first_line
 from nspo.files.manifest import MANIFEST_NAME, check_fingerprints, read_json
 from nspo.models.chat import read_plain_text
 from nspo.models.folders.classes import model_class
-from nspo.models.folders.files import check_model_files
+from nspo.models.folders.files import FLOATS, check_model_files, stored_dtypes
 from nspo.models.folders.template import frozen
 from nspo.models.generation import plain_generation
 from nspo.sources import Source
@@ -74,7 +74,7 @@ def load_config(folder: Path | str, named: str) -> PreTrainedConfig:
         raise UserError(f"{named} holds no model: expected a Hugging Face model folder with config.json")
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+    except Exception as error:  # besides its own, whatever a configuration's class makes of values it cannot use
         raise UserError(f"{named}: config.json is no model that transformers knows: {first_line(error)}") from error
     return config
 
@@ -134,7 +134,8 @@ def load_whole(
     Raises:
         UserError: a model that cannot be loaded, or not with exactly its own weights.
     """
-    if Path(source).is_dir() and "gguf_file" not in options:
+    plain = Path(source).is_dir() and "gguf_file" not in options
+    if plain:
         check_model_files(source, named)
     try:
         model, report = auto.from_pretrained(
@@ -149,6 +150,8 @@ def load_whole(
             f"{named} is an adapter", expected="a model", change="merge it into its base and give that folder"
         )
     _check_report(model, report, named, spared)
+    if plain and '"quantization_config"' not in Path(source, "config.json").read_text(encoding="utf-8"):
+        _refuse_codes(model, Path(source), named)
     for name, weight in model.state_dict().items():
         if weight.is_floating_point() and weight.element_size() > 1 and not weight.isfinite().all():
             raise UserError(
@@ -159,6 +162,18 @@ def load_whole(
     return model
 
 
+def _refuse_codes(model: PreTrainedModel, folder: Path, named: str) -> None:
+    """Refuse whole numbers, or floats of a byte, in place of a float weight: without their scales they mean nothing."""
+    floats = {name for name, weight in model.state_dict().items() if weight.is_floating_point()}
+    for name, dtype in stored_dtypes(folder, named).items():
+        if dtype not in FLOATS and name in floats:
+            raise UserError(
+                f"{named}: the weight {name} is stored as {dtype}, and config.json has no quantization_config",
+                expected="float weights, or the configuration that says how they are quantised",
+                change="copy the whole model",
+            )
+
+
 def _check_report(model: PreTrainedModel, report: dict[str, Any], named: str, spared: Spared | None) -> None:
     """Refuse weights that are not where transformers looks for them, by its own report of the loading."""
 
@@ -166,7 +181,7 @@ def _check_report(model: PreTrainedModel, report: dict[str, Any], named: str, sp
         return spared is None or not spared(model, name)
 
     missing, unknown = (sorted(filter(counts, report[f"{kind}_keys"])) for kind in ("missing", "unexpected"))
-    unknown = [name for name in unknown if not _predicts_further_tokens(model, name)]
+    unknown = _without_further_heads(unknown)
     reshaped = sorted(entry for entry in report["mismatched_keys"] if counts(entry[0]))
     found = []
     if missing:
@@ -183,11 +198,14 @@ def _check_report(model: PreTrainedModel, report: dict[str, Any], named: str, sp
         )
 
 
-def _predicts_further_tokens(model: PreTrainedModel, name: str) -> bool:
-    """Whether a stored weight is of the heads or blocks for multi-token prediction, which no class here has."""
-    block = re.search(r"(^|\.)layers\.(\d+)\.", name)
-    beyond = block is not None and int(block[2]) >= model.config.get_text_config().num_hidden_layers
-    return beyond or re.search(r"(^|\.)(mtp|eh_proj)\.", name) is not None
+def _without_further_heads(names: list[str]) -> list[str]:
+    """Stored weights but for the heads or blocks of multi-token prediction, which no class here has.
+
+    A block more than config.json counts is such a one by what joins it to the last: any other is a block that is lost.
+    """
+    joined = (re.match(r"(.*\blayers\.\d+\.)(eh_proj|enorm|hnorm|shared_head)\.", name) for name in names)
+    blocks = tuple({block[1] for block in joined if block})
+    return [name for name in names if not name.startswith(blocks) and not re.search(r"(^|\.)mtp\.", name)]
 
 
 def load_model(

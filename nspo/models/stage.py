@@ -18,7 +18,7 @@ from nspo.data.wheels import resolve
 from nspo.errors import UserError, first_line
 from nspo.files.atomic import atomic_path
 from nspo.files.manifest import MANIFEST_NAME, fingerprint_model, make_manifest, write_json
-from nspo.models.chat import chat_ids, set_chat, turn_end
+from nspo.models.chat import PROBE, chat_ids, set_chat, turn_end
 from nspo.models.folders.classes import empty_model, model_class
 from nspo.models.folders.files import check_model_files
 from nspo.models.folders.gguf_file import read_once
@@ -65,7 +65,9 @@ def prepare_model(settings: ModelSettings, wheels_dir: Path, out: Path) -> None:
     set_chat(tokenizer, settings.chat_template, settings.system_prompt, named)
     with atomic_path(out) as scratch:
         written = _write(read, tokenizer, given, scratch, named)
-        _prove(scratch, written, named)
+        again = load_model(scratch)
+        _prove(again, written, named)
+        _check_speech(again, tokenizer, named)
         identity = {"source": source.published, "revision": source.revision, **fingerprint_model(scratch)}
         if settings.system_prompt is not None:
             identity["system_prompt"] = settings.system_prompt
@@ -132,13 +134,12 @@ def _write(
     return _digests(model)
 
 
-def _prove(folder: Path, written: dict[str, str], named: str) -> None:
-    """Load what was saved and compare it with what was meant, weight by weight and bit by bit.
+def _prove(again: PreTrainedModel, written: dict[str, str], named: str) -> None:
+    """Compare a model that was loaded again with what was meant, weight by weight and bit by bit.
 
     Raises:
         UserError: naming the first weight that is missing, is not fp32, or is another.
     """
-    again = load_model(folder)
     found = _digests(again)
     wrong = sorted(name for name in written.keys() | found.keys() if written.get(name) != found.get(name))
     wrong += [name for name, p in again.named_parameters() if p.dtype != torch.float32]
@@ -146,6 +147,23 @@ def _prove(folder: Path, written: dict[str, str], named: str) -> None:
         raise UserError(
             f"{named}: transformers {transformers.__version__} cannot save it as fp32 without loss: {len(wrong)} of "
             f"{len(written)} weights are others when they are loaded again, such as {wrong[0]}; nothing was written"
+        )
+
+
+@torch.inference_mode()
+def _check_speech(model: Any, tokenizer: PreTrainedTokenizerBase, named: str) -> None:
+    """Ask for one token, so that a configuration or weights of which nothing comes are found before all work.
+
+    Raises:
+        UserError: logits that are NaN, Inf or all alike.
+    """
+    logits = model(input_ids=torch.tensor([chat_ids(tokenizer, PROBE)])).logits[0, -1]
+    if not logits.isfinite().all() or logits.min() == logits.max():
+        what = "all alike" if logits.isfinite().all() else "NaN or Inf"
+        raise UserError(
+            f"{named}: its logits for the next token of a short chat are {what}",
+            expected="different finite numbers",
+            change="check config.json and its weights",
         )
 
 

@@ -20,6 +20,10 @@ ALIKE = (  # where no answer has an advantage
     "the answers of every group earn the same: raise policy.temperature, policy.group_size or policy.margin, or look "
     "at the reward and cost models"
 )
+UNREAD = (
+    "some answers were longer than the cost or reward model reads, and what stood at their ends earned nothing: raise "
+    "cost.max_tokens and reward.max_tokens, or lower policy.max_new_tokens"
+)
 LEAST_KEPT = 0.01  # share of the gradient's norm below which a run hardly learns, and is told so
 LOOSER_WHEN_RAISED = {"relative", "absolute", "leakage"}  # for all other rules a lower threshold protects less
 Columns = Callable[[int], dict[str, float]]  # what a callback adds to the log of an update
@@ -103,6 +107,7 @@ METRICS = {
     "refusal_rate": "refusal_rate",
     "over_refusal_rate": "over_refusal_rate",
     "failed_verdicts": "failed_verdicts",
+    "unread_ends": "unread_ends",
     "kl": "kl_in_loss",
     "clip_ratio/region_mean": "clip_fraction",
     "frac_reward_zero_std": "zero_variance_groups",
@@ -120,6 +125,7 @@ OF_ROLLOUT = (  # what is known of a rollout, and holds for each of its updates
     "refusal_rate",
     "over_refusal_rate",
     "failed_verdicts",
+    "unread_ends",
     "zero_variance_groups",
     "completion_length",
     "sampler_difference",
@@ -162,6 +168,8 @@ class LogCallback(TrainerCallback):
             say(shares(rows))
             if all(row.get("zero_variance_groups") == 1 for row in rows):
                 say(f"nothing was learnt in any of {len(rows)} updates: {ALIKE}")
+            if unread := sum(bool(row.get("unread_ends")) for row in rows):
+                say(f"in {unread} of {len(rows)} updates {UNREAD}")
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Translate TRL's metric names to ours and add what other callbacks know of this update.

@@ -6,6 +6,7 @@ chance. The first needs no model, so it finds the sign of a set that stands alon
 contradicts another.
 """
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,9 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from nspo.errors import UserError
 from nspo.judges.refusal import is_refusal
-from nspo.models.chat import chat_ids
 from nspo.models.structure.positions import positions_of
 from nspo.preference import metrics as metrics
-from nspo.preference.model import LENGTHS, Target
+from nspo.preference.model import LENGTHS, Target, Text, count_cut, opened
 from nspo.preference.objective import Judgements
 from nspo.run.progress import say
 from nspo.settings.model import PreferenceSettings
@@ -39,12 +39,25 @@ def check_length(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, m
         raise UserError(
             f"{target}.max_tokens is {max_tokens}, but the backbone has {positions} positions: lower it to that"
         )
-    taken = len(chat_ids(tokenizer, "")) if tokenizer.chat_template else 0
+    taken = len(opened(tokenizer, ""))
     if taken >= max_tokens // 2:
         raise UserError(
             f"{target}.max_tokens is {max_tokens}, of which a prompt may take half, but the chat format alone takes "
             f"{taken} tokens (system prompt included): expected more than {2 * taken + 1}"
         )
+
+
+def tell_cut(encoded: Mapping[str, Sequence[Text]], max_tokens: int, target: Target) -> dict[str, dict[str, int]]:
+    """How many texts of every split are longer than the model reads; says so."""
+    found = {split: count_cut(texts) for split, texts in encoded.items()}
+    for split, count in found.items():
+        if count["prompts"] or count["answers"]:
+            say(
+                f"{target} model: of {count['texts']} {split} labels, {count['answers']} answers and "
+                f"{count['prompts']} prompts are longer than {target}.max_tokens ({max_tokens}, of which a prompt may "
+                "take half), and lose their ends"
+            )
+    return found
 
 
 def heldout_metrics(scores: metrics.Floats, rows: Rows, judged: Judgements, lengths: Any) -> dict[str, Any]:

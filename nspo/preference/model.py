@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -18,10 +18,10 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 from nspo.errors import UserError
 from nspo.files.manifest import MANIFEST_NAME, check_fingerprints, check_manifest, read_json
 from nspo.models.chat import chat_ids
-from nspo.models.generation import by_length
+from nspo.models.generation import by_length, refuse_unknown
 from nspo.models.loading import load_tokenizer, load_whole
 from nspo.run.devices import has_bf16
-from nspo.run.progress import track
+from nspo.run.progress import say, track
 
 Target = Literal["cost", "reward"]
 KIND = "preference_model"
@@ -34,24 +34,49 @@ LENGTHS = (16, 32, 64, 10**6)  # answer tokens that count; the last takes all
 BATCH = 32
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str, max_tokens: int) -> tuple[list[int], int]:
-    """Token ids of the prompt in chat format and of the answer, and how many of them are the prompt.
+class Text(NamedTuple):
+    """Prompt and answer as a model reads them."""
 
-    A text over `max_tokens` loses the end of its answer; a prompt over half of that loses its own end first. At least
-    one token of the answer is kept (the stop token stands for an empty one). Without a chat template the prompt stands
-    between the special tokens that the tokenizer puts around a text.
+    ids: list[int]
+    prompt_tokens: int  # how many of them are the prompt
+    prompt_cut: bool  # the end of the prompt is not among them
+    answer_cut: bool  # nor is that of the answer
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str, max_tokens: int) -> Text:
+    """Token ids of the prompt in chat format and of the answer.
+
+    A text over `max_tokens` loses the end of its answer; a prompt over half of that loses its own end first, so that no
+    prompt leaves an answer without a place (`nspo.preference.checks.check_length`). The stop token stands for an empty
+    answer. Without a chat template the prompt stands between the special tokens that the tokenizer puts around a text.
     """
-    opened = chat_ids if tokenizer.chat_template else _plain_ids
     prompt_ids = opened(tokenizer, prompt)
     if excess := max(len(prompt_ids) - max_tokens // 2, 0):
         text = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        prompt_ids = opened(tokenizer, str(tokenizer.decode(text[: max(len(text) - excess, 1)])))
+        kept = str(tokenizer.decode(text[: max(len(text) - excess, 1)]))
+        prompt_ids = opened(tokenizer, kept.rstrip("\N{REPLACEMENT CHARACTER}"))  # of a letter that was cut in two
     response_ids = tokenizer(response, add_special_tokens=False)["input_ids"] or [_stop(tokenizer)]
-    return prompt_ids + response_ids[: max(max_tokens - len(prompt_ids), 1)], len(prompt_ids)
+    room = max(max_tokens - len(prompt_ids), 1)
+    return Text(prompt_ids + response_ids[:room], len(prompt_ids), excess > 0, len(response_ids) > room)
 
 
-def _plain_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    return tokenizer(prompt)["input_ids"]
+def refuse_unknown_tokens(
+    texts: Sequence[Text], tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, target: Target
+) -> None:
+    """See `refuse_unknown`."""
+    for text in texts:
+        refuse_unknown(text.ids, tokenizer, model.config, f"{target} model")
+
+
+def count_cut(texts: Sequence[Text]) -> dict[str, int]:
+    """How many of so many texts lost the end of their prompt, and of their answer."""
+    cut = {"prompts": sum(text.prompt_cut for text in texts), "answers": sum(text.answer_cut for text in texts)}
+    return {"texts": len(texts), **cut}
+
+
+def opened(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """Token ids of a prompt that an answer can follow."""
+    return chat_ids(tokenizer, prompt) if tokenizer.chat_template else tokenizer(prompt)["input_ids"]
 
 
 def _stop(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -60,15 +85,15 @@ def _stop(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def _batches(
-    model: PreTrainedModel, rows: Sequence[tuple[list[int], int]], pad_id: int
+    model: PreTrainedModel, rows: Sequence[Text], pad_id: int
 ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
     """Places and inputs of answers of similar length, padded on the right."""
-    order = by_length([len(ids) for ids, _ in rows])
+    order = by_length([len(row.ids) for row in rows])
     for start in range(0, len(order), BATCH):
         batch = order[start : start + BATCH]
-        width = max(len(rows[i][0]) for i in batch)
-        ids = [rows[i][0] + [pad_id] * (width - len(rows[i][0])) for i in batch]
-        mask = [[int(n < len(rows[i][0])) for n in range(width)] for i in batch]
+        width = max(len(rows[i].ids) for i in batch)
+        ids = [rows[i].ids + [pad_id] * (width - len(rows[i].ids)) for i in batch]
+        mask = [[int(n < len(rows[i].ids)) for n in range(width)] for i in batch]
         inputs = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
         yield batch, {name: value.to(model.device) for name, value in inputs.items()}
 
@@ -76,7 +101,7 @@ def _batches(
 @torch.inference_mode()
 def answer_features(
     model: PreTrainedModel,
-    rows: Sequence[tuple[list[int], int]],
+    rows: Sequence[Text],
     pad_id: int,
     lengths: Sequence[int],
     advance: Callable[[int], Any],
@@ -84,7 +109,7 @@ def answer_features(
     """Mean hidden state of each answer's first n tokens, for every n of `lengths`.
 
     Args:
-        rows: (ids, number of prompt tokens) from `encode`.
+        rows: from `encode`.
         pad_id: any token; padding stands on the right and is masked.
         advance: called with the number of answers of every batch that is done, such as a bar's `update`.
 
@@ -97,16 +122,14 @@ def answer_features(
         with torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device)):
             hidden = model.base_model(**inputs, use_cache=False).last_hidden_state
         for row, index in zip(hidden.float(), batch, strict=True):
-            answer = row[rows[index][1] : len(rows[index][0])]  # (T, d)
+            answer = row[rows[index].prompt_tokens : len(rows[index].ids)]  # (T, d)
             features[index] = torch.stack([answer[:n].mean(0) for n in lengths]).cpu()
         advance(len(batch))
     return features
 
 
 @torch.inference_mode()
-def own_scores(
-    model: PreTrainedModel, rows: Sequence[tuple[list[int], int]], pad_id: int, advance: Callable[[int], Any]
-) -> Tensor:
+def own_scores(model: PreTrainedModel, rows: Sequence[Text], pad_id: int, advance: Callable[[int], Any]) -> Tensor:
     """Scores (N,) float32 on the CPU by the model's own forward pass; arguments as for `answer_features`."""
     scores = torch.empty(len(rows))
     device = model.device
@@ -157,11 +180,20 @@ class PreferenceModel:
 
         `advance` hears of progress, as in `answer_features`; without it scoring is silent, as inside a training step.
         """
-        rows = [encode(self.tokenizer, p, r, self.max_tokens) for p, r in zip(prompts, responses, strict=True)]
+        rows = self._read(prompts, responses)
         if self.pooling == "last":
             return own_scores(self.model, rows, self.tokenizer.pad_token_id, advance)
         features = answer_features(self.model, rows, self.tokenizer.pad_token_id, LENGTHS[-1:], advance)
         return features[:, 0] @ self.model.get_parameter("score.weight")[0].detach().cpu()
+
+    def unread(self, prompts: Sequence[str], responses: Sequence[str]) -> list[bool]:
+        """Of which answers, or of whose prompts, the end is not read: what stands there counts for nothing."""
+        return [text.prompt_cut or text.answer_cut for text in self._read(prompts, responses)]
+
+    def _read(self, prompts: Sequence[str], responses: Sequence[str]) -> list[Text]:
+        texts = [encode(self.tokenizer, p, r, self.max_tokens) for p, r in zip(prompts, responses, strict=True)]
+        refuse_unknown_tokens(texts, self.tokenizer, self.model, self.target)
+        return texts
 
 
 class CostModel:
@@ -181,9 +213,16 @@ class CostModel:
     def verdicts(self, prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
         """The cost of each answer, NaN where the score is not a finite number; shows progress.
 
+        Says of how many the end is not read.
+
         Raises:
             UserError: when no score is.
         """
+        if count := sum(self.model.unread(prompts, answers)):
+            say(
+                f"the cost model reads {self.model.max_tokens} tokens (cost.max_tokens): the ends of {count} of "
+                f"{len(answers)} answers, or of their prompts, count for nothing"
+            )
         with track("cost of answers", len(answers), "answer") as bar:
             values = self.model.score(prompts, answers, bar.update).tolist()
         if values and not any(map(math.isfinite, values)):

@@ -42,8 +42,20 @@ from nspo.preference.checks import (
     refuse_one_class,
     refuse_upside_down,
     refuse_worse_refusals,
+    tell_cut,
 )
-from nspo.preference.model import KIND, LENGTHS, METRICS_NAME, SIGN, Target, answer_features, encode, own_scores
+from nspo.preference.model import (
+    KIND,
+    LENGTHS,
+    METRICS_NAME,
+    SIGN,
+    Target,
+    Text,
+    answer_features,
+    encode,
+    own_scores,
+    refuse_unknown_tokens,
+)
 from nspo.preference.objective import Judgements, fit_head
 from nspo.preference.tuning import SEED, fine_tune
 from nspo.run.devices import device_of
@@ -91,6 +103,9 @@ def train_preference(
         sign=SIGN[target],
     )
     encoded = {s: [encode(tokenizer, r["prompt"], r["response"], settings.max_tokens) for r in rows[s]] for s in rows}
+    for texts in encoded.values():
+        refuse_unknown_tokens(texts, tokenizer, scorer, target)
+    cut = tell_cut(encoded, settings.max_tokens, target)
     if settings.tune == "head":
         scores = _fit(scorer, encoded, judged["train"], settings.l2, target)
     else:
@@ -117,13 +132,13 @@ def train_preference(
             "positives": int((judged["train"].signs > 0).sum()),
             "pairs": len(judged["train"].pairs),
         }
-        write_json((logs or scratch) / METRICS_NAME, {**manifest, "training": training, "heldout": found})
+        write_json((logs or scratch) / METRICS_NAME, {**manifest, "training": training, "cut": cut, "heldout": found})
     say(f"{target} model: {_summary(found)} (n={found['n']})")
 
 
 def _fit(
     scorer: PreTrainedModel,
-    encoded: dict[str, list[tuple[list[int], int]]],
+    encoded: dict[str, list[Text]],
     judged: Judgements,
     l2: float,
     target: Target,

@@ -22,6 +22,7 @@ from trl import RewardConfig, RewardTrainer
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
 from nspo.models.folders.weights import saved_as_in_memory
+from nspo.preference.model import Text
 from nspo.preference.objective import CENTRE, Judgements
 from nspo.run.devices import has_bf16
 from nspo.run.progress import say
@@ -73,7 +74,7 @@ def training_pairs(judged: Judgements) -> list[tuple[int, int]]:
 def fine_tune(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[tuple[list[int], int]],
+    rows: Sequence[Text],
     judged: Judgements,
     settings: PreferenceSettings,
     work: Path,
@@ -82,14 +83,14 @@ def fine_tune(
     """Train all weights of `model` in place; interrupted work in the folder `work` resumes, finished work is removed.
 
     Args:
-        rows: (ids, number of prompt tokens) of every answer, from `encode`.
+        rows: every answer, from `encode`.
         recompute: activations, instead of keeping them (`runtime.recompute_activations`).
     """
     signs = judged.signs.tolist()
     signed = bool(judged.signs.any())
     data = Dataset.from_list(
         [
-            {"chosen_ids": rows[high][0], "rejected_ids": rows[low][0]}
+            {"chosen_ids": rows[high].ids, "rejected_ids": rows[low].ids}
             | {"chosen_sign": signs[high], "rejected_sign": signs[low]}
             for high, low in training_pairs(judged)
         ]

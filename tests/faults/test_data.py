@@ -7,6 +7,7 @@ import pyarrow as pa
 import pytest
 from support.rows import write
 
+from nspo.data.columns import matches, optional, text
 from nspo.data.labels import read_set
 from nspo.data.readers import read_file, read_rows
 from nspo.data.stage import prepare_prompts
@@ -61,13 +62,51 @@ def test_marks_and_line_ends_of_other_systems_change_nothing(suffix: str, tmp_pa
         read_file(path)
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.jsonl", '{"grade": 0}\n{"grade": 0, "grade": 1}\n', "line 2: the key 'grade' stands twice"),
+        ("a.json", '[{"grade": 0, "grade": 1}]', "the key 'grade' stands twice"),
+        ("a.yaml", "- {grade: 0, grade: 1}\n", "the key 'grade' twice"),
+    ],
+)
+def test_a_key_that_stands_twice_is_refused(name: str, content: str, said: str, tmp_path: Path) -> None:
+    """The last one counted, in silence; of a CSV file's header this was told already."""
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=said):
+        read_file(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "said"),
+    [
+        ("a\0b", "with a NUL character"),
+        ("\u200b\ufeff", "an empty 'prompt'"),
+        (None, "an empty 'prompt'"),
+        (True, "True"),
+    ],
+)
+def test_a_prompt_that_says_nothing_is_refused(prompt: Any, said: str, tmp_path: Path) -> None:
+    """Marks of no width alone are no prompt, and a NUL ends a text for whoever reads it in C."""
+    with pytest.raises(UserError, match=said):
+        text({"prompt": prompt}, "prompt", "row 1")
+
+
+def test_what_counts_as_false_is_not_missing() -> None:
+    """The category 0 became none, that of pandas' NaN "nan"; and `only: N` took rows in which nothing stands (None)."""
+    values = {"zero": 0, "none": None, "nan": float("nan"), "no": False}
+    assert [optional(values, key, "row 1") for key in values] == ["0", "", "", "False"]
+    assert not matches(values, {"none": "N"}, "row 1")
+    assert matches(values, {"zero": "^0$"}, "row 1")
+
+
 def test_an_empty_response_names_its_row(tmp_path: Path) -> None:
     """Of a hundred thousand rows it could not be found."""
     with pytest.raises(UserError, match=r"labels\.csv\), row 2: a row has an empty 'assistant_response'"):
         graded(tmp_path, [LABEL, {**LABEL, "assistant_response": " "}])
 
 
-@pytest.mark.parametrize("grade", ["nan", "NaN", "inf", "-inf", "1e400", "2", "-0.1", "yes", ""])
+@pytest.mark.parametrize("grade", ["nan", "NaN", "inf", "-inf", "1e400", "2", "0_1", "-0.1", "yes", ""])
 def test_no_grade_but_from_0_to_1(grade: str, tmp_path: Path) -> None:
     """NaN compares false with everything, and would be neither harmful nor safe."""
     with pytest.raises(UserError, match=r"row 2: found the grade .* expected numbers from 0 to 1"):

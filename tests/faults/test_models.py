@@ -8,10 +8,12 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from support.hostile import with_json, with_weights
 from support.model_copy import copy_model
 
 from nspo.errors import UserError
+from nspo.files.manifest import INDEX
 from nspo.models.chat import chat_ids
 from nspo.models.generation import generate
 from nspo.models.loading import load_model, load_tokenizer, model_identity
@@ -69,6 +71,22 @@ def sharded(change: Callable[[Path], Any]) -> Callable[[Path, Path], Path]:
         return folder
 
     return spoil
+
+
+def indexed(weight_map: Any) -> Callable[[Path, Path], Path]:
+    """A model in several files whose index says this."""
+    return sharded(lambda folder: (folder / INDEX).write_text(json.dumps({"weight_map": weight_map})))
+
+
+def configured(**values: Any) -> Callable[[Path, Path], Path]:
+    """Other values in config.json."""
+    return lambda model, folder: with_json(model, folder, "config.json", **values)
+
+
+def doubled(folder: Path) -> None:
+    """A tensor of the last file in the first as well, with other numbers."""
+    first = next(folder.glob("*-00001-*"))
+    save_file({**load_file(first), "model.norm.weight": torch.ones(32)}, first, {"format": "pt"})
 
 
 def dangling(model: Path, folder: Path) -> Path:
@@ -156,7 +174,52 @@ REPORTS = [
         sharded(lambda f: shutil.copyfile(next(f.glob("*-00001-*")), f / "model.safetensors")),
         "holds both",
     ),
+    Report(
+        "sgl-project/sglang#32279",
+        "a shard that the index names is absent, its weights noise",
+        sharded(lambda f: next(f.glob("*-00003-*")).unlink()),
+        "does not exist",
+    ),
+    Report(
+        "tenstorrent/tt-inference-server#4986",
+        "an interrupted download is used",
+        sharded(lambda f: (first := next(f.glob("*-00001-*"))).rename(f"{first}.incomplete")),
+        "does not exist",
+    ),
+    Report("of a shard without tensors", "noise", sharded(lambda f: save_file({}, next(f.glob("*-00001-*")))), "lacks"),
+    Report("of a tensor in two shards", "either is read", sharded(doubled), r"norm\.weight stands in .* and in "),
+    Report("of an empty index", "IndexError", indexed({}), "names no tensors"),
+    Report("of an index that is a list", "AttributeError", indexed(["a"]), "names no tensors"),
+    Report("of an index of numbers", "TypeError", indexed({FIRST: 3}), "names 3, expected files beside it"),
+    Report(
+        "of an index that points outside",
+        "weights that no fingerprint covers",
+        indexed({FIRST: "../x.safetensors"}),
+        "names '../x.safetensors', expected files beside it",
+    ),
+    Report(
+        "of codes without their scales",
+        "whole numbers taken for weights",
+        altered(lambda w: w.update({FIRST: (w[FIRST] * 127).to(torch.int8)})),
+        f"{FIRST} is stored as I8, and config.json has no quantization_config",
+    ),
+    Report(
+        "of fp8 without its scales",
+        "weights off by their scales",
+        altered(lambda w: w.update({FIRST: w[FIRST].to(torch.float8_e4m3fn)})),
+        "is stored as F8_E4M3",
+    ),
+    Report(
+        "of a configuration with fewer blocks",
+        "half a model",
+        configured(num_hidden_layers=1),
+        r"hold 9 that .* such as model\.layers\.1\.",
+    ),
 ]
+DUMB = {
+    "NaN or Inf": configured(rms_norm_eps=float("nan")),
+    "all alike": altered(lambda w: [value.zero_() for value in w.values()]),
+}
 
 
 @pytest.mark.parametrize("report", REPORTS, ids=[report.reported for report in REPORTS])
@@ -169,6 +232,25 @@ def test_no_model_but_its_own(report: Report, tiny_model_dir: Path, tmp_path: Pa
     assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match=report.said):
         load_both(folder)
+
+
+@pytest.mark.parametrize("said", DUMB)
+def test_a_model_that_says_nothing_is_refused(said: str, tiny_model_dir: Path, tmp_path: Path) -> None:
+    """Whole files, of which no answer can come: before anything is built on it."""
+    folder = DUMB[said](tiny_model_dir, tmp_path / "model")
+    with pytest.raises(UserError, match=f"its logits for the next token of a short chat are {said}"):
+        prepare_model(ModelSettings(source=str(folder)), Path("wheels"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("values", [{"num_attention_heads": 0}, {"num_attention_heads": 3}, {"num_hidden_layers": "2"}])
+def test_a_configuration_of_no_sense_is_told(values: dict[str, Any], tiny_model_dir: Path, tmp_path: Path) -> None:
+    """Zero heads were a ZeroDivisionError, a number as text an error of the hub's library."""
+    folder = configured(**values)(tiny_model_dir, tmp_path / "model")
+    with pytest.raises(UserError, match=r"config\.json is no model that transformers knows"):
+        load_model(folder)
+    with pytest.raises(UserError, match=r"config\.json is no model that transformers knows"):
+        prepare_model(ModelSettings(source=str(folder)), Path("wheels"), tmp_path / "out")
 
 
 def test_a_quantisation_package_that_is_missing_is_named(tiny_model_dir: Path, tmp_path: Path) -> None:

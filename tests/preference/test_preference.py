@@ -80,7 +80,7 @@ def cost_run(tiny_model_dir, tmp_path_factory):
 def test_text_is_the_chat_format_with_one_start_per_turn(tiny_model_dir):
     """The ids are those of the rendered chat text and of the answer; no second BOS is added."""
     tokenizer = load_tokenizer(tiny_model_dir)
-    ids, prompt_length = encode(tokenizer, "hello", "world", 100)
+    ids, prompt_length, *_ = encode(tokenizer, "hello", "world", 100)
     assert tokenizer.decode(ids) == chat_text(tokenizer, "hello") + "world"
     assert tokenizer.decode(ids[:prompt_length]) == chat_text(tokenizer, "hello")
     assert ids.count(tokenizer.bos_token_id) == 2  # the template opens both turns with it
@@ -89,10 +89,10 @@ def test_text_is_the_chat_format_with_one_start_per_turn(tiny_model_dir):
 def test_long_texts_lose_their_ends_only(tiny_model_dir):
     """An answer is cut to the room; a prompt is cut only where it takes more than half of it."""
     tokenizer = load_tokenizer(tiny_model_dir)
-    ids, prompt_length = encode(tokenizer, "hello", "w" * 200, 90)
+    ids, prompt_length, *_ = encode(tokenizer, "hello", "w" * 200, 90)
     assert len(ids) == 90
     assert tokenizer.decode(ids) == chat_text(tokenizer, "hello") + "w" * (90 - prompt_length)
-    ids, prompt_length = encode(tokenizer, "abc" + "p" * 200, "w" * 200, 90)
+    ids, prompt_length, *_ = encode(tokenizer, "abc" + "p" * 200, "w" * 200, 90)
     kept = 45 - len(encode(tokenizer, "", "", 90)[0]) + 1  # half, less the format; one stop token is the empty answer
     assert (len(ids), prompt_length) == (90, 45)
     assert tokenizer.decode(ids) == chat_text(tokenizer, ("abc" + "p" * 200)[:kept]) + "w" * 45
@@ -102,7 +102,7 @@ def test_long_texts_lose_their_ends_only(tiny_model_dir):
 def test_at_least_one_answer_token_is_kept(tiny_model_dir, response, max_tokens, last):
     """An empty answer is its stop token; where the format alone fills the room, the first token stays."""
     tokenizer = load_tokenizer(tiny_model_dir)
-    ids, prompt_length = encode(tokenizer, "hi", response, max_tokens)
+    ids, prompt_length, *_ = encode(tokenizer, "hi", response, max_tokens)
     assert tokenizer.decode(ids[prompt_length:]) == last
 
 
@@ -113,7 +113,7 @@ def test_features_are_means_over_the_first_answer_tokens(tiny_model_dir):
     done: list[int] = []
     found = answer_features(model, rows, tokenizer.pad_token_id, (1, 4, 10**6), done.append)
     assert (found.shape, sum(done)) == ((2, 3, 32), 2)
-    for (ids, prompt_length), features in zip(rows, found, strict=True):
+    for (ids, prompt_length, *_), features in zip(rows, found, strict=True):
         with torch.inference_mode():
             answer = model.model(torch.tensor([ids])).last_hidden_state[0, prompt_length:]
         for column, n in enumerate((1, 4, len(answer))):

@@ -246,12 +246,13 @@ def test_where_each_policy_was_tested_is_on_the_page(tmp_path: Path) -> None:
         ]
         path = tmp_path / "in" / "walks" / method / "seed0" / "match.json"
         match = {"scale": scale, "found": found, "fitted": 0.3, "target_unsafe": 0.3, "stops": stops}
-        write_json(path, {**match, "learnt": {"advbench": 4}})
+        write_json(path, {**match, "learnt": {"advbench": 4}, "left_out": {"advbench": 3}})
         given["matches"].append(path)
     text = write(tmp_path / "out", given).read_text()
     assert "nspo at a = 1.00 and grpo_no_kl at a = 1.25." in text
     assert "NOT matched: grpo_no_kl does not meet the validation target on its walk." in text
     assert "NOT matched: not reached" in text
+    assert "Asked at no stop, because prompt and answer are longer than the base model can read: 3 prompts of" in text
     assert "a judge learnt from answers to nearly the same prompt: 4 of advbench." in text
     assert (tmp_path / "out" / "plots" / "walk.svg").is_file()
 

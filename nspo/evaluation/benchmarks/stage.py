@@ -8,7 +8,8 @@ own below `out`:
   `role` is harmful, benign or general; `domain` the benchmark (XSTest has two, xstest_safe and xstest_unsafe).
 - `metrics.json`: the manifest (`kind` benchmark, `schema`, `method`, `seed`), `model` (identity of the folder),
   `benchmark` (the record of `nspo/evaluation/benchmarks/loading.py`: source, revision, split, licence, leaks, prompts,
-  asked), `left_out` (how many of these are too long for the model, by domain), `settings`, `judges` (identity by name),
+  asked), `left_out` (how many of these are too long for the model, by domain), `unread` (by domain, how many answers
+  are longer than the cost model reads), `settings`, `judges` (identity by name),
   and `scores`: rows as in `nspo/evaluation/scores.py` (axis, name, domain, judge, value, low, high, n, failures, unit)
   and `category`, empty for the whole benchmark. Names of scores:
   safety: unsafe_rate (one per judge), refusal_rate; over_refusal: refusal_rate, refusal_contrast (XSTest: refusal rate
@@ -149,7 +150,7 @@ def run_benchmarks(
         for task, (benchmark, manifest) in waiting.items():
             work = Path(runtime.workdir)
             rows, left_out = _answered(task, benchmark, loaded, tokenizer, generate, settings, identity, work)
-            judge_answers(rows, *judges)
+            unread = judge_answers(rows, *judges)
             for row in rows:
                 row["refused"] = row["refused"] if row.get("response_tokens") is not None else None
             for judge in added:
@@ -161,7 +162,8 @@ def run_benchmarks(
             write_responses(rows, COLUMNS, judging.judges, manifest, out / task / "responses.parquet")
             written = read_table(out / task / "responses.parquet")
             scores = benchmark_scores(task, written, list(judging.judges), cost is not None)
-            write_json(out / task / "metrics.json", {**manifest, "left_out": left_out, "scores": scores})
+            found = {"left_out": left_out, "unread": unread, "scores": scores}
+            write_json(out / task / "metrics.json", {**manifest, **found})
 
 
 def benchmark_scores(task: str, rows: Rows, judges: Sequence[str], cost_model: bool) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from torch.nn.functional import normalize
 from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from nspo.errors import UserError
-from nspo.models.generation import by_length
+from nspo.models.generation import by_length, refuse_unknown
 from nspo.models.loading import load_tokenizer, load_whole
 from nspo.run.progress import track
 
@@ -59,6 +59,8 @@ class Encoder:
         nothing = [self.tokenizer.pad_token_id]  # what an empty text is read as, where it has no token of its own
         cut = {"truncation": True, "max_length": self.max_tokens}
         ids = [self.tokenizer(text, **cut)["input_ids"] or nothing for text in different]
+        for text in ids:
+            refuse_unknown(text, self.tokenizer, self.model.config, description)
         order = by_length(list(map(len, ids)))
         found: dict[str, list[Tensor]] = {}
         with track(description, len(order), "text") as bar:

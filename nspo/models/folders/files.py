@@ -3,10 +3,11 @@
 from pathlib import Path
 
 from nspo.errors import UserError
-from nspo.files.manifest import INDEX, WEIGHTS, read_json, weight_shards
+from nspo.files.manifest import INDEX, WEIGHTS, weight_map, weight_shards
 from nspo.models.folders.gguf_file import check_gguf
 
 POINTER = b"version https://git-lfs.github.com/spec/"
+FLOATS = {"F64", "F32", "BF16", "F16"}  # as safetensors spells what is a number as it stands
 MODEL_FILES = {".safetensors", ".bin", ".gguf", ".json", ".jinja", ".model", ".txt"}
 
 
@@ -59,16 +60,34 @@ def weight_files(folder: Path, named: str) -> dict[str, Path]:
         raise UserError(
             f"{named}: {folder} holds both {WEIGHTS} and {INDEX}", expected="one", change="remove the stale one"
         )
-    listed = read_json(index)["weight_map"] if index.is_file() else {}
+    listed = weight_map(index) if index.is_file() else {}
     found: dict[str, Path] = {}
     for shard in weight_shards(folder):
         if not shard.is_file():
             raise UserError(f"{named}: {shard} does not exist, {INDEX} expects it: copy the whole model")
         try:
             with safe_open(shard, framework="pt") as file:
-                found.update(dict.fromkeys(file.keys(), shard))
+                names = list(file.keys())
         except (SafetensorError, OSError) as error:
             raise UserError(f"{named}: {shard} is not a whole safetensors file ({error}): copy it again") from error
+        if twice := sorted(found.keys() & names):
+            raise UserError(
+                f"{named}: the tensor {twice[0]} stands in {found[twice[0]].name} and in {shard.name}",
+                expected="it in one file",
+                change="copy the whole model",
+            )
+        found.update(dict.fromkeys(names, shard))
     if lost := sorted(listed.keys() - found):
         raise UserError(f"{named}: {folder} lacks the tensor {lost[0]}, {INDEX} expects it: copy the whole model")
+    return found
+
+
+def stored_dtypes(folder: Path, named: str) -> dict[str, str]:
+    """What every tensor of the safetensors weights is stored as, as safetensors spells it; headers only."""
+    from safetensors import safe_open
+
+    found: dict[str, str] = {}
+    for shard in sorted(set(weight_files(folder, named).values())):
+        with safe_open(shard, framework="pt") as file:
+            found.update((name, file.get_slice(name).get_dtype()) for name in file.keys())  # noqa: SIM118
     return found

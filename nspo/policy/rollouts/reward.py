@@ -75,6 +75,17 @@ def score_where(model: Scorer, asked: list[str], answers: list[str], where: Tens
     return scores
 
 
+def unread_where(model: Scorer, asked: list[str], answers: list[str], where: Tensor) -> Tensor:
+    """(B,) bool: of which answers in the mask `where` a fitted model does not read the end."""
+    cut = torch.zeros_like(where)
+    if isinstance(model, PreferenceModel):
+        index = where.nonzero().flatten().tolist()
+        cut[where] = torch.tensor(
+            model.unread([asked[i] for i in index], [answers[i] for i in index]), dtype=torch.bool
+        )
+    return cut
+
+
 class SafetyReward:
     """TRL reward function that owns what scores cost and reward, and keeps each step's scored samples.
 
@@ -106,12 +117,16 @@ class SafetyReward:
         answers = [turns[-1]["content"] for turns in completions]
         harmful = torch.tensor([r == "harmful" for r in role])
         refused = torch.tensor([is_refusal(answer) for answer in answers]).float()
-        cost, reward, harmful, refused = whole_rollout(*self.judge(asked, answers, harmful), harmful, refused)
+        unread = unread_where(self.cost, asked, answers, harmful) | unread_where(self.reward, asked, answers, ~harmful)
+        cost, reward, harmful, refused, unread = whole_rollout(
+            *self.judge(asked, answers, harmful), harmful, refused, unread
+        )
         total = [
             None if math.isnan(value) else value for value in self.combine(cost, reward, harmful, refused).tolist()
         ]
         failed = cost.isnan()
         log_metric("failed_verdicts", failed.sum().item())
+        log_metric("unread_ends", unread.sum().item())
         if harmful.any():
             judged = cost[harmful & ~failed]
             log_metric("cost", judged.mean().item())

@@ -42,5 +42,9 @@ def preference(name: str, folder: Path, figures: Figures) -> dict[str, Any]:
         "pairs": heldout.get("pair_accuracy"),
         "error": heldout.get("calibration", {}).get("expected_calibration_error"),
         "sign": metrics.get("sign", ""),
+        "cut": {
+            split: count for split, count in metrics.get("cut", {}).items() if count["prompts"] or count["answers"]
+        },
+        "max_tokens": metrics.get("settings", {}).get("max_tokens"),
         "manifest": read_json(folder / MANIFEST_NAME) if (folder / MANIFEST_NAME).is_file() else None,
     }

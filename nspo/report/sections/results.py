@@ -37,6 +37,7 @@ def facts(config: Config, runs: Sequence[Run]) -> dict[str, Any]:
         "model": config.model.source,
         "seeds": config.policy.seeds,
         "left_out": runs[0].metrics.get("left_out") or {},
+        "unread": {run.label: sum(n.values()) for run in runs if (n := run.metrics.get("unread"))},
         "learnt": runs[0].metrics.get("learnt") or {},
         "counts": [{"role": role, "domain": domain, "n": n} for (role, domain), n in sorted(counts.items())],
         "evaluation": config.evaluation,

@@ -36,6 +36,7 @@ def training(runs: Sequence[Run], figures: Figures) -> dict[str, Any]:
             "run": run,
             "settings": run.settings.get("nspo", {}),
             "idle": sum(row.get("zero_variance_groups") == 1 for row in run.training),
+            "unread": sum(bool(row.get("unread_ends")) for row in run.training),
             "updates": max((row["step"] for row in run.training), default=None),
         }
         for run in trained_runs(runs)

@@ -18,8 +18,8 @@ def walks(runs: Sequence[Run], main: dict[str, Any] | None, figures: Figures) ->
 
     Returns:
         `figure`, `rows` (one per run: its match, the figures measured there, KL where its curve has the target's rate),
-        `areas` (the main method's curve against every other method's, seed by seed) and `learnt` (how many prompts of
-        which set were not asked, since a judge learnt from nearly the same).
+        `areas` (the main method's curve against every other method's, seed by seed), `left_out` and `learnt` (how many
+        prompts of which set were not asked, since they are too long, or a judge learnt from nearly the same).
     """
     walked = [run for run in runs if run.match]
     if not walked:
@@ -35,8 +35,15 @@ def walks(runs: Sequence[Run], main: dict[str, Any] | None, figures: Figures) ->
         for a, b in zip(ours, of, strict=False)
         if (gap := area_between(curve(a), curve(b)))
     ]
-    learnt = (walked[0].match or {}).get("learnt") or {}
-    return {"figure": figure, "rows": rows, "areas": areas, "target": walked[0].match_target, "learnt": learnt}
+    shared = walked[0].match or {}
+    return {
+        "figure": figure,
+        "rows": rows,
+        "areas": areas,
+        "target": walked[0].match_target,
+        "left_out": shared.get("left_out") or {},
+        "learnt": shared.get("learnt") or {},
+    }
 
 
 def curve(run: Run) -> list[Point]:
