@@ -80,6 +80,23 @@ def test_a_gap_of_fourteen_points_is_never_taken_for_equality():
     assert np.mean([c.equal(0.05) < 0.05 for c in found]) <= 0.01
 
 
+@pytest.mark.parametrize("prompts", [80, 160])  # one set of the default run, and both
+def test_one_seed_of_the_default_size_does_not_take_fourteen_points_for_equality(prompts):
+    rng = np.random.default_rng(6)
+    tables = [verdicts(rng, 1, prompts, gap=0.85, between=0.0) for _ in range(RUNS)]
+    assert 0.12 < np.mean([a.mean() - b.mean() for a, b in tables]) < 0.16
+    found = [contrast(a, b, rates=True) for a, b in tables]
+    assert np.mean([c.equal(0.05) < 0.05 for c in found]) <= 0.01
+    assert np.mean([c.below(0.05) < 0.05 for c in found]) <= 0.01  # nor for "no worse"
+
+
+def test_one_seed_at_the_margin_is_wrongly_called_equal_in_one_of_twenty_runs_at_most():
+    rng = np.random.default_rng(7)
+    tables = [verdicts(rng, 1, 400, gap=0.30, between=0.0) for _ in range(RUNS)]
+    assert 0.045 < np.mean([a.mean() - b.mean() for a, b in tables]) < 0.055
+    assert np.mean([contrast(a, b, rates=True).equal(0.05) < 0.05 for a, b in tables]) <= 0.05 + NOISE
+
+
 def test_equality_is_wrongly_shown_at_the_margin_in_one_of_twenty_runs_at_most():
     rng = np.random.default_rng(3)
     tables = [verdicts(rng, 8, 200, gap=0.30, between=0.05) for _ in range(RUNS)]
@@ -122,6 +139,37 @@ def test_a_log_ratio_of_means_over_tokens_covers():
 def test_holm_multiplies_the_smallest_by_the_number_of_tests_and_keeps_the_order():
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert holm([0.9, 0.8]) == [1.0, 1.0]
+
+
+def test_holm_holds_the_chance_of_any_false_claim_over_tests_of_the_same_prompts():
+    rng = np.random.default_rng(8)
+    false = found = 0
+    for _ in range(RUNS):
+        shared = rng.normal(0, 1, 60)
+        # four methods with no gap and one with a large one, all on the same prompts
+        tests = [contrast([gap + shared + rng.normal(0, 1, 60)], [[0.0] * 60]) for gap in (0, 0, 0, 0, -1.5)]
+        adjusted = holm([test.below(0) for test in tests])
+        false += min(adjusted[:4]) < 0.05
+        found += adjusted[4] < 0.05
+    assert false / RUNS <= 0.05 + NOISE
+    assert found / RUNS > 0.9
+
+
+def test_equal_methods_are_hardly_ever_said_to_dominate_and_better_ones_mostly_are():
+    rng = np.random.default_rng(9)
+
+    def won(gap, drift):
+        return [
+            dominance(
+                contrast(*verdicts(rng, 3, 80, gap=gap, between=0.2), rates=True),
+                contrast(*simulated(rng, 3, 80, gap=drift, between=0.2)),
+            )
+            for _ in range(200)
+        ]
+
+    assert np.mean([who != "neither" for who in won(0.0, 0.0)]) <= 0.05
+    assert np.mean([who == "ours" for who in won(-1.5, 0.0)]) <= 0.05 + 3 * (0.05 * 0.95 / 200) ** 0.5
+    assert np.mean([who == "ours" for who in won(-1.5, -1.5)]) > 0.9
 
 
 def test_dominance_takes_both_safety_and_drift():
