@@ -1,11 +1,9 @@
 """The constraint on mixtures of experts: exact for every expert of every family, on one process and on two."""
 
-import os
-import socket
-
 import pytest
 import torch
 from support.mixtures import EXPERTS, MIXTURES, mixture, mixture_bases
+from support.processes import join, spawn
 from torch.distributed.tensor import DTensor
 
 from nspo import NullSpaceCallback, constrain, null_space_adapter
@@ -124,10 +122,7 @@ def two_ranks(rank: int, port: int, folder: str) -> None:
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import Shard
 
-    torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
-    torch.distributed.init_process_group("gloo")
-    mesh = torch.distributed.init_device_mesh("cpu", (2,))
+    mesh = join(rank, port)
     for family, number in (("Qwen3Moe", 3), ("GptOss", 4)):  # three experts on two ranks: two and one
         changed = {"num_experts" if family == "Qwen3Moe" else "num_local_experts": number}
         bases = mixture_bases(mixture(family, **changed), frozen="layers.1.mlp.experts.down_proj.2")
@@ -155,7 +150,4 @@ def test_experts_sharded_by_fsdp2_equal_a_single_process(tmp_path):
         model = mixture(family, **changed).train()
         bases = mixture_bases(model, frozen="layers.1.mlp.experts.down_proj.2")
         torch.save(train(model, model, bases), tmp_path / f"{family}.pt")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(two_ranks, (port, str(tmp_path)), nprocs=2)
+    spawn(two_ranks, str(tmp_path))

@@ -1,11 +1,7 @@
 """Several processes: DDP and FSDP2 train what a single process trains."""
 
-import os
-import socket
-
 import pytest
 import torch
-import torch.multiprocessing as mp
 from support.constrained import (
     EXACT,
     llama,
@@ -13,6 +9,7 @@ from support.constrained import (
     llama_loss,
     llama_step,
 )
+from support.processes import join, spawn
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
@@ -47,10 +44,7 @@ def two_ranks(rank: int, port: int, folder: str) -> None:
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import Shard
 
-    torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
-    torch.distributed.init_process_group("gloo")
-    mesh = torch.distributed.init_device_mesh("cpu", (2,))
+    mesh = join(rank, port)
     expected = torch.load(f"{folder}/single.pt")
     own = slice(rank, rank + 1)  # half of every batch: the two means of equal size have the whole batch's mean
 
@@ -91,7 +85,4 @@ def test_fsdp2_and_ddp_equal_a_single_process(tmp_path):
     model = llama()
     model.save_pretrained(tmp_path)
     torch.save(train(model, model), tmp_path / "single.pt")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(two_ranks, (port, str(tmp_path)), nprocs=2)
+    spawn(two_ranks, str(tmp_path))

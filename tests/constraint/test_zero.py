@@ -1,17 +1,15 @@
 """constrain() under DeepSpeed: ZeRO-2 and ZeRO-3 in two processes equal one without it; all else is refused by name."""
 
-import os
-import socket
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from accelerate.utils import is_deepspeed_available
 from safetensors.torch import save_file
 from support.constrained import EXACT, bases_of, deepspeed_on_cpu
+from support.processes import join, spawn
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -102,10 +100,7 @@ def refuse(message: str, engine: Any, optimizer: Any = None, freeze_rest: bool =
 
 
 def two_ranks(rank: int, port: int, folder: Path) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"LOCAL_RANK": str(rank)}
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo")
+    join(rank, port)
     deepspeed_on_cpu()
     for zero in (ZERO2, ZERO3):
         for anchor in (None, folder):
@@ -129,7 +124,4 @@ def two_ranks(rank: int, port: int, folder: Path) -> None:
 def test_zero_equals_one_process_or_is_refused(tmp_path):
     """Masters cut into flat partitions are stepped in the null space, and the model's weights follow them."""
     save_file({f"{name}": value.detach() for name, value in net().named_parameters()}, tmp_path / "model.safetensors")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(two_ranks, (port, tmp_path), nprocs=2)
+    spawn(two_ranks, tmp_path)

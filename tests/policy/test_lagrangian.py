@@ -1,14 +1,14 @@
 """policy/lagrangian.py: the multiplier and the combined advantage against numbers worked out by hand."""
 
 import math
-import os
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.multiprocessing as mp
+from accelerate import PartialState
+from support.processes import launched, spawn
 from torch import Tensor
 
 from nspo.policy.rollouts.lagrangian import LagrangianReward, Multiplier, MultiplierCallback, combined_advantage
@@ -97,12 +97,8 @@ def scorer(**keys: float) -> LagrangianReward:
 
 def half_of_a_group(rank: int, port: int, out: str) -> None:
     """One of two processes with four of a group's eight answers each."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
-    from accelerate import PartialState
-
+    launched(rank, port)
     PartialState(cpu=True)
-    torch.set_num_threads(1)
     reward, mine = scorer(), slice(4 * rank, 4 * rank + 4)
     rollout = whole_rollout(COST[mine], REWARD[mine], torch.ones(4, dtype=torch.bool), torch.zeros(4))
     torch.save((reward.combine(*rollout), reward.multiplier.log), f"{out}/{rank}.pt")
@@ -111,12 +107,7 @@ def half_of_a_group(rank: int, port: int, out: str) -> None:
 
 def test_two_processes_see_one_rollout(tmp_path: Path):
     """A group that lies across two processes is normalised as one by both, and both step the multiplier alike."""
-    import socket
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(half_of_a_group, (port, str(tmp_path)), nprocs=2)
+    spawn(half_of_a_group, str(tmp_path))
     parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     alone = scorer()
     expected: Tensor = alone.combine(COST, REWARD, torch.ones(8, dtype=torch.bool), torch.zeros(8))

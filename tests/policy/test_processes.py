@@ -1,20 +1,19 @@
 """Several processes train one policy: what they share out, what they save, when they stop, and how they are started."""
 
 import os
-import socket
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from accelerate import PartialState
 from accelerate.commands import launch
 from accelerate.utils import DistributedType, is_deepspeed_available
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from support.constrained import deepspeed_on_cpu
 from support.policy_runs import METHODS, leakage, run, table, weights, without_time
+from support.processes import launched, spawn
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -64,20 +63,10 @@ class SharedDraws(grpo.GRPOTrainer):
             torch.multinomial = multinomial
 
 
-def launched(rank: int, port: int) -> None:
-    """Make this process one of two, as `accelerate launch` does."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
+def of_two(rank: int, port: int) -> None:
+    """Make this process one of two whose draws are those of one."""
+    launched(rank, port)
     grpo.GRPOTrainer = SharedDraws  # type: ignore[misc]
-
-
-def spawn(worker: Any, *args: Any) -> None:
-    """Run `worker(rank, port, *args)` in two processes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(worker, (port, *args), nprocs=2)
 
 
 def train_in_two_goes(inputs: dict[str, Path], folder: Path, sharding: str) -> None:
@@ -99,7 +88,7 @@ def train_in_two_goes(inputs: dict[str, Path], folder: Path, sharding: str) -> N
 
 def replicated(rank: int, port: int, inputs: dict[str, Path], folder: Path) -> None:
     """Train under DDP."""
-    launched(rank, port)
+    of_two(rank, port)
     train_in_two_goes(inputs, folder, "none")
 
 
@@ -125,7 +114,7 @@ def on_cpu_as_if_on_gpus(config: Path) -> None:
 
 def sharded(rank: int, port: int, inputs: dict[str, Path], folder: Path) -> None:
     """Train nspo under FSDP2."""
-    launched(rank, port)
+    of_two(rank, port)
     on_cpu_as_if_on_gpus(CONFIG / "fsdp2.yaml")
     seen, begin = [], NullSpaceCallback.on_train_begin  # of its model, once accelerate has prepared it
 
@@ -143,7 +132,7 @@ def sharded(rank: int, port: int, inputs: dict[str, Path], folder: Path) -> None
 
 def zero(rank: int, port: int, inputs: dict[str, Path], folder: Path, stage: int) -> None:
     """Train nspo under DeepSpeed ZeRO, its smallest weights split too."""
-    launched(rank, port)
+    of_two(rank, port)
     deepspeed_on_cpu()
     on_cpu_as_if_on_gpus(CONFIG / f"zero{stage}.yaml")
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3 as Zero3

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from support import fork_server
 
 ROOT = Path(__file__).parents[2]
 PARTS = ("Snakefile", "workflow", "profiles", "config", "nspo", "tests/data")
@@ -46,11 +47,11 @@ def snakemake_command(*arguments: str, config: str = "config/smoke.yaml") -> lis
 def snakemake(
     project: Path, *arguments: str, config: str = "config/smoke.yaml", environment: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run Snakemake in `project`; output and errors together."""
+    """Run Snakemake in `project`; output and errors together. It and its stages are forks (`fork_server.py`)."""
     return subprocess.run(
         snakemake_command(*arguments, config=config),
         cwd=project,
-        env={**os.environ, **(environment or {})},
+        env={**os.environ, **fork_server.environment(), **(environment or {})},
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
