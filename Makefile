@@ -24,7 +24,7 @@ docs: .venv/docs.stamp
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-# The workflow on a real SLURM of one node, as root; needs Debian's slurm-wlm and munge, else it says what is missing.
+# The workflow on a real SLURM of two nodes, as root; needs Debian's slurm-wlm and munge, else it says what is missing.
 test-slurm: .venv/dev.stamp
 	$(BIN)/python -m pytest -m slurm -rs tests/workflow/test_slurm.py
 

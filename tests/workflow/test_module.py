@@ -10,6 +10,9 @@ import pytest
 import yaml
 from support.workflow_project import ROOT
 
+from nspo import NullSpaceBases
+from nspo.settings.bases import SelectionSettings
+
 pytestmark = pytest.mark.workflow
 
 OUTER = """
@@ -124,3 +127,15 @@ def test_faults_name_the_module(outer: Path) -> None:
     run = subprocess.run(command, cwd=outer, text=True, capture_output=True, check=False)
     assert run.returncode == 1
     assert "the configuration of module second: bases.treshold: unknown key" in run.stderr
+
+
+def test_two_configurations_make_bases_of_their_own(outer: Path) -> None:
+    """A real run, from models to bases: each below its own folder, by its own threshold; a second run does nothing."""
+    bases = ("runs/a/results/smoke/bases/bases.safetensors", "else where/bases/bases.safetensors")
+    command = [sys.executable, "-m", "snakemake", "--cores", "2", *bases]
+    run = subprocess.run(command, cwd=outer, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
+    assert run.returncode == 0, run.stdout[-3000:]
+    made = [NullSpaceBases.load(outer / file) for file in bases]
+    assert [{sites[name].threshold for name in sites} for sites in made] == [{SelectionSettings().threshold}, {0.8}]
+    assert not (outer / "results").exists()
+    assert "Nothing to be done" in plan(outer, *bases)

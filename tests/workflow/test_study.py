@@ -145,9 +145,9 @@ def test_every_variant_is_a_row_beside_its_keys(ran: Path) -> None:
 
 
 def test_a_second_run_does_nothing(ran: Path) -> None:
-    """Nor one whose variants stand in another order, but for the page, which shows them in order."""
+    """Where the variants stand in another order nothing moves, and the page alone is written anew, in that order."""
     assert planned(ran, study(VARIANTS, GRIDS, ran)) == []
-    assert counts(planned(ran, study(dict(reversed(VARIANTS.items())), GRIDS, ran))) in ({}, {"study": 1})
+    assert counts(planned(ran, study(dict(reversed(VARIANTS.items())), GRIDS, ran))) == {"study": 1}
 
 
 def test_variants_come_and_go_and_nothing_moves(ran: Path) -> None:

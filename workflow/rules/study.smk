@@ -21,6 +21,7 @@ rule study:
     params:
         code=code("nspo.report.study.stage"),
         templates=inputs.templates_hash("nspo.report.study", "nspo.report"),
+        order=lambda wildcards: list(variants),  # the page's rows, which the names of inputs alone would not tell
         variants=folders("configs"),
     shell:
         "python -m nspo study --variants {params.variants} --out {output.page:q} --table {output.table:q}"
