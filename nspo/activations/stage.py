@@ -23,7 +23,6 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -122,11 +121,17 @@ def _collect(
             some = ", ".join(bare[:3]) + ", ..." * (len(bare) > 3)
             say(f"activations: {len(bare)} linear layers of the blocks get no basis ({some})")
         _announce(settings, room, chunks, stored_bytes(settings, sites, chunks, storage), finished, work)
-    for chunk in _share(chunks, settings.max_new_tokens, processes):
-        if not finished[chunk.index].is_file():
-            tokens = _collect_chunk(chunk, settings, network, tokenizer, sites, storage, store, _prefix(processes))
-            counts = {"prompts": len(chunk.prompts), "left_out": chunk.left_out, "tokens": tokens}
-            write_json(finished[chunk.index], {"domain": chunk.domain, "split": chunk.split, **counts})
+    groups = list(_groups(sites, storage, ACCUMULATOR_BYTES))
+    share = _share(chunks, settings.max_new_tokens, processes)
+    done = sum(len(chunk.prompts) for chunk in share if finished[chunk.index].is_file())
+    with track(_bar(processes), sum(len(chunk.prompts) for chunk in share), "prompt", start=done) as bar:
+        for chunk in share:
+            if not finished[chunk.index].is_file():
+                bar.set_postfix_str(chunk.name)
+                tokens = _collect_chunk(chunk, settings, network, tokenizer, groups, storage, store)
+                counts = {"prompts": len(chunk.prompts), "left_out": chunk.left_out, "tokens": tokens}
+                write_json(finished[chunk.index], {"domain": chunk.domain, "split": chunk.split, **counts})
+                bar.update(len(chunk.prompts))
     # Files tell who is done: a process that waits in a collective would time out, or fail too when another one fails.
     while not all(path.is_file() for path in finished):
         time.sleep(POLL_SECONDS)
@@ -144,10 +149,10 @@ def _collect(
 # ------------------------------------------------------------------------------------------- processes
 
 
-def _prefix(processes: PartialState) -> str:
-    """What a process puts before its bars, when it is not the only one."""
+def _bar(processes: PartialState) -> str:
+    """What the bar says; which process it is of, when there are several."""
     several = processes.num_processes > 1
-    return f"process {processes.process_index + 1} of {processes.num_processes}: " if several else ""
+    return f"inputs, process {processes.process_index + 1} of {processes.num_processes}" if several else "inputs"
 
 
 def _share(chunks: Sequence[Chunk], max_new_tokens: int, processes: PartialState) -> list[Chunk]:
@@ -240,16 +245,15 @@ def _collect_chunk(
     settings: ActivationSettings,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    sites: Sequence[Site],
+    groups: Sequence[Sequence[Site]],
     storage: Mapping[str, str],
     store: Path,
-    prefix: str = "",
 ) -> int:
-    """Write one chunk's file of every site; returns its number of kept tokens."""
+    """Write one chunk's file of every site, a group of sites after the other; returns its number of kept tokens."""
     ids = list(chunk.prompts)
     if settings.max_new_tokens:
-        bar = f"{prefix}answers {chunk.name}"
-        for i, answer in generate(model, tokenizer, chunk.prompts, settings.max_new_tokens, GENERATION_BATCH, bar):
+        size = settings.max_new_tokens, GENERATION_BATCH
+        for i, answer in generate(model, tokenizer, chunk.prompts, *size, f"answers {chunk.name}"):
             ids[i] += tuple(answer)
     if max(map(len, ids)) <= settings.drop_first:
         raise UserError(f"activations.drop_first ({settings.drop_first}) leaves no token of {chunk.name}: lower it")
@@ -258,11 +262,9 @@ def _collect_chunk(
         for i, kept in enumerate(kept_positions(list(map(len, ids)), settings.drop_first, chunk.budget))
         if kept.any()
     ]
-    groups = list(_groups(sites, storage, ACCUMULATOR_BYTES))
-    with track(f"{prefix}inputs {chunk.name}", len(groups) * len(sequences), "sequence") as bar_of_inputs:
-        for group in groups:
-            with PartWriter(store, chunk.index, chunk.domain, chunk.split, group, storage, model.device) as writer:
-                forward(model, tokenizer, sequences, group, writer.add, bar_of_inputs.update)
+    for group in groups:
+        with PartWriter(store, chunk.index, chunk.domain, chunk.split, group, storage, model.device) as writer:
+            forward(model, tokenizer, sequences, group, writer.add)
     return sum(int(sequence.kept.sum()) for sequence in sequences)
 
 
@@ -273,7 +275,6 @@ def forward(
     sequences: Sequence[Answered],
     sites: Sequence[Site],
     receive: Callable[[Site, Tensor, dict[str, Tensor]], None],
-    advance: Callable[[int], Any],
 ) -> None:
     """Run the model over all sequences; `receive` gets each site's kept rows (n, d) float32 and what they stand for."""
     for batch, ids, mask, kept in padded_batches(sequences, BATCH_TOKENS, int(tokenizer.pad_token_id or 0)):
@@ -310,7 +311,6 @@ def forward(
         with watch(model, sites, keep):
             model.base_model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False)
         _check_finite(sums)
-        advance(len(batch))
 
 
 def _check_finite(sums: Mapping[str, Tensor]) -> None:

@@ -102,12 +102,14 @@ def drift(
         raise UserError(
             f"{empty} base answers have no token", expected="at least a stop token", change="evaluate the base again"
         )
+    same = tuned is (base.model if isinstance(base, Remembered) else base)  # as where a walk starts
     figures = {name: [0.0] * len(prompt_ids) for name in FIGURES}
     with track(description, len(prompt_ids), "prompt") as bar:
         for batch in batches(prompt_ids, answer_ids, batch_size, vocabulary):
             ids, mask = pad_left([[*prompt_ids[i], *answer_ids[i]] for i in batch], tokenizer.pad_token_id, base.device)
             longest = max(len(answer_ids[i]) for i in batch)
-            logits, others = last_logits(base, ids, mask, longest), last_logits(tuned, ids, mask, longest)
+            logits = last_logits(base, ids, mask, longest)
+            others = logits if same else last_logits(tuned, ids, mask, longest)
             for row, index in enumerate(batch):
                 tokens = len(answer_ids[index])
                 kl, nll_change, agree = token_drift(

@@ -30,7 +30,7 @@ from nspo.run.progress import say
 from nspo.settings.policy.section import TrainingSettings
 
 BATCH = 32
-GENERAL_PER_DOMAIN = 6
+HARMFUL_PER_GENERAL = 8  # drift is an average over tokens and needs fewer prompts than a rate does
 FIRST_TOKENS = 4
 
 
@@ -72,10 +72,11 @@ class Probe:
         """Read harmful and benign validation prompts and let the base model answer general ones."""
         base, prompts = load_model(inputs.model, device), inputs.prompts
         count, max_new_tokens = training.probe_prompts, training.max_new_tokens
+        of_domain = max(1, count // HARMFUL_PER_GENERAL)
         general = [
             row
             for domain in domains(prompts, "general", "validation")
-            for row in load_prompts(prompts, "general", "validation", domain, GENERAL_PER_DOMAIN)
+            for row in load_prompts(prompts, "general", "validation", domain, of_domain)
         ]
         harmful, benign = (load_prompts(prompts, role, "validation", limit=count) for role in ("harmful", "benign"))
         asked = [*harmful, *benign, *general]

@@ -86,7 +86,10 @@ class TrainingSettings(RolloutSettings):
     probe_every: Count = Field(
         4, description="Steps between probes, on validation prompts, of safety and over-refusal."
     )
-    probe_prompts: Count = Field(48, description="Harmful validation prompts per probe, and as many benign ones.")
+    probe_prompts: Count = Field(
+        48,
+        description="Harmful validation prompts per probe, and as many benign ones; of every general domain an eighth.",
+    )
     target_unsafe: float | None = Field(
         0.3,
         ge=0,
