@@ -188,8 +188,9 @@ class _Run:
             return None
         except APIConnectionError:
             raise self._gone("cannot be reached", "check url, and that the server runs") from None
-        except (ValueError, LookupError, TypeError, AttributeError):  # broken JSON, or JSON of another shape
-            content = ""
+        except (ValueError, LookupError, TypeError, AttributeError):  # a page of HTML, broken JSON, or of another shape
+            self._failed(place, "status 200 but no chat completion")
+            return None
         self.in_a_row = 0
         reply = content if isinstance(content, str) else ""
         self.cut += cut

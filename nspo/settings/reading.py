@@ -46,6 +46,20 @@ class StrictLoader(yaml.SafeLoader):
             seen.add((key.tag, str(key.value)))
         return super().construct_mapping(node, deep)
 
+    def construct_number(self, node: yaml.ScalarNode) -> int | float:
+        """A number as people read it: to YAML 1.1 010 is 8 and 1:30 is 90, which nobody means."""
+        number = super().construct_yaml_int if node.tag.endswith(":int") else super().construct_yaml_float
+        if ":" in node.value or re.fullmatch(r"[-+]?0[0-9_]+", node.value):
+            raise yaml.constructor.ConstructorError(
+                problem=f"found {node.value!r}, which YAML 1.1 reads as {number(node)}: write that, or quote the text",
+                problem_mark=node.start_mark,
+            )
+        return number(node)
+
+
+for _kind in ("int", "float"):
+    StrictLoader.add_constructor(f"tag:yaml.org,2002:{_kind}", StrictLoader.construct_number)
+
 
 def load_config(*paths: Path | str) -> Config:
     """Read and check YAML configurations, a later one over those before it; an empty one is the default.
@@ -157,6 +171,8 @@ def _fault(section: type[BaseModel], fault: Any) -> str:
     hint = ""
     if isinstance(fault["input"], str) and fault["type"] in {"float_type", "int_type"}:
         hint = " (YAML 1.1 reads 1e-6 as text: write 1.0e-6)"
+    if isinstance(fault["input"], bool) and fault["type"] == "string_type":
+        hint = " (YAML 1.1 reads yes, no, on and off as true and false: put the text in quotes)"
     return f"{key}: found {_brief(fault['input'])}, {expected}{hint}"
 
 

@@ -11,6 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from nspo.errors import UserError
 from nspo.sources import REQUIREMENT, SHA256, Source
 
+LONGEST_PATH, LONGEST_NAME = 2000, 255  # bytes: file systems take 4096 and 255, and there are names below
 MOST = 2**31 - 1  # what 32 bits count: a larger number is a slip of the keyboard
 Whole = Annotated[int, Field(ge=0, le=MOST)]
 Count = Annotated[int, Field(ge=1, le=MOST)]
@@ -39,6 +40,13 @@ def path_fault(text: str) -> str | None:
     """
     if found := re.search(r"[{}<>\x00-\x1f\x7f\x85\u2028\u2029]", text):
         return f"found {found[0]!r} in the path {text!r}, expected none of {{}}, <>, line breaks and the like"
+    try:
+        bytes_ = text.encode()
+    except UnicodeEncodeError:
+        return f"found the path {text!r}, expected Unicode text: it holds half a surrogate pair"
+    if len(bytes_) > LONGEST_PATH or any(len(part) > LONGEST_NAME for part in bytes_.split(b"/")):
+        most = f"at most {LONGEST_PATH}, and {LONGEST_NAME} in each name"
+        return f"found a path of {len(bytes_)} bytes, expected {most}"
     if text.startswith(("-", "~")):
         return f"found the path {text!r}, expected one that does not begin with {text[0]!r}: write the whole path"
     if text != text.strip() or not text:

@@ -198,7 +198,7 @@ REPORTS = [
         "names '../x.safetensors', expected files beside it",
     ),
     Report(
-        "of codes without their scales",
+        "Blaizzy/mlx-audio#902",
         "whole numbers taken for weights",
         altered(lambda w: w.update({FIRST: (w[FIRST] * 127).to(torch.int8)})),
         f"{FIRST} is stored as I8, and config.json has no quantization_config",

@@ -58,7 +58,16 @@ def failed_requests(given: Given) -> None:
 def no_verdicts(given: Given) -> None:
     """A reply without a verdict is a failed one, told with its text; markdown or another case is none."""
     assert given.verdicts(["say:maybe", "say:**unsafe**", "say:Unsafe", "say: unsafe\n", "fine"]) == "---Us"
-    assert "3 replies are no verdict, the first is 'maybe'" in given.capsys.readouterr().err
+    assert "3 replies are no verdict, the first is '" in given.capsys.readouterr().err
+
+
+def no_completion(given: Given) -> None:
+    """A page of HTML with status 200 is a request that failed, which is asked again, and no failed verdict."""
+    page = "raw:<html>Maintenance</html>"
+    assert given.verdicts(["fine", page, "bad"]) == "s-U"
+    assert "1 requests failed with status 200 but no chat completion" in given.capsys.readouterr().err
+    with pytest.raises(UserError, match="failed 10 requests in a row, the last with status 200 but no chat"):
+        given.verdicts([page] * 12)
 
 
 def too_long(given: Given) -> None:
@@ -153,6 +162,8 @@ REPORTS = [
     Report("AISecurityLab/hackagent#345", "requests that failed became verdicts", failed_requests),
     Report("wandb/rai-toolkit#66", "three endpoint failures were 100% resistance", failed_requests),
     Report("promptfoo/promptfoo#7040", "replies that were no JSON became a success rate of 100%", no_verdicts),
+    Report("project-arbr/arbr-control-plane#106", "a judge that cannot be asked left no verdicts", no_completion),
+    Report("Mosi-AI/LiveClawBench#112", "requests that failed scored 0 without a word", no_completion),
     Report("hiyouga/LlamaFactory#5351", "an IndexError of GPT-2 at its last position", too_long),
     Report("EleutherAI/lm-evaluation-harness#3115", "the beginning of the prompt is cut off", too_long),
     Report("NVIDIA-NeMo/Automodel#3782", "the configuration has other values in another locale", other_locale),

@@ -151,12 +151,13 @@ def test_the_default_template_shows_both(fake: FakeEndpoint) -> None:
 
 
 def test_only_a_verdict_is_a_verdict(fake: FakeEndpoint, capsys: pytest.CaptureFixture[str]) -> None:
-    """Nonsense, nothing, broken JSON, JSON of another shape, a sentence and a cut reply fail, and are told."""
-    bad = ["say:not unsafe", "say:It is unsafe to say", "say:", 'raw:{"choices": [', "raw:[]", "raw:null", "raw:{}"]
-    bad += ['raw:{"choices": []}', 'raw:{"choices": [{"message": {"content": null}}]}', "raw:gibberish", "long:fine"]
-    bad += ['raw:{"choices": [{"message": {"content": ["safe"]}, "finish_reason": "stop"}]}', "raw:"]
-    assert text_of(ask(fake, [*bad, "say:unsafe\nS1,S2", "fine"])) == "-" * len(bad) + "Us"
+    """Nonsense, nothing, a sentence and a cut reply fail, and are told; what is no reply at all is a failed request."""
+    no_reply = ['raw:{"choices": [', "raw:[]", "raw:null", "raw:{}", 'raw:{"choices": []}', "raw:gibberish", "raw:"]
+    bad = ["say:not unsafe", "say:It is unsafe to say", "say:", "long:fine"]
+    bad += [f'raw:{{"choices": [{{"message": {{"content": {said}}}}}]}}' for said in ("null", '["safe"]')]
+    assert text_of(ask(fake, [*no_reply, *bad, "say:unsafe\nS1,S2", "fine"])) == "-" * 13 + "Us"
     said = capsys.readouterr().err
+    assert "7 requests failed with status 200 but no chat completion" in said
     assert f"mine: {len(bad)} replies are no verdict" in said
 
 

@@ -199,9 +199,12 @@ class PolicySettings(TrainingSettings, PairSettings):
     @model_validator(mode="after")
     def _names_are_folders(self) -> Self:
         for name in self.methods:
-            if name == "base" or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]*", name):
+            if name == "base" or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,99}", name):
                 raise ValueError(
-                    f"methods: found the name {name!r}, expected letters, digits, _ and - (it names a folder; "
-                    "`base` is taken by the model before training)"
+                    f"methods: found the name {name[:100]!r}, expected letters, digits, _ and -, up to 100 (it "
+                    "names a folder; `base` is taken by the model before training)"
                 )
+        folded = [name.lower() for name in self.methods]
+        if twice := [name for name in self.methods if folded.count(name.lower()) > 1]:
+            raise ValueError(f"methods: found {' and '.join(twice)}, one folder where case does not count: rename one")
         return self
