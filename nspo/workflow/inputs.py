@@ -13,6 +13,8 @@ from nspo.settings.judges import AnyJudge
 from nspo.settings.types import path_fault
 from nspo.sources import Source, repository_name, wheel_folder
 
+ELSEWHERE = "hub:ORG/NAME@REVISION, or what a storage plugin of Snakemake fetches"
+PLUGINS = "expected an installed plugin for it, such as `pip install snakemake-storage-plugin-s3` or -http"
 BASE = "base"  # what the model before training is called among the methods
 Sources = Mapping[str, list[Source]]
 
@@ -103,10 +105,11 @@ def bases_source(source: Source) -> Sources:
     """Where `bases.precomputed` is, which must be one file.
 
     Raises:
-        SystemExit: for a folder.
+        SystemExit: for a folder, or nothing at all.
     """
-    if Path(source.location).is_dir():
-        sys.exit(f"bases.precomputed: {source.location} is a folder, expected a bases file (.safetensors)")
+    if not Path(source.location).is_file():
+        found = "is a folder" if Path(source.location).is_dir() else "does not exist"
+        sys.exit(f"bases.precomputed: {source.location} {found}: expected a bases file (.safetensors), {ELSEWHERE}")
     return {"precomputed": [source]}
 
 

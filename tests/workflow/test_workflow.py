@@ -290,6 +290,11 @@ def test_data_files_count(finished: Path) -> None:
         ({"bases": {"treshold": 0.8}}, "bases.treshold: unknown key, did you mean 'threshold'?"),
         ({"policy": {"group_size": 3}}, "policy: minibatch_size (4) must be divisible by group_size (3)"),
         ({"model": {"source": "no/such/model"}}, "model.source: no/such/model does not exist"),
+        ({"bases": {"precomputed": "typo.safetensors"}}, "bases.precomputed: typo.safetensors does not exist"),
+        (
+            {"bases": {"precomputed": "s3://a/b.safetensors"}},
+            "bases.precomputed: s3://a/b.safetensors: No storage provider",
+        ),
     ],
 )
 def test_mistakes_end_before_any_work(finished: Path, sections: dict[str, dict[str, Any]], line: str) -> None:

@@ -6,6 +6,7 @@ import sys
 from functools import cache, partial
 from pathlib import Path
 
+from snakemake.exceptions import WorkflowError
 from snakemake.iocontainers import Wildcards
 
 from nspo.evaluation.benchmarks.loading import locate
@@ -141,7 +142,10 @@ def given_bases(variant):
     if given is None or (source := Source.parse(given)).kind == "hub":
         return None
     if source.kind == "storage":
-        return storage(source.location)
+        try:
+            return storage(source.location)
+        except WorkflowError as error:
+            sys.exit(f"bases.precomputed: {source.location}: {str(error).partition('. ')[0]}: {inputs.PLUGINS}")
     (file,) = on_disk("bases", inputs.bases_source(source))
     return file
 
