@@ -19,7 +19,8 @@ from nspo.models.structure.linears import layer_norms
 from nspo.models.structure.sites import find_sites
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*.py"))
+IN_VERL = "nspo_in_verl.py"
+SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*.py") if path.name != IN_VERL)
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +55,18 @@ def test_example_trains_in_the_null_space(script, tiny_model_dir, bases_file, tm
     assert max(layer["leakage_basis"] for layer in layers) <= 1e-5
     assert min(layer["relative_update"] for layer in layers) > 1e-4
     assert not certificate["unconstrained"]
+
+
+def test_verl_trains_in_the_null_space(tiny_model_dir, bases_file):
+    """Its own FSDP2 engine and optimizer, on one CPU process, with the module that examples/ has for it."""
+    pytest.importorskip("verl", reason="verl is not installed")
+    paths = os.pathsep.join(map(str, (EXAMPLES, Path(__file__).parent, os.environ.get("PYTHONPATH", ""))))
+    command = [sys.executable, "-m", "support.verl_on_cpu", str(tiny_model_dir), str(bases_file)]
+    run = subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    printed = dict(re.findall(r"^(moved|worst leakage) (\S+)$", run.stdout, re.MULTILINE))
+    assert int(printed["moved"]) > 0
+    assert float(printed["worst leakage"]) <= 1e-6
 
 
 def test_notebook_runs_from_top_to_bottom(tiny_model_dir, tmp_path, monkeypatch):
