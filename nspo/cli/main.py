@@ -30,6 +30,11 @@ from nspo.settings.runtime import RuntimeSettings
 from nspo.settings.types import Section
 
 TRANSFERS = ("fetch-hub", "bases fetch", "bases push")
+NO_PLACE = {  # where nothing can be written at all
+    errno.EEXIST: "what is there is no folder",
+    errno.ENOTDIR: "what is there is no folder",
+    errno.ENAMETOOLONG: "the name is too long for the disk",
+}
 NO_SPACE = ("No space left on device", "PytorchStreamWriter failed writing")
 NO_MEMORY = (  # torch's CPU, the system, CUDA, Python for the stack of a thread, oneDNN for the code of a product
     "can't allocate memory",
@@ -239,8 +244,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _forbidden(error: Exception) -> str | None:
-    """The file or folder that this user may not read or write, where that is what ended a stage."""
+    """The path that this user may not read or write, or at which nothing can be written, where that ended a stage."""
     number = getattr(error, "errno", None)
+    if number in NO_PLACE and (name := getattr(error, "filename", None)):
+        return f"{name!s:.200}: {NO_PLACE[number]}: choose another path"
     if number not in (errno.EACCES, errno.EPERM, errno.EROFS) and "Permission denied" not in str(error):
         return None
     where = getattr(error, "filename", None) or first_line(error)
