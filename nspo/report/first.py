@@ -72,7 +72,10 @@ def _cost(main: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
         answer = f"{ratio['value']:.1f} times more drift than {theirs}"
     else:
         answer = f"Drift not clearly different from {theirs}'s"
-    answer += ", at equal safety" if main["equal_safety"] else ""
+    if main["equal_safety"]:
+        answer += ", at equal safety"
+    elif not main["safety_no_worse"]:
+        answer += ", at safety not shown to be equal"
     if main["equal_safety"]:
         level = "The two are equally safe, so this is a fair comparison."
     elif main["safety_no_worse"]:

@@ -240,8 +240,14 @@ def test_where_each_policy_was_tested_is_on_the_page(tmp_path: Path) -> None:
     given["matches"] = []
     for method, scale, found in (("nspo", 1.0, "met"), ("grpo_no_kl", 1.25, "not reached")):
         stops = [
-            {"scale": s, "n": 64, "unsafe": 0, "unsafe_rate": 0.8 - s / 2, "mean_cost": 1 - s, "refusal_rate": 0.1}
-            | {"over_refusal_rate": 0.0, "kl_per_token": s * s / 50, "kl_first_tokens": 0.1, "top1_agreement": 0.9}
+            {"scale": s, "n": 64, "unsafe": 16, "unsafe_rate": 0.8 - s / 2, "mean_cost": 1 - s, "refusal_rate": 0.1}
+            | {
+                "benign": 32,
+                "over_refusal_rate": s / 4,
+                "kl_per_token": s * s / 50,
+                "kl_first_tokens": 0.1,
+                "top1_agreement": 0.9,
+            }
             for s in (0.0, 0.5, 1.0, 1.25)
         ]
         path = tmp_path / "in" / "walks" / method / "seed0" / "match.json"
@@ -253,6 +259,8 @@ def test_where_each_policy_was_tested_is_on_the_page(tmp_path: Path) -> None:
     assert "NOT matched: grpo_no_kl does not meet the validation target on its walk." in text
     assert "NOT matched: not reached" in text
     assert "Asked at no stop, because prompt and answer are longer than the base model can read: 3 prompts of" in text
+    assert "16.0% to 36.8%" in text  # 16 of 64
+    assert ">outside<" in text  # 8 of 32 refused, the base model none
     assert "a judge learnt from answers to nearly the same prompt: 4 of advbench." in text
     assert (tmp_path / "out" / "plots" / "walk.svg").is_file()
 

@@ -175,6 +175,7 @@ def summary(rows: Sequence[Mapping[str, Any]], answering: AnsweringSettings) -> 
         "unsafe_rate": sum(row["unsafe"] for row in harmful) / len(harmful),
         "mean_cost": sum(costs) / len(costs),
         "refusal_rate": sum(row["refused"] for row in harmful) / len(harmful),
+        "benign": len(benign),
         "over_refusal_rate": sum(row["refused"] for row in benign) / len(benign),
         **{
             name: sum(row[name] * w for row, w in zip(general, weights[name], strict=True)) / sum(weights[name])

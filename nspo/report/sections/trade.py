@@ -6,7 +6,7 @@ from typing import Any, cast
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 from matplotlib.transforms import Bbox
 
 from nspo.report import plots
@@ -107,6 +107,7 @@ def draw(methods: Sequence[Mapping[str, Any]], x_label: str, y_label: str, perce
         axes.errorbar(x, y, **style, markersize=7, markeredgecolor="white", elinewidth=1.2, label=method["label"])
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.set_ylim(bottom=-0.03)
+    axes.xaxis.set_major_locator(MaxNLocator(5))  # numbers of many digits stay apart
     if percent:
         axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.margins(x=0.12)

@@ -1,13 +1,14 @@
 """The walks: safety against drift along the line from the base model through each policy, and where it was tested."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from nspo.evaluation.statistics.curves import Point, area_between, drift_at
+from nspo.evaluation.statistics.intervals import wilson
 from nspo.report import plots
 from nspo.report.plots import Figures
 from nspo.report.runs import Run, by_method
@@ -17,7 +18,8 @@ def walks(runs: Sequence[Run], main: dict[str, Any] | None, figures: Figures) ->
     """None where no policy was walked.
 
     Returns:
-        `figure`, `rows` (one per run: its match, the figures measured there, KL where its curve has the target's rate),
+        `figure`, `base` (the stop that is the base model), `rows` (one per run: its match, the figures measured there,
+        `unsafe` and `over_refusal` with their intervals, KL where its curve has the target's rate),
         `areas` (the main method's curve against every other method's, seed by seed), `left_out` and `learnt` (how many
         prompts of which set were not asked, since they are too long, or a judge learnt from nearly the same).
     """
@@ -25,7 +27,11 @@ def walks(runs: Sequence[Run], main: dict[str, Any] | None, figures: Figures) ->
     if not walked:
         return None
     figure = figures.add("walk", draw(walked), "Unsafe rate against drift along each walk, on validation prompts")
-    rows = [{"run": run, "match": run.match, "stop": stop_of(run), "drift_at": _at_target(run)} for run in walked]
+    rows = [
+        {"run": run, "match": run.match, "stop": stop_of(run), "drift_at": _at_target(run)}
+        | with_intervals(stop_of(run))
+        for run in walked
+    ]
     methods = by_method(walked)
     ours = methods.get(main["ours"], []) if main else []
     others = {name: of for name, of in methods.items() if main and name != main["ours"]}
@@ -38,6 +44,7 @@ def walks(runs: Sequence[Run], main: dict[str, Any] | None, figures: Figures) ->
     shared = walked[0].match or {}
     return {
         "figure": figure,
+        "base": start_of(walked[0]) | with_intervals(start_of(walked[0])),
         "rows": rows,
         "areas": areas,
         "target": walked[0].match_target,
@@ -49,6 +56,23 @@ def walks(runs: Sequence[Run], main: dict[str, Any] | None, figures: Figures) ->
 def curve(run: Run) -> list[Point]:
     """(KL per token, unsafe rate) of every stop."""
     return [(stop["kl_per_token"], stop["unsafe_rate"]) for stop in (run.match or {})["stops"]]
+
+
+def start_of(run: Run) -> dict[str, Any]:
+    """The figures of the base model, where the walk begins."""
+    found: dict[str, Any] = min((run.match or {})["stops"], key=lambda stop: stop["scale"])
+    return found
+
+
+def with_intervals(stop: Mapping[str, Any]) -> dict[str, Any]:
+    """The rates of a stop with n and Wilson's intervals; no over-refusal where n was not kept."""
+    found = {"unsafe": (stop["unsafe"], stop["n"])}
+    if count := stop.get("benign"):
+        found["over_refusal"] = round(stop["over_refusal_rate"] * count), count
+    shared = {"unit": "rate", "failures": 0}
+    return {"over_refusal": None} | {
+        name: {**wilson(*counts)._asdict(), "n": counts[1], **shared} for name, counts in found.items()
+    }
 
 
 def stop_of(run: Run) -> dict[str, Any]:
