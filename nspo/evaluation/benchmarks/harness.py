@@ -66,13 +66,21 @@ def answer(
         UserError: when the harness cannot make the task, a package or file that it needs is missing, or nothing fits.
     """
     import lm_eval
+    from lm_eval.tasks import TaskManager
 
+    manager = TaskManager(include_defaults=False)  # one that knew the harness's own tasks would read 13,000 files
     asked = _model(model, tokenizer, generate, max_new_tokens, batch_size, work, f"answers to {name}")
     try:
         with tempfile.TemporaryDirectory(prefix="nspo-harness-") as folder:
-            made = _task(name, task, [row["doc"] for row in rows], Path(folder))
+            made = manager.load([_written(name, task, [row["doc"] for row in rows], Path(folder))])["tasks"][name]
             found = lm_eval.simple_evaluate(
-                asked, tasks=[made], apply_chat_template=True, bootstrap_iters=0, log_samples=True, verbosity="ERROR"
+                asked,
+                tasks=[made],
+                task_manager=manager,
+                apply_chat_template=True,
+                bootstrap_iters=0,
+                log_samples=True,
+                verbosity="ERROR",
             )
     except (ImportError, LookupError, AssertionError) as error:
         raise UserError(f"{name}: lm-evaluation-harness cannot run it: {first_line(error)}") from error
@@ -97,10 +105,9 @@ def answer(
     return kept, count_left_out(rows, kept, name, reason, "choose a model with more")
 
 
-def _task(name: str, task: Task, docs: list[dict[str, Any]], folder: Path) -> Any:
-    """The harness's task `task.harness`, or multiple choice, on these rows instead of its own download."""
+def _written(name: str, task: Task, docs: list[dict[str, Any]], folder: Path) -> str:
+    """The file of the harness's task `task.harness`, or multiple choice, on these rows instead of its own download."""
     import lm_eval
-    from lm_eval.tasks import TaskManager
 
     rows = folder / "rows.jsonl"
     rows.write_text("".join(json.dumps(doc) + "\n" for doc in docs), encoding="utf-8")
@@ -110,7 +117,7 @@ def _task(name: str, task: Task, docs: list[dict[str, Any]], folder: Path) -> An
     splits = {"test_split": "test", **dict.fromkeys(("training_split", "validation_split", "fewshot_split"))}
     own = {"task": name, "dataset_path": "json", "dataset_name": None, "dataset_kwargs": data, **splits}
     made.write_text(yaml.safe_dump({**base, **own}), encoding="utf-8")
-    return TaskManager(include_defaults=False).load([str(made)])["tasks"][name]
+    return str(made)
 
 
 def _model(
