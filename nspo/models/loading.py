@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from nspo.data.wheels import resolve
 from nspo.errors import UserError, first_line
 from nspo.files.manifest import MANIFEST_NAME, check_fingerprints, read_json
 from nspo.models.chat import read_plain_text
@@ -42,6 +43,15 @@ def model_folder(key: str, text: str) -> Path:
             )
         return Path(source.location)
     return hub_folder(key, source)
+
+
+def source_folder(key: str, source: Source, wheels_dir: Path) -> Path:
+    """The folder (or GGUF file) of the model that the setting `key` names, wherever it comes from.
+
+    Raises:
+        UserError: when there is none, or the hub cannot be reached.
+    """
+    return hub_folder(key, source) if source.kind == "hub" else resolve(source, wheels_dir)
 
 
 def hub_folder(key: str, source: Source) -> Path:

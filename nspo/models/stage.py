@@ -14,7 +14,6 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from nspo.data.wheels import resolve
 from nspo.errors import UserError, first_line
 from nspo.files.atomic import atomic_path
 from nspo.files.manifest import MANIFEST_NAME, fingerprint_model, make_manifest, write_json
@@ -24,7 +23,7 @@ from nspo.models.folders.files import check_model_files
 from nspo.models.folders.gguf_file import read_once
 from nspo.models.folders.template import date_of
 from nspo.models.generation import refuse_unknown, stop_ids
-from nspo.models.loading import hub_folder, load_config, load_model, load_whole, read_tokenizer, save_model
+from nspo.models.loading import load_config, load_model, load_whole, read_tokenizer, save_model, source_folder
 from nspo.run.progress import say
 from nspo.settings.model import ModelSettings
 from nspo.sources import Source
@@ -47,7 +46,7 @@ def prepare_model(settings: ModelSettings, wheels_dir: Path, out: Path) -> None:
 
         named, tokenizer, read, given = settings.source, tiny_tokenizer(), tiny_model, out
     else:
-        location = hub_folder("model.source", source) if source.kind == "hub" else resolve(source, wheels_dir)
+        location = source_folder("model.source", source, wheels_dir)
         named = f"model.source: {location}"
         check_model_files(location, named)
         if location.suffix == ".gguf":

@@ -1,6 +1,7 @@
 """What a run logs of every update, under our names, and the paper's statements checked on that log."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -30,12 +31,12 @@ Columns = Callable[[int], dict[str, float]]  # what a callback adds to the log o
 Samples = Callable[[int], list[dict[str, Any]]]  # the scored answers that an update is the first to learn from
 
 
-class LoggedCallback(TrainerCallback):
+class LoggedCallback(TrainerCallback, ABC):
     """A callback that knows something of every update."""
 
+    @abstractmethod
     def columns(self, step: int) -> dict[str, float]:
         """What it adds to the log of update `step`."""
-        raise NotImplementedError
 
 
 class LoggedConstraint(NullSpaceCallback, LoggedCallback):

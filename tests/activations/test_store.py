@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from support import fork_server
 from support.activation_runs import contents, raw_rows, run, settings
 
 from nspo.activations import chunks as sequences
@@ -104,12 +105,12 @@ def test_killed_run_resumes_without_recounting(tmp_path, small_chunks, tiny_mode
 
 
 def launch(processes: int, model: Path, prompts: Path, out: Path, **changed) -> "subprocess.CompletedProcess[str]":
-    """`nspo collect` under `accelerate launch` on the CPU, as a user types it."""
+    """`nspo collect` under `accelerate launch` on the CPU, as a user types it; both processes are forks."""
     flags = to_flags(settings(**changed)).replace("'", "").split()
     files = ["--model", model, "--prompts", prompts, "--out", out, "--workdir", out.parent / "work"]
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", processes]
     command = [*launcher, "--main_process_port", 0, "-m", "nspo", "collect", *flags, *files]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # and the other process has all cores
+    environment = {**os.environ, **fork_server.environment()}
     return subprocess.run(
         list(map(str, command)), env=environment, capture_output=True, text=True, timeout=300, check=False
     )

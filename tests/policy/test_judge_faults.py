@@ -1,6 +1,7 @@
 """An endpoint that fails while a policy trains on its verdicts: time-outs, 429, 500 and replies that are no verdict."""
 
 import math
+import os
 import subprocess
 import sys
 import time
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support import fork_server
 from support.endpoint import KEY, FakeEndpoint, settings_of
 from support.endpoint import fake as fake
 from support.policy_runs import command, table
@@ -62,7 +64,9 @@ def train(inputs: dict[str, Path], fake: FakeEndpoint, folder: Path) -> subproce
     changes = {"judge": judge, "benign_share": 0.0, "prompts_per_step": 1}
     words = command(inputs, folder, "nspo", RequestSettings(timeout=TIMEOUT, retries=0), **changes)
     words += ["--learning-rate", "1e-6"]
-    return subprocess.run([sys.executable, "-m", "nspo", *words], capture_output=True, text=True, check=False)
+    environment = {**os.environ, **fork_server.environment()}
+    started = [sys.executable, "-m", "nspo", *words]
+    return subprocess.run(started, env=environment, capture_output=True, text=True, check=False)
 
 
 def test_faults_are_masked_counted_and_asked_for_again(

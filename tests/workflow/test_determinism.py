@@ -15,14 +15,13 @@ STAGES = ("collect", "bases", "train-policy")
 
 
 def test_another_number_of_threads_gives_the_same_bytes(finished: Path, tmp_path: Path) -> None:
-    """Collection, bases and the constrained policy, made anew on one thread and on two, are what they were."""
+    """Collection, bases and the constrained policy, made anew on two threads, are what one thread made."""
     before = artifacts(finished)
     project = tmp_path / "project"
     shutil.copytree(finished, project, symlinks=True)
     again = [words for words in commands(project) if words[0] in STAGES and "grpo_no_kl" not in words]
     assert [words[0] for words in again] == list(STAGES)
-    for threads in ("1", "2"):
-        environment = {**os.environ, "OMP_NUM_THREADS": threads, "PYTHONPATH": str(project)}
-        for words in again:
-            subprocess.run([sys.executable, "-m", "nspo", *words], cwd=project, env=environment, check=True)
-        assert difference(before, artifacts(project)) == []
+    environment = {**os.environ, "OMP_NUM_THREADS": "2", "PYTHONPATH": str(project)}
+    for words in again:
+        subprocess.run([sys.executable, "-m", "nspo", *words], cwd=project, env=environment, check=True)
+    assert difference(before, artifacts(project)) == []

@@ -23,7 +23,6 @@ from scipy.special import expit
 from torch import Tensor
 
 from nspo.data.tables import load_labels
-from nspo.data.wheels import resolve
 from nspo.errors import UserError
 from nspo.files.atomic import atomic_path
 from nspo.files.manifest import MANIFEST_NAME, fingerprint_files, fingerprint_model, make_manifest, write_json
@@ -31,7 +30,7 @@ from nspo.files.tensors import save_tensors
 from nspo.judges.refusal import is_refusal
 from nspo.judges.second.encoder import Encoder
 from nspo.judges.second.judge import HEAD, KIND
-from nspo.models.loading import hub_folder
+from nspo.models.loading import source_folder
 from nspo.run.devices import device_of
 from nspo.run.progress import say
 from nspo.settings.judges import SecondJudgeSettings
@@ -103,7 +102,7 @@ def load_encoder(settings: SecondJudgeSettings, wheels_dir: Path, device: torch.
 
         return Encoder(tiny_model().model.to(device).eval(), tiny_tokenizer(), settings.max_tokens, settings.layer)
     named = f"second_judge.encoder: {settings.encoder}"
-    folder = hub_folder("second_judge.encoder", source) if source.kind == "hub" else resolve(source, wheels_dir)
+    folder = source_folder("second_judge.encoder", source, wheels_dir)
     return Encoder.load(folder, named, settings.max_tokens, settings.layer, device)
 
 

@@ -10,13 +10,15 @@ import sys
 
 SERVERS = "NSPO_TESTS_FORK_SERVERS"  # the folder of their sockets, each named like its module
 
-if sys.orig_argv[1:3] in (["-m", "nspo"], ["-m", "snakemake"]) and SERVERS in os.environ:
+words = sys.orig_argv[2:] if sys.orig_argv[1:2] == ["-u"] else sys.orig_argv[1:]  # -u: below accelerate
+
+if words[:2] in (["-m", "nspo"], ["-m", "snakemake"]) and SERVERS in os.environ:
     import json
     import socket
 
     with socket.socket(socket.AF_UNIX) as server:
-        server.connect(os.path.join(os.environ[SERVERS], sys.orig_argv[2]))
-        asked = {"arguments": sys.orig_argv[3:], "folder": os.getcwd(), "environment": dict(os.environ)}
+        server.connect(os.path.join(os.environ[SERVERS], words[1]))
+        asked = {"arguments": words[2:], "folder": os.getcwd(), "environment": dict(os.environ)}
         text = json.dumps(asked).encode()
         socket.send_fds(server, [len(text).to_bytes(8, "big")], [0, 1, 2])
         server.sendall(text)
