@@ -139,5 +139,5 @@ def test_a_changed_head_is_refused(tmp_path: Path) -> None:
     content = bytearray((out / HEAD).read_bytes())
     content[-1] ^= 1
     (out / HEAD).write_bytes(bytes(content))
-    with pytest.raises(UserError, match="damaged or replaced"):
+    with pytest.raises(UserError, match="damaged after it was written"):
         SecondJudge(out, "cpu")
