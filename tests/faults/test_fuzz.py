@@ -21,11 +21,11 @@ from nspo.errors import UserError
 from nspo.evaluation.checks import chosen_letter, last_number, mark, mentions
 from nspo.evaluation.sandbox.programs import whole_program
 from nspo.files.journal import JsonLines
-from nspo.files.manifest import make_manifest, read_json
+from nspo.files.manifest import INDEX, make_manifest, read_json
 from nspo.files.tables import load_table, write_table
 from nspo.files.tensors import load_tensors, save_tensors
 from nspo.judges.replies import verdict
-from nspo.models.folders.files import check_model_files
+from nspo.models.folders.files import check_model_files, weight_files
 from nspo.settings.judges import InWords
 from nspo.settings.reading import load_config
 
@@ -52,6 +52,7 @@ bounded = settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 ROWS = [{"prompt": f"how do I {i}?", "label": "safe", "grade": i / 8} for i in range(8)]
+INDEXED = b'{"metadata": {"total_size": 24}, "weight_map": {"x": "a.safetensors"}}'
 CONFIG = b"model: {source: 'tiny:llama'}\nbases:\n  rule: energy\n  threshold: 0.9\nruntime: {results: out}\n"
 
 
@@ -127,6 +128,16 @@ def test_safetensors(tmp_path: Path, originals: dict[str, bytes], data: st.DataO
     found = read_or_refused(lambda: load_tensors(path, "bases"))
     if found is not None and "x" in found[1]:
         assert torch.equal(found[1]["x"], torch.arange(6.0))
+
+
+@bounded
+@given(content=damaged(INDEXED) | st.binary(max_size=64) | st.text(max_size=40).map(lambda text: text.encode()))
+def test_indexes_of_models_in_several_files(tmp_path: Path, originals: dict[str, bytes], content: bytes) -> None:
+    """Only files beside the index are weights, and every tensor that it names is in one of them."""
+    (tmp_path / "a.safetensors").write_bytes(originals[".safetensors"])
+    (tmp_path / INDEX).write_bytes(content)
+    found = read_or_refused(lambda: weight_files(tmp_path, "it"))
+    assert found in (None, {"x": tmp_path / "a.safetensors"})
 
 
 @bounded
