@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import transformers
-from tiny_configs import TOKENIZER, config_of
+from tiny_configs import TOKENIZER, TRIES, config_of
 from transformers import CONFIG_MAPPING
 from transformers.models.auto import modeling_auto
 
@@ -52,13 +52,8 @@ def walk(kind: str, folder: Path) -> dict[str, Any]:
     silence()
     row: dict[str, Any] = {"type": kind, "architecture": "", "stage": "build"}
     try:
-        config = config_of(kind)
-        torch.manual_seed(0)
-        cls = model_class(config)
-        row["architecture"] = cls.__name__
-        model = cls(config).float().eval()
-        with torch.no_grad():
-            model(input_ids=torch.arange(3, 19)[None], use_cache=False)  # sizes that do not fit together show here
+        model = build(kind)
+        row["architecture"] = type(model).__name__
         for stage, run in path(model, folder).items():
             row["stage"] = stage
             row.update(run() or {})
@@ -68,6 +63,32 @@ def walk(kind: str, folder: Path) -> dict[str, Any]:
     except BaseException as error:
         row["said"] = f"{type(error).__name__}: {first_line(error) if str(error) else ''}"
     return row
+
+
+def build(kind: str) -> Any:
+    """A tiny random model, of the first set of sizes that fit together, which a forward pass shows.
+
+    Raises:
+        UserError: a class that is none for language models.
+        Exception: what the first set of sizes ended in, when none fits.
+    """
+    errors: list[Exception] = []
+    for attempt in range(TRIES):
+        try:
+            config = config_of(kind, attempt)
+            cls: Any = model_class(config)
+            torch.manual_seed(0)
+            model = cls(config).float().eval()
+            ids, mask = torch.arange(3, 19).view(2, 8), torch.ones(2, 8, dtype=torch.int64)
+            mask[1, 6:] = 0
+            with torch.no_grad():
+                model(input_ids=ids, attention_mask=mask, use_cache=False)
+            return model
+        except UserError:
+            raise
+        except Exception as error:
+            errors.append(error)
+    raise errors[0]
 
 
 def path(model: Any, folder: Path) -> dict[str, Any]:

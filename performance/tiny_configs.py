@@ -96,8 +96,7 @@ VISION: dict[str, Any] = {
     "out_hidden_size": 32,
     "projection_dim": 32,
 }
-HEADS_ALIKE = {"num_key_value_heads": 4}
-NO_HEAD_DIM = ("deepseek_v2", "deepseek_v3", "longcat_flash", "glm_moe_dsa", "deepseek_v32", "youtu", "kimi_k25")
+ROPE = {"rope_theta": 1e4, "rope_type": "default"}
 SPECIALS: dict[str, dict[str, Any]] = {
     "nemotron_h": {"layers_block_type": ["mamba", "moe", "attention", "moe"], "num_hidden_layers": 4},
     "dbrx": {
@@ -109,49 +108,68 @@ SPECIALS: dict[str, dict[str, Any]] = {
     },
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "full_attn_idxs": None},
     "lfm2": {"layer_types": ["conv", "full_attention"], "full_attn_idxs": None},
-    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+    "granitemoehybrid": {key: ["linear_attention", "full_attention"] for key in ("layer_types", "layers_block_type")},
     "minicpm3": {"qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "num_key_value_heads": 4, "head_dim": 4},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
     "bamba": {"attn_layer_indices": [1]},
     "gemma3n_text": {"intermediate_size": [48, 48]},
-    **dict.fromkeys(NO_HEAD_DIM, HEADS_ALIKE),
+    "deepseek_v2": {"topk_method": "greedy"},
+    "mamba2": {"head_dim": 16, "num_heads": 4},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2},
+    "recurrent_gemma": {"num_hidden_layers": 3},  # the third has attention
+    "reformer": {"is_decoder": True, "axial_pos_embds": False},
+    "longcat_flash": {"head_dim": 4},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE}},
 }
+TRIES = 3  # sets of sizes, see `config_of`
 
 
-def config_of(kind: str) -> PreTrainedConfig:
-    """The configuration of a tiny model of a type: every size that the type knows, replaced by a small one."""
+def config_of(kind: str, attempt: int = 0) -> PreTrainedConfig:
+    """The configuration of a tiny model of a type: every size that the type knows, replaced by a small one.
+
+    Args:
+        attempt: from 1 on every head has keys of its own; at 1 the width of a head is left to the type, as latent
+            attention wants it; at 2 sizes are also given where the type's default is none.
+    """
     cls = CONFIG_MAPPING[kind]
     default = cls()
-    values = {**sizes(default, kind), **SPECIALS.get(kind, {})}
+    values = {**sizes(default, attempt), **SPECIALS.get(kind, {})}
     for name, part in ((n, getattr(default, n, None)) for n in ("text_config", "vision_config", "audio_config")):
         if isinstance(part, PreTrainedConfig):
-            small = sizes(part, part.model_type) if name == "text_config" else known(part, VISION)
+            small = sizes(part, attempt) if name == "text_config" else known(part, VISION)
             values[name] = {**small, **SPECIALS.get(part.model_type, {}), "model_type": part.model_type}
     if any(name in values for name in ("vision_config", "audio_config")):
         values.update(known(default, dict.fromkeys(("image_token_index", "image_token_id"), 5)))
     return cls(**values)
 
 
-def sizes(default: PreTrainedConfig, kind: str) -> dict[str, Any]:
+def sizes(default: PreTrainedConfig, attempt: int) -> dict[str, Any]:
     """Small sizes of a decoder, and as many kinds of layers as it has layers."""
     if getattr(default, "num_hidden_layers", None) is None:
         return {}
-    found = known(default, TEXT)
-    if kind in NO_HEAD_DIM:
+    found = known(default, {**TEXT, "rope_parameters": ROPE} if attempt == 2 else TEXT, unset=attempt == 2)
+    if attempt == 1:
         found.pop("head_dim", None)
+    if attempt:
+        found |= known(default, {"num_key_value_heads": 4})
     count = found.get("num_hidden_layers", 2)
     for name in ("layer_types", "mlp_layer_types", "layers_block_type"):
-        settable = not isinstance(getattr(type(default), name, None), property)
-        if settable and isinstance(listed := getattr(default, name, None), list) and listed:
+        if settable(default, name) and isinstance(listed := getattr(default, name, None), list) and listed:
             found[name] = (list(dict.fromkeys(listed)) * count)[-count:]
     return found
 
 
-def known(default: PreTrainedConfig, values: dict[str, Any]) -> dict[str, Any]:
-    """Those of `values` that the configuration has."""
+def known(default: PreTrainedConfig, values: dict[str, Any], unset: bool = False) -> dict[str, Any]:
+    """Those of `values` that the configuration has; with `unset` also those that are None by default."""
     found = {}
     for key, value in values.items():
         with contextlib.suppress(Exception):  # some refuse to be asked
-            if getattr(default, key, None) is not None:
+            if settable(default, key) and (getattr(default, key) is not None or unset):
                 found[key] = value
     return found
+
+
+def settable(default: PreTrainedConfig, name: str) -> bool:
+    """Whether a configuration takes a value for `name`, which it may keep under another name."""
+    kept = getattr(type(default), default.attribute_map.get(name, name), None)
+    return not isinstance(kept, property) or kept.fset is not None

@@ -115,6 +115,14 @@ def test_experts_of_another_form_are_refused_by_name(config, settings, first):
     assert find_sites(model, r".*attn.*|.*attention.*(q|k|v)_proj|.*norm_attn.*|.*kv_proj")
 
 
+def test_a_recurrent_block_is_no_mixture():
+    """RecurrentGemma's gates are 3-D parameters, one matrix per head: frozen, and no reason to refuse the rest."""
+    small = {**COMMON, "num_hidden_layers": 1, "lru_width": 16, "head_dim": 8}
+    model = tf.RecurrentGemmaForCausalLM(tf.RecurrentGemmaConfig(**small)).eval()
+    assert model.get_submodule("model.layers.0.temporal_block.rg_lru").input_gate_weight.ndim == 3
+    assert any("temporal_block.linear_x" in layer for site in find_sites(model) for layer in site.layers)
+
+
 def test_experts_that_compute_something_else_are_refused():
     """The output is rebuilt from what is handed out: a module that changes its inputs first is found out."""
     model = mixture("Mixtral")

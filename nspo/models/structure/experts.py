@@ -21,6 +21,7 @@ from nspo.models.structure.linears import is_transposed
 TOLERANCE = 1e-3  # of the output rebuilt from the inputs: rounding is far below, another computation far above
 _ROUTER = re.compile(r"gate|router")
 _EXPERTS = re.compile(r"(^|\.)\w*experts?(\.|$)")
+_OF_EXPERTS = re.compile(r"expert|moe", re.IGNORECASE)  # in the name of a class
 
 
 @dataclass(frozen=True)
@@ -121,13 +122,16 @@ def is_router(name: str, module: nn.Module, experts: Iterable[Experts]) -> bool:
 
 
 def unknown_experts(modules: Mapping[str, nn.Module]) -> Iterator[str]:
-    """Names of modules that keep experts in another form: in some other 3-D parameter, or in one matrix (DBRX)."""
+    """Names of modules that keep experts in another form: in some other 3-D parameter, or in one matrix (DBRX).
+
+    By what they are called: recurrent blocks and linear attention have 3-D parameters too.
+    """
     for name, module in modules.items():
         if isinstance(module, nn.Linear | nn.Conv1d | nn.Embedding) or is_transposed(module) or _keeps_experts(module):
             continue
-        shapes = [parameter.shape for parameter in module.parameters(recurse=False)]
-        stacked = any(len(shape) == 3 and min(shape) > 1 for shape in shapes)
-        if stacked or (_EXPERTS.search(name) and any(len(shape) == 2 for shape in shapes)):
+        ranks = {sum(size > 1 for size in parameter.shape) for parameter in module.parameters(recurse=False)}
+        named = _EXPERTS.search(name) is not None
+        if (3 in ranks and (named or _OF_EXPERTS.search(type(module).__name__))) or (2 in ranks and named):
             yield name
 
 
