@@ -200,11 +200,12 @@ def document(rows: list[dict[str, Any]]) -> str:
     groups: dict[str, list[dict[str, Any]]] = {name: [] for name in ("works", "refused", "fails", "not tried")}
     for row in rows:
         groups[outcome(row)].append(row)
+    left = sorted(set(kinds()) - {row["type"] for row in rows})
     lines = [
         HEAD.format(
             version=transformers.__version__,
             total=len(rows),
-            left=len(set(kinds()) - {row["type"] for row in rows}),
+            left=len(left),
             **{k.replace(" ", "_"): len(v) for k, v in groups.items()},
         )
     ]
@@ -218,6 +219,8 @@ def document(rows: list[dict[str, Any]]) -> str:
         if groups[name]:
             lines += ["", f"## {title}", "", f"{TITLES[name]}", "", "| type | at | what it said |", "|---|---|---|"]
             lines += [f"| {row['type']} | {row['stage']} | {_cell(row['said'])} |" for row in groups[name]]
+    if left:
+        lines += ["", "## Not run", "", f"{', '.join(left)}."]
     return "\n".join(lines) + "\n"
 
 
