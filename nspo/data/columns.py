@@ -32,10 +32,10 @@ def text(raw: Row, column: str, where: str, empty: bool = False) -> str:
     found = cell(raw, column, where)
     if not isinstance(found, str | None):
         raise UserError(f"{where}: a row has the {column!r} {found!r:.60}: expected text")
-    stripped = (found or "").strip()
+    stripped = encodable((found or "").strip(), column, where)
     if not empty and not any(char.isprintable() and not char.isspace() for char in stripped):
         raise UserError(f"{where}: a row has an empty {column!r}: expected text")
-    return encodable(stripped, column, where)
+    return stripped
 
 
 def optional(raw: Row, column: str, where: str) -> str:
