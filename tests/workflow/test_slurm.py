@@ -124,6 +124,28 @@ def test_the_workflow_runs_on_the_cluster(project: Path, slurm: Cluster, tmp_pat
     assert asked(policy) == planned(project, attempt=1)
 
 
+def test_small_jobs_share_a_submission(project: Path, slurm: Cluster, tmp_path: Path) -> None:
+    """A group of two certificates is one job, and an array of two is one submission of two."""
+    certificates = [
+        str(path.relative_to(project)) for path in (project / RESULTS / "certificates").glob("*/seed0.json")
+    ]
+    assert len(certificates) == 2
+    before = artifacts(project)
+    for options, jobs in (
+        (("--groups", "certify=a", "--group-components", "a=2"), 1),
+        (("--slurm-array-jobs", "certify"), 2),
+    ):
+        known = set(slurm.jobs())
+        for certificate in certificates:
+            (project / certificate).unlink()
+        running = start(project, tmp_path / "log", *certificates, *options)
+        assert running.wait() == 0, (tmp_path / "log").read_text()[-6000:]
+        new = [facts for job, facts in slurm.jobs().items() if job not in known]
+        assert len(new) == jobs
+        assert jobs == 1 or len({facts["ArrayJobId"] for facts in new}) == 1
+        assert difference(before, artifacts(project)) == []
+
+
 def planned(project: Path, attempt: int) -> tuple[int, int]:
     """Megabytes and minutes that the rule train_policy asks for."""
     asks = requests(load_config(project / "config/smoke.yaml"))("train_policy")
@@ -210,25 +232,3 @@ def test_two_nodes_train_one_policy(project: Path, slurm: Cluster, tmp_path: Pat
     assert (of_rule(job), job["NumNodes"], job["NumTasks"], job["JobState"]) == ("train_policy", "2", "2", "COMPLETED")
     log = (project / "results/two/logs/train_policy/nspo-seed0.log").read_text()
     assert log.count("probe step 0") == 1  # told by one voice
-
-
-def test_small_jobs_share_a_submission(project: Path, slurm: Cluster, tmp_path: Path) -> None:
-    """A group of two certificates is one job, and an array of two is one submission of two."""
-    certificates = [
-        str(path.relative_to(project)) for path in (project / RESULTS / "certificates").glob("*/seed0.json")
-    ]
-    assert len(certificates) == 2
-    before = artifacts(project)
-    for options, jobs in (
-        (("--groups", "certify=a", "--group-components", "a=2"), 1),
-        (("--slurm-array-jobs", "certify"), 2),
-    ):
-        known = set(slurm.jobs())
-        for certificate in certificates:
-            (project / certificate).unlink()
-        running = start(project, tmp_path / "log", *certificates, *options)
-        assert running.wait() == 0, (tmp_path / "log").read_text()[-6000:]
-        new = [facts for job, facts in slurm.jobs().items() if job not in known]
-        assert len(new) == jobs
-        assert jobs == 1 or len({facts["ArrayJobId"] for facts in new}) == 1
-        assert difference(before, artifacts(project)) == []
