@@ -148,11 +148,13 @@ def modules_in_blocks(model: PreTrainedModel) -> dict[str, nn.Module]:
 
     The decoder's, because the tower that reads images may have a list of the same length.
     """
-    count = model.config.get_text_config().num_hidden_layers
+    config = model.config.get_text_config()
+    count = config.num_hidden_layers
+    counts = {count, getattr(config, "num_layers", count)}  # LongCat counts both attentions of a block
     modules, decoder = dict(model.named_modules()), model.get_decoder()
     inside = next(name for name, module in modules.items() if module is decoder)
     for name, module in modules.items():
-        if name.startswith(inside) and isinstance(module, nn.ModuleList) and len(module) == count:
+        if name.startswith(inside) and isinstance(module, nn.ModuleList) and len(module) in counts:
             return {n: m for n, m in modules.items() if n.startswith(name + ".")}
     raise UserError(
         f"model.source: {type(model).__name__} has no list of {count} blocks", expected="a decoder-only language model"
