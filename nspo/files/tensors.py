@@ -37,7 +37,7 @@ def load_tensors(path: Path | str, kind: str) -> tuple[dict[str, Any], dict[str,
 
     manifest = read_tensor_manifest(path, kind)
     tensors = load_file(path)
-    if manifest.pop("content", None) not in (None, _fingerprint_tensors(tensors)):  # None: a file of nspo before 0.2
+    if manifest.pop("content", None) != _fingerprint_tensors(tensors):
         raise UserError(f"{path} was damaged after it was written: delete it and rerun the stage that makes it")
     return manifest, tensors
 

@@ -213,3 +213,11 @@ def test_code_is_extracted(answer: str) -> None:
     """Out of any answer comes a program that ends with the test."""
     check = {"type": "program", "prompt": "def f(x):\n", "entry_point": "f", "test": "def check(f):\n    assert f(1)\n"}
     assert "check(f)" in whole_program(check, answer)
+
+
+def test_a_digest_whose_name_is_damaged_is_missed(tmp_path: Path, originals: dict[str, bytes]) -> None:
+    """Found by fuzzing: one flipped bit in the key and one in a tensor were read as whole."""
+    spoilt = originals[".safetensors"].replace(b"content", b"bontent")
+    (tmp_path / "a.safetensors").write_bytes(spoilt[:-1] + b"\x41")
+    with pytest.raises(UserError, match="was damaged after it was written"):
+        load_tensors(tmp_path / "a.safetensors", "bases")
