@@ -6,7 +6,11 @@
 # Another Snakefile imports it as a module (`use rule * from nspo as nspo_*`): config/README.md.
 
 import atexit
+import sys
 from pathlib import Path
+
+# Snakemake looks for libraries beside the Snakefile first, where a user's packaging.py would be taken for one.
+sys.path[:] = [path for path in sys.path if path != str(workflow.current_basedir)]
 
 from snakemake.utils import min_version
 

@@ -13,7 +13,7 @@ from support.workflow_project import copy_project
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the project in whose folder a user keeps files that are called like libraries."""
     folder = copy_project(tmp_path_factory.mktemp("project"))
-    for name in ("random", "torch", "yaml", "datasets", "pydantic", "secrets", "numpy"):
+    for name in ("random", "torch", "yaml", "datasets", "pydantic", "secrets", "numpy", "packaging", "requests"):
         (folder / f"{name}.py").write_text(f"raise SystemExit('{name} is shadowed')\n")
     return folder
 
