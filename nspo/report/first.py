@@ -64,14 +64,16 @@ def _cost(main: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
     theirs = main["theirs"]
     kl = next(iter(_rows(main, "kl_per_token")), None)
     ratio = kl["difference"]["ratio"] if kl else None
+    times = "{:.1f} times " if main["equal_safety"] or main["safety_no_worse"] else ""  # else a ratio says too much
     if ratio is None:
         answer = "Drift not measured"
     elif ratio["high"] < 1:
-        answer = f"{1 / ratio['value']:.1f} times less drift than {theirs}"
+        answer = f"{times.format(1 / ratio['value'])}less drift than {theirs}"
     elif ratio["low"] > 1:
-        answer = f"{ratio['value']:.1f} times more drift than {theirs}"
+        answer = f"{times.format(ratio['value'])}more drift than {theirs}"
     else:
         answer = f"Drift not clearly different from {theirs}'s"
+    answer = answer[0].upper() + answer[1:]
     if main["equal_safety"]:
         answer += ", at equal safety"
     elif not main["safety_no_worse"]:
