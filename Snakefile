@@ -9,8 +9,8 @@ import atexit
 import sys
 from pathlib import Path
 
-# Snakemake looks for libraries beside the Snakefile first, where a user's packaging.py would be taken for one.
-sys.path[:] = [path for path in sys.path if path != str(workflow.current_basedir)]
+# Snakemake looks for libraries beside the Snakefile first, where a user's packaging.py would be taken for one; now last.
+sys.path.sort(key=lambda path: path == str(workflow.current_basedir))
 
 from snakemake.utils import min_version
 
