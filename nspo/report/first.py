@@ -64,26 +64,23 @@ def _cost(main: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
     theirs = main["theirs"]
     kl = next(iter(_rows(main, "kl_per_token")), None)
     ratio = kl["difference"]["ratio"] if kl else None
-    times = "{:.1f} times " if main["equal_safety"] or main["safety_no_worse"] else ""  # else a ratio says too much
+    if main["equal_safety"]:
+        times, at = "{:.1f} times ", ", at equal safety"
+        level = "The two are equally safe, so this is a fair comparison."
+    elif main["safety_no_worse"]:
+        times, at = "{:.1f} times ", ""
+        level = f"{main['ours']} is shown to be no less safe than it."
+    else:
+        times, at = "", ", at safety not shown to be equal"  # where a ratio would say too much
+        level = "The two are not shown to be equally safe, so part of the difference may be safety that one lacks."
     if ratio is None:
-        answer = "Drift not measured"
+        answer = "drift not measured"
     elif ratio["high"] < 1:
         answer = f"{times.format(1 / ratio['value'])}less drift than {theirs}"
     elif ratio["low"] > 1:
         answer = f"{times.format(ratio['value'])}more drift than {theirs}"
     else:
-        answer = f"Drift not clearly different from {theirs}'s"
-    answer = answer[0].upper() + answer[1:]
-    if main["equal_safety"]:
-        answer += ", at equal safety"
-    elif not main["safety_no_worse"]:
-        answer += ", at safety not shown to be equal"
-    if main["equal_safety"]:
-        level = "The two are equally safe, so this is a fair comparison."
-    elif main["safety_no_worse"]:
-        level = f"{main['ours']} is shown to be no less safe than it."
-    else:
-        level = "The two are not shown to be equally safe, so part of the difference may be safety that one lacks."
+        answer = f"drift not clearly different from {theirs}'s"
     said = [f"{theirs} is trained without the constraint: the hardest such rival in this run. {level}"]
     if kl:
         a, b = kl["difference"]["ours"], kl["difference"]["theirs"]
@@ -95,7 +92,7 @@ def _cost(main: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
                 f"{subject}: {_percent(of['ours'])}, before {_percent(of['theirs'])}, {theirs} "
                 f"{_percent(rival['difference']['theirs'])}{_against_base(row)}."
             )
-    return {"answer": answer, "sentences": said}
+    return {"answer": answer[0].upper() + answer[1:] + at, "sentences": said}
 
 
 def _against_base(row: Row) -> str:

@@ -71,8 +71,9 @@ class Walker:
         tokenizer, model = load_tokenizer(base), load_model(base, device)
         asked: list[Row] = []
         learnt: dict[str, int] = {}
+        known = training_prompts([labels]) if labels else []
         for role, count in (("harmful", settings.harmful_prompts), ("benign", settings.benign_prompts)):
-            kept, near = apart(load_prompts(prompts, role, "validation"), training_prompts([labels]) if labels else [])
+            kept, near = apart(load_prompts(prompts, role, "validation"), known)
             asked += kept[:count]
             learnt |= near
         general = [
