@@ -67,16 +67,18 @@ class Source:
             matches = [WHEEL.fullmatch(part) for part in NEXT_WHEEL.split(rest)]
             parts = tuple((match["requirement"], match["member"]) for match in matches if match)
             if len(parts) < len(matches):
-                raise UserError(f"source {text!r}: expected wheel:NAME==VERSION:PATH/IN/WHEEL[+NAME==VERSION:PATH...]")
+                raise UserError(
+                    f"source {text!r}", expected="wheel:NAME==VERSION:PATH/IN/WHEEL[+NAME==VERSION:PATH...]"
+                )
             return cls("wheel", parts[0][1], parts=parts)
         if scheme == "hub":
             match = HUB.fullmatch(rest)
             if not match:
-                raise UserError(f"source {text!r}: expected hub:ORG/NAME@REVISION")
+                raise UserError(f"source {text!r}", expected="hub:ORG/NAME@REVISION")
             return cls("hub", match["name"], revision=match["revision"])
         if scheme == "tiny":
             if rest != "llama":
-                raise UserError(f"source {text!r}: expected tiny:llama")
+                raise UserError(f"source {text!r}", expected="tiny:llama")
             return cls("tiny", rest)
         return cls("storage" if STORAGE.fullmatch(text) else "path", text)
 

@@ -29,10 +29,10 @@ REASONS: tuple[tuple[type[Exception], str], ...] = (  # the first that fits
     (GatedRepoError, f"is gated: ask for access on its page, then {LOG_IN}"),
     (RepositoryNotFoundError, f"was not found, or is private: check ORG/NAME, or {LOG_IN}"),
     (RevisionNotFoundError, "has no such revision: check REVISION"),
-    (RemoteEntryNotFoundError, f"holds no {FILE_NAME}: expected a repository that `nspo bases push` wrote"),
+    (RemoteEntryNotFoundError, f"holds no {FILE_NAME}, expected a repository that `nspo bases push` wrote"),
     (OfflineModeIsEnabled, "cannot be reached: unset HF_HUB_OFFLINE"),
     (LocalEntryNotFoundError, "cannot be reached, and the cache has no copy: check the network and HF_HUB_OFFLINE"),
-    (HFValidationError, "is not the name of a repository: expected ORG/NAME"),
+    (HFValidationError, "is not the name of a repository, expected ORG/NAME"),
 )
 
 

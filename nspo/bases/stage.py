@@ -118,7 +118,9 @@ def share_of(sites: list[Site], part: str | None) -> list[Site]:
         return sites
     match = re.fullmatch(r"(\d+)/(\d+)", part)
     if not match or not 1 <= int(match[1]) <= int(match[2]) <= len(sites):
-        raise UserError(f"--part {part}: expected I/N with 1 <= I <= N <= {len(sites)} sites: lower `bases.jobs`")
+        raise UserError(
+            f"--part {part}", expected=f"I/N with 1 <= I <= N <= {len(sites)} sites", change="lower `bases.jobs`"
+        )
     mine = sorted(sites, key=lambda site: -site.width)[int(match[1]) - 1 :: int(match[2])]
     return [site for site in sites if site in mine]
 

@@ -44,8 +44,8 @@ class CheckpointPair:
         classes = [model_class(config).__name__ for config in configs]
         if classes[0] != classes[1]:
             raise UserError(
-                f"the base {base} is a {classes[0]}, the tuned model {tuned} a {classes[1]}: expected two checkpoints "
-                "of one architecture"
+                f"the base {base} is a {classes[0]}, the tuned model {tuned} a {classes[1]}",
+                expected="two checkpoints of one architecture",
             )
         self._config = configs[0]
         self._base, self._tuned = open_weights(base), open_weights(tuned)
@@ -54,8 +54,8 @@ class CheckpointPair:
         for name in self.names:
             if (shape := list(self._base.shape(name))) != (found := list(self._tuned.shape(name))):
                 raise UserError(
-                    f"tensor {name} is {shape} in the base model and {found} in the tuned one: expected two "
-                    "checkpoints of one architecture"
+                    f"tensor {name} is {shape} in the base model and {found} in the tuned one",
+                    expected="two checkpoints of one architecture",
                 )
 
     def places(self, layers: Iterable[str]) -> dict[str, Weight]:
@@ -120,7 +120,8 @@ def _common_names(base: Weights, tuned: Weights) -> list[str]:
         name = min(differing)
         side = "base" if name in base.names else "tuned"
         raise UserError(
-            f"{len(differing)} tensors are in one model only, first {name} (in the {side} model): expected two "
-            "checkpoints of one architecture (merge adapters first)"
+            f"{len(differing)} tensors are in one model only, first {name} (in the {side} model)",
+            expected="two checkpoints of one architecture",
+            change="merge adapters first",
         )
     return sorted(set(base.names) & set(tuned.names))

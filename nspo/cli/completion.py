@@ -19,5 +19,5 @@ def show_completion(shell: str) -> None:
     from nspo.cli.main import whole_parser
 
     if shell not in shtab.SUPPORTED_SHELLS:
-        raise UserError(f"completion {shell}: expected one of {', '.join(shtab.SUPPORTED_SHELLS)}")
+        raise UserError(f"completion {shell}", expected=f"one of {', '.join(shtab.SUPPORTED_SHELLS)}")
     sys.stdout.write(shtab.complete(whole_parser(), shell))

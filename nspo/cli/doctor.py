@@ -83,11 +83,11 @@ def examine(results: Path, deep: bool) -> list[Artifact]:
         UserError: when there is no such folder, or nothing in it.
     """
     if not results.is_dir():
-        raise UserError(f"{results} does not exist: expected a folder of results (`runtime.results`)")
+        raise UserError(f"{results} does not exist", expected="a folder of results (`runtime.results`)")
     here = Results(results)
     found = list(_artifacts(results))
     if not found:
-        raise UserError(f"{results} holds no artifacts: expected a folder of results (`runtime.results`)")
+        raise UserError(f"{results} holds no artifacts", expected="a folder of results (`runtime.results`)")
     for artifact in found:
         checks = [INPUTS.get(kind_of(artifact)), DEEP.get(kind_of(artifact)) if deep else None]
         for check in checks:

@@ -31,10 +31,10 @@ def text(raw: Row, column: str, where: str, empty: bool = False) -> str:
     """
     found = cell(raw, column, where)
     if not isinstance(found, str | None):
-        raise UserError(f"{where}: a row has the {column!r} {found!r:.60}: expected text")
+        raise UserError(f"{where}: a row has the {column!r} {found!r:.60}", expected="text")
     stripped = encodable((found or "").strip(), column, where)
     if not empty and not any(char.isprintable() and not char.isspace() for char in stripped):
-        raise UserError(f"{where}: a row has an empty {column!r}: expected text")
+        raise UserError(f"{where}: a row has an empty {column!r}", expected="text")
     return stripped
 
 
@@ -68,7 +68,7 @@ def flag(raw: Row, column: str, where: str) -> bool:
     found = cell(raw, column, where)
     spelt = str(found).lower()
     if spelt not in ("true", "false", "1", "0"):
-        raise UserError(f"{where}: a row has the {column!r} {found!r:.60}: expected true or false")
+        raise UserError(f"{where}: a row has the {column!r} {found!r:.60}", expected="true or false")
     return spelt in ("true", "1")
 
 
@@ -80,7 +80,7 @@ def which(raw: Row, column: str, where: str) -> int:
     """
     found = cell(raw, column, where)
     if str(found) not in ("0", "1"):
-        raise UserError(f"{where}: a row has the {column!r} {found!r:.60}: expected 0 or 1, the number of a response")
+        raise UserError(f"{where}: a row has the {column!r} {found!r:.60}", expected="0 or 1, the number of a response")
     return int(found)
 
 

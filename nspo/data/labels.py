@@ -97,7 +97,9 @@ def _graded(rows: Rows, labels: GradedSet, prompts: dict[str, str] | None) -> It
 def _asked(raw: Row, labels: GradedSet, where: str, prompts: dict[str, str]) -> str:
     key = str(cell(raw, labels.prompt, where))
     if key not in prompts:
-        raise UserError(f"{where}: a row has the {labels.prompt!r} {key!r:.60}: expected a key of the file `questions`")
+        raise UserError(
+            f"{where}: a row has the {labels.prompt!r} {key!r:.60}", expected="a key of the file `questions`"
+        )
     return prompts[key]
 
 
@@ -156,8 +158,9 @@ def _transcripts(raw: Row, labels: PairSet, where: str) -> tuple[str, str, str]:
     prompt = shared.removeprefix(HUMAN).strip()
     if not mark or not shared.startswith(HUMAN) or not prompt:
         raise UserError(
-            f"{where}: a row has the {labels.chosen!r} {sides[0]!r:.60}: expected two transcripts that begin alike, "
-            '"\\n\\nHuman: ...\\n\\nAssistant: ...", or the name of a column in `prompt`'
+            f"{where}: a row has the {labels.chosen!r} {sides[0]!r:.60}",
+            expected='two transcripts that begin alike, "\\n\\nHuman: ...\\n\\nAssistant: ...", '
+            "or the name of a column in `prompt`",
         )
     chosen, rejected = (side[len(shared) + len(mark) :].strip() for side in sides)
     return prompt, chosen, rejected
@@ -188,7 +191,9 @@ def _refuse_contradictions(rows: Rows, file: str) -> None:
     if 2 * sum(mixed) < len(mixed):
         raise UserError(
             f"{file}: in {len(mixed) - sum(mixed)} of {len(mixed)} pairs of a safe and an unsafe response, "
-            "safer_response_id names the unsafe one: expected the safe one, is a column swapped?"
+            "safer_response_id names the unsafe one",
+            expected="the safe one",
+            change="is a column swapped?",
         )
 
 

@@ -31,9 +31,11 @@ def read_rows(source: Source, wheels_dir: Path) -> list[dict[str, Any]]:
     path = resolve(source, wheels_dir)
     rows = read_file(path)
     if not rows:
-        raise UserError(f"{path} holds no rows: expected a data set")
+        raise UserError(f"{path} holds no rows", expected="a data set")
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise UserError(f"{path}: expected a list of rows, each a mapping of column names to values")
+        raise UserError(
+            f"{path} holds something else", expected="a list of rows, each a mapping of column names to values"
+        )
     return rows
 
 
@@ -46,7 +48,7 @@ def read_file(path: Path) -> Any:
     suffixes = [suffix for suffix in path.suffixes if suffix != ".gz"]
     suffix = suffixes[-1] if suffixes else ""
     if suffix not in READERS:
-        raise UserError(f"{path}: unknown suffix {suffix!r}: expected one of {', '.join(READERS)}")
+        raise UserError(f"{path}: unknown suffix {suffix!r}", expected=f"one of {', '.join(READERS)}")
     try:
         data = path.read_bytes()
         return READERS[suffix](gzip.decompress(data) if path.suffix == ".gz" else data)

@@ -130,7 +130,7 @@ def _check(raw: dict[str, Any], prompt: str, key: str) -> str:
     if not check and all(isinstance(raw.get(column), str) for column in ("entry_point", "test")):  # as in HumanEval
         check = {"type": "program", "prompt": raw[prompt], "entry_point": raw["entry_point"], "test": raw["test"]}
     if not isinstance(check, dict):
-        raise UserError(f"{key}: a row has the 'check' {check!r:.60}: expected a mapping with a `type`")
+        raise UserError(f"{key}: a row has the 'check' {check!r:.60}", expected="a mapping with a `type`")
     try:
         return encodable(dumps(check), "check", key) if check else ""
     except (TypeError, ValueError) as error:

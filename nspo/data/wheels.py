@@ -30,7 +30,7 @@ def fetch_wheel(requirement: str, sha256: str, out: Path) -> None:
             a member that would escape `out`.
     """
     if not re.fullmatch(REQUIREMENT, requirement) or not re.fullmatch(SHA256, sha256):
-        raise UserError(f"wheel {requirement!r} with sha256 {sha256!r}: expected NAME==VERSION and 64 hex digits")
+        raise UserError(f"wheel {requirement!r} with sha256 {sha256!r}", expected="NAME==VERSION and 64 hex digits")
     with tempfile.TemporaryDirectory(prefix="nspo-wheel-") as folder:
         pins = Path(folder, "pins.txt")
         pins.write_text(f"{requirement} --hash=sha256:{sha256}\n", encoding="utf-8")

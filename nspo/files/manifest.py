@@ -162,7 +162,7 @@ def fingerprint_model(folder: Path | str) -> dict[str, str]:
     weights = weight_shards(folder)
     if not weights:
         raise UserError(
-            f"{folder} holds neither {WEIGHTS} nor {INDEX}: expected a Hugging Face model folder (`model.source`)"
+            f"{folder} holds neither {WEIGHTS} nor {INDEX}", expected="a Hugging Face model folder (`model.source`)"
         )
     if lost := [shard for shard in weights if not shard.is_file()]:
         raise UserError(f"{lost[0]} does not exist, {INDEX} expects it: copy the whole model")

@@ -63,14 +63,14 @@ def read_tensor_manifest(path: Path | str, kind: str) -> dict[str, Any]:
 
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path} does not exist: expected a {kind} file (safetensors)")
+        raise UserError(f"{path} does not exist", expected=f"a {kind} file (safetensors)")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
     except (SafetensorError, OSError, ValueError) as error:
         raise unreadable(path, "a whole safetensors file", error) from error
     if METADATA_KEY not in metadata:
-        raise UserError(f"{path} carries no nspo manifest: expected a {kind} file written by nspo")
+        raise UserError(f"{path} carries no nspo manifest", expected=f"a {kind} file written by nspo")
     try:
         manifest = json.loads(metadata[METADATA_KEY])
     except ValueError as error:

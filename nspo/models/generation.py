@@ -44,8 +44,8 @@ def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list
     said = model.config.get_text_config().vocab_size
     if not (stops := sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None and 0 <= i < said})):
         raise UserError(
-            f"the model has no stop token among its {said} tokens, so none of its answers would end: expected "
-            "eos_token_id in its generation_config.json, or eos_token in its tokenizer_config.json"
+            f"the model has no stop token among its {said} tokens, so none of its answers would end",
+            expected="eos_token_id in its generation_config.json, or eos_token in its tokenizer_config.json",
         )
     return stops
 

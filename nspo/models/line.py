@@ -41,8 +41,9 @@ class Line:
             if name not in ours or name not in theirs or ours[name].shape != theirs[name].shape
         ):
             raise UserError(
-                f"{base} and {tuned} differ in the tensor {differing[0]}: expected two checkpoints of one architecture "
-                "(merge adapters first)"
+                f"{base} and {tuned} differ in the tensor {differing[0]}",
+                expected="two checkpoints of one architecture",
+                change="merge adapters first",
             )
         self._ends: dict[str, tuple[Tensor, Tensor]] = {}
         for name, parameter in ours.items():

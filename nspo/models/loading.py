@@ -81,7 +81,7 @@ def load_config(folder: Path | str, named: str) -> PreTrainedConfig:
         UserError: when there is none, or one that transformers cannot make a model of; called `named`.
     """
     if not Path(folder, "config.json").is_file():
-        raise UserError(f"{named} holds no model: expected a Hugging Face model folder with config.json")
+        raise UserError(f"{named} holds no model", expected="a Hugging Face model folder with config.json")
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # besides its own, whatever a configuration's class makes of values it cannot use
@@ -203,8 +203,9 @@ def _check_report(model: PreTrainedModel, report: dict[str, Any], named: str, sp
         found.append(f"{name} has the shape {list(stored)}, by config.json {list(expected)}")
     if found:
         raise UserError(
-            f"{named}: {', and '.join(found)}: expected a whole model under transformers' own names (merge adapters, "
-            "take off a wrapper's prefix, check config.json)"
+            f"{named}: {', and '.join(found)}",
+            expected="a whole model under transformers' own names",
+            change="merge adapters, take off a wrapper's prefix, or check config.json",
         )
 
 

@@ -92,7 +92,8 @@ def _from_folder(folder: Path, config: Any, named: str) -> PreTrainedModel:
         except (NotImplementedError, ValueError, RuntimeError) as error:
             raise UserError(
                 f"{named} is quantised ({quantised.get('quant_method')}) in a way that transformers cannot undo "
-                f"({first_line(error)}): expected float weights"
+                f"({first_line(error)})",
+                expected="float weights",
             ) from error
     return _plain(model)
 

@@ -49,7 +49,7 @@ def write_first_config(model: str, data: str | None, gpus: int | None, out: Path
     """
     gpus = gpus or 0
     if gpus < 0:
-        raise UserError(f"--gpus {gpus}: expected 0 for the CPU, or how many GPUs the machine has")
+        raise UserError(f"--gpus {gpus}", expected="0 for the CPU, or how many GPUs the machine has")
     if out and out.exists():
         raise UserError(f"{out} is there", change="choose another --out, or delete it")
     shape = _shape(source := _source(model, "--model"))
@@ -118,7 +118,7 @@ def _data(data: str | None) -> dict[str, Any]:
 def _columns(path: Path) -> set[str]:
     found = read_file(path)
     if not isinstance(found, list) or not found or not isinstance(found[0], dict):
-        raise UserError(f"--data {path}: expected a file with one prompt a row")
+        raise UserError(f"--data {path}", expected="a file with one prompt a row")
     return set(map(str, found[0]))
 
 

@@ -115,7 +115,7 @@ def shape_of(model: str) -> Shape:
     known = [shape for name, shape in SHAPES.items() if name in model.lower()]
     if not known:
         raise UserError(
-            f"--model {model}: expected a model folder, a config.json, or a name with one of {', '.join(SHAPES)}"
+            f"--model {model}", expected=f"a model folder, a config.json, or a name with one of {', '.join(SHAPES)}"
         )
     return known[0]
 

@@ -93,9 +93,9 @@ def show_plan(config: Path, model: str | None, machine: str | None, devices: int
     """
     settings, name = load_config(config), machine or "h100"
     if name not in MACHINES:
-        raise UserError(f"--machine {name}: expected one of {', '.join(MACHINES)}")
+        raise UserError(f"--machine {name}", expected=f"one of {', '.join(MACHINES)}")
     if devices is not None and devices < 1:
-        raise UserError(f"--devices {devices}: expected at least 1")
+        raise UserError(f"--devices {devices}", expected="at least 1")
     chosen, every = MACHINES[name], variants(settings, str(config)) or {"": settings}
     shapes = {source: shape_of(source) for source in dict.fromkeys(model or it.model.source for it in every.values())}
     planned = [(it, stages(it, shapes[model or it.model.source], chosen, devices)) for it in every.values()]

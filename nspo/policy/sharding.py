@@ -36,8 +36,8 @@ def check_processes(training: TrainingSettings, method: MethodSettings, processe
         )
     if training.sharding != "none" and (method.pulls or method.constraint.kind in WHOLE_ONLY):
         raise UserError(
-            f"policy.sharding is {training.sharding!r}, but this method ({method.title}) needs whole weights on every "
-            "process: expected 'none'"
+            f"policy.sharding is {training.sharding!r}, but {method.title} needs whole weights on every process",
+            expected="'none'",
         )
     if method.loss.on_pairs and training.pairs_per_update % training.processes:
         raise UserError(
@@ -67,10 +67,10 @@ def prepare_engine(trainer: Trainer, sharding: str, autocast: str) -> None:
     """
     found = engine_of(trainer.accelerator)
     if found != sharding:
+        told = "replicas" if sharding == "none" else f"`--config_file config/accelerate/{sharding}.yaml`, on GPUs"
         raise UserError(
-            f"policy.sharding is {sharding!r}, but accelerate runs {found!r}: expected "
-            + ("replicas" if sharding == "none" else f"`--config_file config/accelerate/{sharding}.yaml`, on GPUs")
-            + ", or another policy.sharding (none, fsdp2, zero2 or zero3)"
+            f"policy.sharding is {sharding!r}, but accelerate runs {found!r}",
+            expected=f"{told}, or another policy.sharding (none, fsdp2, zero2 or zero3)",
         )
     model: Any = trainer.model
     if sharding == "fsdp2":

@@ -43,7 +43,8 @@ def check_length(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, m
     if taken >= max_tokens // 2:
         raise UserError(
             f"{target}.max_tokens is {max_tokens}, of which a prompt may take half, but the chat format alone takes "
-            f"{taken} tokens (system prompt included): expected more than {2 * taken + 1}"
+            f"{taken} tokens (system prompt included)",
+            expected=f"more than {2 * taken + 1}",
         )
 
 

@@ -180,8 +180,8 @@ def load_backbone(folder: Path, settings: PreferenceSettings, target: Target, de
     blocks = settings.backbone_layers or decoder.num_hidden_layers
     if blocks > decoder.num_hidden_layers:
         raise UserError(
-            f"backbone_layers is {blocks}, but {folder} has {decoder.num_hidden_layers} blocks: expected at most that "
-            "many, or 0"
+            f"backbone_layers is {blocks}, but {folder} has {decoder.num_hidden_layers} blocks",
+            expected="at most that many, or 0",
         )
     decoder.num_hidden_layers = blocks
     if len(getattr(decoder, "layer_types", None) or ()) > blocks:  # one entry per block; some derive it, some store it
@@ -189,8 +189,8 @@ def load_backbone(folder: Path, settings: PreferenceSettings, target: Target, de
     config.num_labels = 1
     if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         raise UserError(
-            f"{target}.backbone: transformers has no sequence classification class for {config.model_type!r}: expected "
-            "another architecture (such as llama, qwen2, qwen3, mistral, gemma)"
+            f"{target}.backbone: transformers has no sequence classification class for {config.model_type!r}",
+            expected="another architecture (such as llama, qwen2, qwen3, mistral, gemma)",
         )
 
     def spared(model: PreTrainedModel, name: str) -> bool:

@@ -95,7 +95,10 @@ def main(arguments: Sequence[str]) -> None:
         UserError: no number, or no command.
     """
     if len(arguments) < 2 or not arguments[0].isdigit():
-        raise UserError("expected a number of GPUs and a command: python -m nspo.run.gpus 2 COMMAND")
+        raise UserError(
+            f"found {' '.join(arguments) or 'nothing'!r}",
+            expected="a number of GPUs and a command, such as python -m nspo.run.gpus 2 COMMAND",
+        )
     names = devices()
     if names and int(arguments[0]):
         place = Path(os.environ.get("NSPO_GPU_LOCKS", Path(tempfile.gettempdir(), "nspo-gpus")))

@@ -29,8 +29,9 @@ def forget_foreign_group() -> None:
     told = ", ".join(f"{name}={value}" for name, value in found.items() if re.search("RANK|SIZE", name))
     if any(found.get(name, "0") != "0" for name in ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")):
         raise UserError(
-            f"found {told} in the environment, but no `accelerate launch` started this process: expected one process; "
-            "start the stage once and set `policy.processes` or `runtime.processes`, or unset these variables"
+            f"found {told} in the environment, but no `accelerate launch` started this process",
+            expected="one process",
+            change="start the stage once and set `policy.processes` or `runtime.processes`, or unset these variables",
         )
     if any("SIZE" in name and value != "1" for name, value in found.items()):
         say(f"found {told} in the environment, but no `accelerate launch` started this process: ignored, it runs alone")

@@ -51,7 +51,7 @@ def main(arguments: Sequence[str]) -> None:
         UserError: for another command, or outside of a job of SLURM.
     """
     if list(arguments[:2]) != ["accelerate", "launch"]:
-        raise UserError("several nodes: expected `accelerate launch` and its arguments")
+        raise UserError("several nodes run another command", expected="`accelerate launch` and its arguments")
     hosts = []
     if nodes := os.environ.get("SLURM_JOB_NODELIST"):
         listed = subprocess.run(

@@ -50,7 +50,7 @@ def with_server(
             words, env=_seeing(own), start_new_session=True, preexec_fn=_end_with_parent, stdin=subprocess.DEVNULL
         )
     except OSError as error:
-        raise UserError(f"{serve[0]} cannot be started ({error.strerror}): expected it to be installed") from error
+        raise UserError(f"{serve[0]} cannot be started ({error.strerror})", change="install it") from error
     try:
         _await(server, address, wait)
         say(f"{model} answers at {address}")

@@ -65,9 +65,9 @@ class SelectionSettings(Section):
     @model_validator(mode="after")
     def _threshold_fits_rule(self) -> Self:
         if self.rule not in {"absolute", "rank", "contrast"} and self.threshold > 1:
-            raise ValueError(f"threshold {self.threshold} is a share for rule {self.rule!r}: expected 0 to 1")
+            raise ValueError(f"threshold {self.threshold} is a share for rule {self.rule!r}, expected 0 to 1")
         if self.rule == "rank" and self.threshold != int(self.threshold):
-            raise ValueError(f"threshold {self.threshold} counts directions for rule 'rank': expected a whole number")
+            raise ValueError(f"threshold {self.threshold} counts directions for rule 'rank', expected a whole number")
         if negative := [name for name, weight in self.weights.items() if weight < 0]:
             raise ValueError(f"weights: {negative[0]} is {self.weights[negative[0]]}, expected at least 0")
         return self

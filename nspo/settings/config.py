@@ -89,14 +89,14 @@ class Config(Section):
             raise ValueError(f"data.labels holds no set for the {min(missing)} model, expected one with that `target`")
         if all(labels.kind == "pairs" for labels in self.data.labels.values() if labels.target == "cost"):
             raise ValueError(
-                "data.labels holds pairs only for the cost model, which say nothing of its zero: expected a set of "
+                "data.labels holds pairs only for the cost model, which say nothing of its zero, expected a set of "
                 "kind graded or safe_rlhf too"
             )
         domains = {*self.data.general, *({"benign"} if self.activations.benign_samples else ())}
         if not any(self.bases.weights.get(domain, 1.0) for domain in domains):
             raise ValueError("bases.weights is 0 for every domain, expected one above 0")
         if unknown := sorted(set(self.bases.weights) - domains):
-            raise ValueError(f"bases.weights.{unknown[0]}: expected the name of a domain: {', '.join(sorted(domains))}")
+            raise ValueError(f"bases.weights.{unknown[0]}, expected the name of a domain: {', '.join(sorted(domains))}")
         return self
 
     def wheel_of(self, folder: str) -> tuple[str, str]:

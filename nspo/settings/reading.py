@@ -95,9 +95,9 @@ def read_yaml(path: Path | str) -> Any:
     try:
         return yaml.load(path.read_bytes(), Loader=StrictLoader)
     except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist: expected a configuration file") from error
+        raise UserError(f"{path} does not exist", expected="a configuration file") from error
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): expected a configuration file") from error
+        raise UserError(f"{path} cannot be read ({error.strerror})", expected="a configuration file") from error
     except Exception as error:  # beside YAMLError, whatever int(), datetime and deep nesting raise inside PyYAML
         raise UserError(_one_line(f"{path} is not valid YAML: {_yaml_fault(error)}")) from error
 

@@ -31,7 +31,7 @@ def files_on_disk(section: str, sources: Sources) -> list[str]:
             continue
         path = Path(source.location)
         if not path.exists():
-            sys.exit(f"{section}.{key}: {path} does not exist: expected a file or folder, or builtin:, wheel:, hub:")
+            sys.exit(f"{section}.{key}: {path} does not exist, expected a file or folder, or builtin:, wheel:, hub:")
         for file in (p for p in (path.iterdir() if path.is_dir() else [path]) if p.is_file()):
             if fault := path_fault(str(file)):
                 sys.exit(f"{section}.{key}: {fault}")
@@ -60,7 +60,7 @@ def builtin_hash(section: str, sources: Sources) -> str:
         if source.kind == "builtin":
             file = files("nspo.data") / "builtin" / source.location
             if not file.is_file():
-                sys.exit(f"{section}.{key}: {source.location} does not exist: expected one of {', '.join(builtins())}")
+                sys.exit(f"{section}.{key}: {source.location} does not exist, expected one of {', '.join(builtins())}")
             digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -109,7 +109,7 @@ def bases_source(source: Source) -> Sources:
     """
     if not Path(source.location).is_file():
         found = "is a folder" if Path(source.location).is_dir() else "does not exist"
-        sys.exit(f"bases.precomputed: {source.location} {found}: expected a bases file (.safetensors), {ELSEWHERE}")
+        sys.exit(f"bases.precomputed: {source.location} {found}, expected a bases file (.safetensors), {ELSEWHERE}")
     return {"precomputed": [source]}
 
 

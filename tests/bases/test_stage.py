@@ -128,7 +128,7 @@ def test_shares_are_disjoint_complete_and_alike_in_cost():
 
 @pytest.mark.parametrize("part", ["0/3", "4/3", "1/8", "x", "1/", "-1/3", "1/2/3", "1.5/3"])
 def test_what_is_no_share_is_refused(store, tmp_path, part):
-    with pytest.raises(UserError, match=r"--part .*: expected I/N with 1 <= I <= N <= 7 sites") as caught:
+    with pytest.raises(UserError, match=r"--part .*, expected I/N with 1 <= I <= N <= 7 sites") as caught:
         run(store, tmp_path / "bases.safetensors", part=part)
     assert "\n" not in str(caught.value)
 

@@ -77,8 +77,8 @@ BAD_FILES = {
     "cut.parquet": (parquet([{"prompt": "a"}])[:-9], "cannot be read as .parquet"),
     "text.parquet": (b"prompt\na\n", "cannot be read as .parquet"),
     "twice.parquet": (twice_named(), "Multiple matches"),
-    "list.parquet": (parquet([{"prompt": ["a"]}] * 9), "a row has the 'prompt' ['a']: expected text"),
-    "number.jsonl": (b'{"prompt": 7}\n' * 9, "a row has the 'prompt' 7: expected text"),
+    "list.parquet": (parquet([{"prompt": ["a"]}] * 9), "a row has the 'prompt' ['a'], expected text"),
+    "number.jsonl": (b'{"prompt": 7}\n' * 9, "a row has the 'prompt' 7, expected text"),
     "object.jsonl": (b'{"prompt": {"text": "a"}}\n' * 9, "expected text"),
     "null.jsonl": (b'{"prompt": null}\n' * 9, "a row has an empty 'prompt'"),
     "half.jsonl": (b'{"prompt": "\\ud800"}\n' * 9, "a row has a 'prompt' that is no Unicode text"),
@@ -94,7 +94,7 @@ BAD_LABELS = {
     "nan.jsonl": (ROWS.replace("0.5", "NaN").encode(), "found the grade [nan]"),
     "list.jsonl": (ROWS.replace("0.5", "[1]").encode(), "found the grade [[1]]"),
     "huge.jsonl": (ROWS.replace("0.5", "1" + "0" * 400).encode(), "found the grade [1000"),
-    "response.jsonl": (ROWS.replace('"r"', "1").encode(), "a row has the 'response' 1: expected text"),
+    "response.jsonl": (ROWS.replace('"r"', "1").encode(), "a row has the 'response' 1, expected text"),
 }
 
 

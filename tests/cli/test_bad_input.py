@@ -261,7 +261,7 @@ TINY = {
         ({"policy": {"methods": {"a": METHOD | {"objective": ["x"]}}}}, "policy.methods.a.objective: found ['x']"),
         ({"policy": {"methods": {1: METHOD}}}, "policy.methods.1: found 1, expected a valid string"),
         ({"bases": {"rule": "rank", "threshold": 2.5}}, "bases: threshold 2.5 counts directions for rule 'rank'"),
-        ({"bases": {"weights": {"mahts": 2.0}}}, "bases.weights.mahts: expected the name of a domain: benign, code"),
+        ({"bases": {"weights": {"mahts": 2.0}}}, "bases.weights.mahts, expected the name of a domain: benign, code"),
         (
             {"bases": {"weights": dict.fromkeys(("maths", "code", "commonsense", "instructions", "benign"), 0.0)}},
             "bases.weights is 0 for every domain",
@@ -285,11 +285,11 @@ TINY = {
             {"data": TINY | {"harmful": {"source": "b", "name": "x"}, "harmful_heldout": {"x": {"source": "c"}}}},
             "data: harmful.name 'x' is a name in harmful_heldout too",
         ),
-        ({"data": TINY | {"harmful": {"source": "wheel:x"}}}, "data.harmful.source: source 'wheel:x': expected wheel:"),
+        ({"data": TINY | {"harmful": {"source": "wheel:x"}}}, "data.harmful.source: source 'wheel:x', expected wheel:"),
         ({"data": TINY | {"harmful": {"source": "tiny:llama"}}}, "data.harmful.source: found 'tiny:llama', expected a"),
         ({"data": {"wheels": {"x==1\n--index-url=http://evil": "0" * 64}}}, "data.wheels.x==1\\n--index-url=http"),
         ({"data": {"wheels": {"x==1": "123"}}}, "data.wheels.x==1: found '123', expected pattern"),
-        ({"model": {"source": "tiny:gpt"}}, "model.source: source 'tiny:gpt': expected tiny:llama"),
+        ({"model": {"source": "tiny:gpt"}}, "model.source: source 'tiny:gpt', expected tiny:llama"),
         ({"model": {"source": "wheel:x==1:a"}}, "model.source names the wheel x==1, but data.wheels pins no sha256"),
         ({"runtime": {"results": "results/{method}"}}, "runtime.results: found '{' in the path 'results/{method}'"),
     ],
@@ -378,7 +378,7 @@ def test_repeated_aliases_are_not_written_out(tmp_path: Path) -> None:
 
 def test_a_folder_is_no_configuration(tmp_path: Path) -> None:
     """A path that cannot be read as a file is refused by name."""
-    with pytest.raises(UserError, match=r"cannot be read .*: expected a configuration file"):
+    with pytest.raises(UserError, match=r"cannot be read .*, expected a configuration file"):
         load_config(tmp_path)
 
 

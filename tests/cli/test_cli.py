@@ -89,20 +89,20 @@ def test_help_and_settings_load_nothing_heavy() -> None:
         ),
         (
             "bases --activations a --out o --rule energy --threshold 7",
-            "nspo: error: bases: threshold 7.0 is a share for rule 'energy': expected 0 to 1",
+            "nspo: error: bases: threshold 7.0 is a share for rule 'energy', expected 0 to 1",
         ),
         ("bases --out o", "nspo: error: the following arguments are required: --activations (see `nspo bases --help`)"),
-        ("bases info missing.safetensors", "nspo: error: missing.safetensors does not exist: expected a bases file"),
+        ("bases info missing.safetensors", "nspo: error: missing.safetensors does not exist, expected a bases file"),
         ("bases info x --plot x.pdf", "nspo: error: x.pdf: a figure is written as .png or .svg"),
-        ("bases merge x --out y", "nspo: error: x does not exist: expected a bases file"),
+        ("bases merge x --out y", "nspo: error: x does not exist, expected a bases file"),
         (
             "bases push x --repo a/b --licence mit --private yes",
             "nspo: error: argument --private: 'yes', expected true or false (see `nspo bases push --help`)",
         ),
-        ("config check missing.yaml", "nspo: error: missing.yaml does not exist: expected a configuration file"),
+        ("config check missing.yaml", "nspo: error: missing.yaml does not exist, expected a configuration file"),
         (
             "prepare-model --source wheel:x --wheels-dir w --out o",
-            "nspo: error: prepare-model: source: source 'wheel:x': expected wheel:NAME==VERSION:PATH/IN/WHEEL",
+            "nspo: error: prepare-model: source: source 'wheel:x', expected wheel:NAME==VERSION:PATH/IN/WHEEL",
         ),
     ],
 )

@@ -152,7 +152,7 @@ def test_gptfuzz_names_its_prompts_by_an_index(tmp_path: Path) -> None:
         (f"How {r['question']}?", r["Response"], float(r["label"])) for r in answers
     )
     table(tmp_path / "answers.csv", [*answers, {"question": 99, "Response": "r", "label": 0}])
-    with pytest.raises(UserError, match=r"a row has the 'question' '99': expected a key of the file `questions`"):
+    with pytest.raises(UserError, match=r"a row has the 'question' '99', expected a key of the file `questions`"):
         prepared(tmp_path, {"fuzz": labels}, "cost")
 
 

@@ -54,7 +54,7 @@ def test_own_prompts_are_read_for_their_column(tmp_path: Path) -> None:
         (["--model", "./none"], "--model ./none: nothing is there"),
         (["--model", "a/b", "--data", "data/none.jsonl"], "--data data/none.jsonl: nothing is there"),
         (["--model", "a/b", "--data", __file__], "unknown suffix"),
-        (["--model", "a/b", "--gpus", "-1"], "--gpus -1: expected 0"),
+        (["--model", "a/b", "--gpus", "-1"], "--gpus -1, expected 0"),
         (["--model", str(Path(__file__).parent)], "no config.json there"),
         (["--model", "a/b", "--out", __file__], "is there: choose another --out"),
     ],

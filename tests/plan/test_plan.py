@@ -175,9 +175,9 @@ def test_a_study_is_planned_whole(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("model", "machine", "devices", "said"),
     [
-        ("nothing-like-it", None, None, "--model nothing-like-it: expected a model folder"),
-        ("qwen2.5-7b", "abacus", None, "--machine abacus: expected one of cpu, h100"),
-        ("qwen2.5-7b", None, 0, "--devices 0: expected at least 1"),
+        ("nothing-like-it", None, None, "--model nothing-like-it, expected a model folder"),
+        ("qwen2.5-7b", "abacus", None, "--machine abacus, expected one of cpu, h100"),
+        ("qwen2.5-7b", None, 0, "--devices 0, expected at least 1"),
     ],
 )
 def test_refusals(model: str, machine: str | None, devices: int | None, said: str) -> None:

@@ -265,12 +265,12 @@ def test_another_number_of_processes_is_refused(inputs, tmp_path):
         (
             "none",
             {"distributed_type": DistributedType.DEEPSPEED, "deepspeed_plugin": SimpleNamespace(zero_stage=3)},
-            "accelerate runs 'zero3': expected replicas",
+            "accelerate runs 'zero3', expected replicas",
         ),
         (
             "zero2",
             {"distributed_type": DistributedType.DEEPSPEED, "deepspeed_plugin": SimpleNamespace(zero_stage=1)},
-            r"accelerate runs 'zero1': expected .*config/accelerate/zero2\.yaml",
+            r"accelerate runs 'zero1', expected .*config/accelerate/zero2\.yaml",
         ),
         ("none", {"distributed_type": DistributedType.MEGATRON_LM}, "accelerate runs 'MEGATRON_LM'"),
         (

@@ -129,5 +129,5 @@ def test_what_is_missing_is_told_in_a_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="a: found two variants of this name, expected each once"):
         write_study([tmp_path / "a", tmp_path / "b" / "a"], *places)
     (tmp_path / "a/config.yaml").write_text("policy: {clip: 0.3}")
-    with pytest.raises(UserError, match=r"summary.csv cannot be read .*: expected the summary of a variant"):
+    with pytest.raises(UserError, match=r"summary.csv cannot be read .*, expected the summary of a variant"):
         write_study([tmp_path / "a"], *places)

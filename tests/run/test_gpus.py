@@ -83,5 +83,5 @@ def test_devices_are_those_that_are_visible(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_call_without_a_command_is_refused() -> None:
     """In a line that shows one."""
-    with pytest.raises(UserError, match="expected a number of GPUs and a command"):
+    with pytest.raises(UserError, match="found 'two python', expected a number of GPUs and a command"):
         main(["two", "python"])

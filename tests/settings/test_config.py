@@ -90,7 +90,7 @@ METHOD = {"objective": "nspo", "learning_rate": 1e-4}
         ),
         (
             {"policy": {"group_size": 6}},
-            "policy: minibatch_size (32) must be divisible by group_size (6): expected whole groups",
+            "policy: minibatch_size (32) must be divisible by group_size (6), expected whole groups",
         ),
         ({"policy": {"methods": {"base": METHOD}}}, "policy: methods: found the name 'base', expected letters"),
         ({"policy": {"methods": {"a/b": METHOD}}}, "policy: methods: found the name 'a/b', expected letters"),
@@ -120,7 +120,7 @@ METHOD = {"objective": "nspo", "learning_rate": 1e-4}
         ),
         (
             {"bases": {"rule": "energy", "threshold": 1.5}},
-            "bases: threshold 1.5 is a share for rule 'energy': expected 0 to 1",
+            "bases: threshold 1.5 is a share for rule 'energy', expected 0 to 1",
         ),
         (
             {"data": {"wheels": {}}},

@@ -32,7 +32,9 @@ def wilson(successes: int, n: int) -> Estimate:
         UserError: when there is nothing to take a rate of.
     """
     if n == 0:
-        raise UserError("a rate over 0 prompts: expected at least one, look at the prompt sets of the evaluation")
+        raise UserError(
+            "a rate over 0 prompts", expected="at least one", change="look at the prompt sets of the evaluation"
+        )
     interval = stats.binomtest(successes, n).proportion_ci(LEVEL, method="wilson")
     return Estimate(successes / n, float(interval.low), float(interval.high))
 
@@ -47,7 +49,9 @@ def wilson_mean(values: Sequence[float]) -> Estimate:
         UserError: when there is nothing to take a mean of.
     """
     if not values:
-        raise UserError("a mean over 0 prompts: expected at least one, look at the prompt sets of the evaluation")
+        raise UserError(
+            "a mean over 0 prompts", expected="at least one", change="look at the prompt sets of the evaluation"
+        )
     n, mean, z = len(values), sum(values) / len(values), float(stats.norm.ppf(0.5 + LEVEL / 2))
     centre = (mean + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * math.sqrt(mean * (1 - mean) / n + z**2 / (4 * n**2))

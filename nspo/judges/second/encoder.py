@@ -48,7 +48,7 @@ class Encoder:
         model: Any = load_whole(AutoModel, folder, named, dtype=torch.float32)
         if layer > (depth := model.config.get_text_config().num_hidden_layers):
             raise UserError(
-                f"second_judge.layer is {layer}, but {named} has {depth} blocks: expected at most that many"
+                f"second_judge.layer is {layer}, but {named} has {depth} blocks", expected="at most that many"
             )
         return cls(model.to(device).eval(), load_tokenizer(folder, named, side="right"), max_tokens, layer)
 

@@ -33,7 +33,9 @@ def model_class(config: Any) -> type[PreTrainedModel]:
 
 def _mapped_class(config: Any) -> type[PreTrainedModel]:
     if getattr(config, "is_encoder_decoder", False):
-        raise UserError(f"the model is of the type {config.model_type!r}, an encoder-decoder: expected a decoder alone")
+        raise UserError(
+            f"the model is of the type {config.model_type!r}, an encoder-decoder", expected="a decoder alone"
+        )
     for name in getattr(config, "architectures", None) or ():
         named: Any = getattr(transformers, name, None)
         known = isinstance(named, type) and issubclass(named, PreTrainedModel)
@@ -44,7 +46,8 @@ def _mapped_class(config: Any) -> type[PreTrainedModel]:
             return cast(type[PreTrainedModel], mapped)
     raise UserError(
         f"transformers {transformers.__version__} has no causal language model for the type "
-        f"{getattr(config, 'model_type', None)!r} (config.json): expected a decoder that it knows"
+        f"{getattr(config, 'model_type', None)!r} (config.json)",
+        expected="a decoder that it knows",
     )
 
 

@@ -104,7 +104,7 @@ class Weights:
             UserError: when the checkpoint has no such weight.
         """
         if name not in self._of:
-            raise UserError(f"{self.folder} has no weight {name}: expected the folder of this model")
+            raise UserError(f"{self.folder} has no weight {name}", expected="the folder of this model")
         with self.open(name) as values:
             return values[...]
 

@@ -77,8 +77,9 @@ def check_room(base: PreTrainedConfig, tuned: PreTrainedConfig, named: str) -> N
     ours, theirs = positions_of(tuned) or math.inf, positions_of(base) or math.inf
     if ours < theirs:
         raise UserError(
-            f"{named} has {ours:g} positions, its base {theirs:g}: expected as many, so that both are asked the same "
-            "prompts: mend max_position_embeddings in its config.json"
+            f"{named} has {ours:g} positions, its base {theirs:g}",
+            expected="as many, so that both are asked the same prompts",
+            change="mend max_position_embeddings in its config.json",
         )
 
 

@@ -114,7 +114,7 @@ def _lines(path: Path) -> list[dict[str, str]]:
         with path.open(newline="", encoding="utf-8") as file:
             return list(csv.DictReader(file))
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): expected the summary of a variant") from error
+        raise UserError(f"{path} cannot be read ({error.strerror})", expected="the summary of a variant") from error
 
 
 def _score(lines: Iterable[Mapping[str, str]], column: Column) -> dict[str, float]:

@@ -129,7 +129,7 @@ class TrainingSettings(RolloutSettings):
         rollouts = self.prompts_per_step * self.group_size
         if self.minibatch_size % self.group_size:
             raise ValueError(
-                f"minibatch_size ({self.minibatch_size}) must be divisible by group_size ({self.group_size}): "
+                f"minibatch_size ({self.minibatch_size}) must be divisible by group_size ({self.group_size}), "
                 "expected whole groups"
             )
         if rollouts % self.minibatch_size:
@@ -148,7 +148,7 @@ class TrainingSettings(RolloutSettings):
                 f"({self.micro_batch_size} x {self.processes}): lower micro_batch_size"
             )
         if self.sharding != "none" and self.processes == 1:
-            raise ValueError(f"sharding is {self.sharding!r} with one process: expected 'none', or more `processes`")
+            raise ValueError(f"sharding is {self.sharding!r} with one process, expected 'none', or more `processes`")
         return self
 
 
