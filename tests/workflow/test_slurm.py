@@ -232,3 +232,15 @@ def test_two_nodes_train_one_policy(project: Path, slurm: Cluster, tmp_path: Pat
     assert (of_rule(job), job["NumNodes"], job["NumTasks"], job["JobState"]) == ("train_policy", "2", "2", "COMPLETED")
     log = (project / "results/two/logs/train_policy/nspo-seed0.log").read_text()
     assert log.count("probe step 0") == 1  # told by one voice
+
+
+def test_scratch_is_the_nodes(project: Path, slurm: Cluster, tmp_path: Path) -> None:
+    """`$SLURM_JOB_ID` in the `tmpdir` of a rule is that of its job, and Snakemake makes the folder on the node."""
+    raw = yaml.safe_load((project / "config/smoke.yaml").read_text())
+    raw["runtime"]["results"] = "results/scratch"
+    (project / "config/scratch.yaml").write_text(yaml.safe_dump(raw))
+    options = ("results/scratch/labels.parquet", "--set-resources", f"prepare_labels:tmpdir={tmp_path}/$SLURM_JOB_ID")
+    running = start(project, tmp_path / "log", *options, config="config/scratch.yaml")
+    assert running.wait() == 0, (tmp_path / "log").read_text()[-6000:]
+    job = max(map(int, slurm.jobs()))
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == [str(job)]
