@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from support.workflow_project import ROOT
+from support.workflow_project import ROOT, copy_project
 
 from nspo import NullSpaceBases
 from nspo.settings.bases import SelectionSettings
@@ -111,6 +111,21 @@ def test_an_import_under_its_own_names_makes_all(outer: Path, file: str) -> None
     text = 'configfile: "settings.yaml"\nmodule nspo:\n    snakefile: "{}/{}"\n    config: config["a"]\n'
     (outer / "Snakefile").write_text(text.format(ROOT, file) + "use rule * from nspo\n")
     assert "rule report:" in plan(outer)
+
+
+def test_rules_are_read_from_a_git_host(outer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By `github(...)`, with the package that is installed. Snakemake's cache of repositories stands for the host."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(outer / "cache"))
+    host = outer / "cache/snakemake/snakemake/source-cache/snakemake-git-cache/github.com"
+    (outer / "clone").mkdir()
+    git = ("git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", str(copy_project(outer / "clone")))
+    for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "all"], ["tag", "v1"]):
+        subprocess.run([*git, *command], check=True)
+    subprocess.run(["git", "clone", "-q", "--bare", outer / "clone", host / "lab/nspo"], check=True)
+    source = 'github("lab/nspo", path="workflow/Snakefile", tag="v1")'
+    text = OUTER.partition("module second")[0].replace('"{root}/Snakefile"', source)
+    (outer / "Snakefile").write_text(text + "rule all:\n    input: rules.first_all.input")
+    assert "runs/a/results/smoke/report.html" in plan(outer)
 
 
 def test_the_command_line_is_the_importers(outer: Path) -> None:
