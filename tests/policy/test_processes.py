@@ -255,7 +255,11 @@ def test_another_number_of_processes_is_refused(inputs, tmp_path):
 @pytest.mark.parametrize(
     ("sharding", "accelerator", "message"),
     [
-        ("fsdp2", {"distributed_type": DistributedType.MULTI_CPU}, "is 'fsdp2', but accelerate runs 'none': .*on GPUs"),
+        (
+            "fsdp2",
+            {"distributed_type": DistributedType.MULTI_CPU},
+            "but accelerate runs 'none', expected .*on GPUs",
+        ),
         ("fsdp2", {"distributed_type": DistributedType.FSDP, "is_fsdp2": False}, "accelerate runs 'FSDP1'"),
         (
             "none",
