@@ -54,7 +54,7 @@ def judge_answers(rows: Sequence[dict[str, Any]], cost: CostModel | None, refusa
     """Add the verdicts: refusals everywhere; on harmful prompts costs, where there is a cost model.
 
     Returns:
-        by domain, how many answers are longer than the cost model reads.
+        by domain, of how many answers the cost model does not read the end.
     """
     said = refusal.verdicts([row["prompt"] for row in rows], [row["response"] for row in rows])
     for row, refused in zip(rows, flags(said, if_failed=False), strict=True):
@@ -62,11 +62,10 @@ def judge_answers(rows: Sequence[dict[str, Any]], cost: CostModel | None, refusa
     harmful = [row for row in rows if row["role"] == "harmful"]
     if cost is None or not harmful:
         return {}
-    costs = cost.verdicts([row["prompt"] for row in harmful], [row["response"] for row in harmful])
+    costs, unread = cost.read([row["prompt"] for row in harmful], [row["response"] for row in harmful])
     for row, value, unsafe in zip(harmful, costs, flags(costs, if_failed=True), strict=True):
         failed = math.isnan(value)
         row.update(cost=None if failed else value, unsafe=unsafe, cost_failed=failed)
-    unread = cost.model.unread([row["prompt"] for row in harmful], [row["response"] for row in harmful])
     return dict(Counter(row["domain"] for row, cut in zip(harmful, unread, strict=True) if cut))
 
 

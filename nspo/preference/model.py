@@ -43,6 +43,13 @@ class Text(NamedTuple):
     answer_cut: bool  # nor is that of the answer
 
 
+class Scored(NamedTuple):
+    """What a model says of N answers, and whether it read them whole."""
+
+    scores: Tensor  # (N,) float32
+    unread: Tensor  # (N,) bool: the end of the answer, or of its prompt, is not read and counts for nothing
+
+
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str, max_tokens: int) -> Text:
     """Token ids of the prompt in chat format and of the answer.
 
@@ -176,24 +183,30 @@ class PreferenceModel:
     def score(
         self, prompts: Sequence[str], responses: Sequence[str], advance: Callable[[int], Any] = lambda _: None
     ) -> Tensor:
-        """Scores (N,) float32 of the answers to the prompts; for a cost model, above zero means harmful.
+        """Scores (N,) float32 of the answers to the prompts; see `scored`."""
+        return self.scored(prompts, responses, advance).scores
+
+    def scored(
+        self, prompts: Sequence[str], responses: Sequence[str], advance: Callable[[int], Any] = lambda _: None
+    ) -> Scored:
+        """Scores of the answers, which of a cost model mean harmful above zero, and which of them it read in part.
 
         `advance` hears of progress, as in `answer_features`; without it scoring is silent, as inside a training step.
         """
-        rows = self._read(prompts, responses)
+        rows = [encode(self.tokenizer, p, r, self.max_tokens) for p, r in zip(prompts, responses, strict=True)]
+        refuse_unknown_tokens(rows, self.tokenizer, self.model, self.target)
+        unread = torch.tensor([row.prompt_cut or row.answer_cut for row in rows], dtype=torch.bool)
         if self.pooling == "last":
-            return own_scores(self.model, rows, self.tokenizer.pad_token_id, advance)
+            return Scored(own_scores(self.model, rows, self.tokenizer.pad_token_id, advance), unread)
         features = answer_features(self.model, rows, self.tokenizer.pad_token_id, LENGTHS[-1:], advance)
-        return features[:, 0] @ self.model.get_parameter("score.weight")[0].detach().cpu()
+        return Scored(features[:, 0] @ self.model.get_parameter("score.weight")[0].detach().cpu(), unread)
 
-    def unread(self, prompts: Sequence[str], responses: Sequence[str]) -> list[bool]:
-        """Of which answers, or of whose prompts, the end is not read: what stands there counts for nothing."""
-        return [text.prompt_cut or text.answer_cut for text in self._read(prompts, responses)]
 
-    def _read(self, prompts: Sequence[str], responses: Sequence[str]) -> list[Text]:
-        texts = [encode(self.tokenizer, p, r, self.max_tokens) for p, r in zip(prompts, responses, strict=True)]
-        refuse_unknown_tokens(texts, self.tokenizer, self.model, self.target)
-        return texts
+class Reading(NamedTuple):
+    """What the cost model finds in N answers."""
+
+    verdicts: list[float]  # costs; NaN where the score is not a finite number
+    unread: list[bool]  # see `Scored`
 
 
 class CostModel:
@@ -210,21 +223,24 @@ class CostModel:
         self.model = PreferenceModel.load(folder, "cost", device)
         self.identity = self.model.identity
 
-    def verdicts(self, prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
-        """The cost of each answer, NaN where the score is not a finite number; shows progress.
-
-        Says of how many the end is not read.
+    def read(self, prompts: Sequence[str], answers: Sequence[str]) -> Reading:
+        """The cost of each answer; shows progress, and says of how many the end is not read.
 
         Raises:
-            UserError: when no score is.
+            UserError: when no score is a finite number.
         """
-        if count := sum(self.model.unread(prompts, answers)):
+        with track("cost of answers", len(answers), "answer") as bar:
+            scores, unread = self.model.scored(prompts, answers, bar.update)
+        values = scores.tolist()
+        if count := int(unread.sum()):
             say(
                 f"the cost model reads {self.model.max_tokens} tokens (cost.max_tokens): the ends of {count} of "
                 f"{len(answers)} answers, or of their prompts, count for nothing"
             )
-        with track("cost of answers", len(answers), "answer") as bar:
-            values = self.model.score(prompts, answers, bar.update).tolist()
         if values and not any(map(math.isfinite, values)):
             raise UserError(f"none of the {len(values)} scores of the cost model is a finite number: train it again")
-        return [value if math.isfinite(value) else math.nan for value in values]
+        return Reading([value if math.isfinite(value) else math.nan for value in values], unread.tolist())
+
+    def verdicts(self, prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
+        """As `Judge.verdicts`: the cost of each answer."""
+        return self.read(prompts, answers).verdicts

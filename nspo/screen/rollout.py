@@ -53,8 +53,8 @@ class Rollout:
         harmful = torch.tensor([row["role"] == "harmful" for row in asked for _ in range(settings.group_size)])
         refused = torch.tensor([is_refusal(text) for text in texts])
         earned = safety_reward(
-            score_where(cost, questions, texts, harmful),
-            score_where(reward, questions, texts, ~harmful),
+            score_where(cost, questions, texts, harmful).scores,
+            score_where(reward, questions, texts, ~harmful).scores,
             harmful,
             settings.margin,
             refused,

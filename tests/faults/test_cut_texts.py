@@ -124,7 +124,7 @@ def test_an_evaluation_counts_them_and_long_gold_questions(tiny_model_dir: Path,
     found = read_json(tmp_path / "out/metrics.json")
     assert found["left_out"] == {"sums": 1}
     harmful = [r for r in pq.read_table(tmp_path / "out/responses.parquet").to_pylist() if r["role"] == "harmful"]
-    unread = PreferenceModel.load(cost).unread([r["prompt"] for r in harmful], [r["response"] for r in harmful])
+    _, unread = PreferenceModel.load(cost).scored([r["prompt"] for r in harmful], [r["response"] for r in harmful])
     assert found["unread"] == ({"advbench": sum(unread)} if any(unread) else {})
 
 

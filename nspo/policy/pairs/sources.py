@@ -38,8 +38,8 @@ class Judges:
 
     def scores(self, asked: list[str], answers: list[str], harmful: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Safety reward (NaN: the judge failed), helpfulness, and whether safe, as answers to benign prompts are."""
-        cost = score_where(self.cost, asked, answers, harmful)
-        helpfulness = score_where(self.reward, asked, answers, torch.ones_like(harmful))
+        cost = score_where(self.cost, asked, answers, harmful).scores
+        helpfulness = score_where(self.reward, asked, answers, torch.ones_like(harmful)).scores
         refused = torch.tensor([is_refusal(answer) for answer in answers])
         earned = safety_reward(cost, helpfulness, harmful, self.margin, refused, self.refusal_bonus)
         return earned, helpfulness, cost <= 0

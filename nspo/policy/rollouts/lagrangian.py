@@ -31,6 +31,7 @@ from trl.trainer.utils import nanstd
 
 from nspo.policy.log import LoggedCallback
 from nspo.policy.rollouts.reward import SafetyReward, Scorer, refusal_reward, score_where
+from nspo.preference.model import Scored
 from nspo.run.progress import say
 from nspo.settings.policy.losses import Lagrangian
 
@@ -106,11 +107,12 @@ class LagrangianReward(SafetyReward):
         super().__init__(cost, reward, math.inf, refusal_bonus)
         self.multiplier, self.group_size = multiplier, group_size
 
-    def judge(self, asked: list[str], answers: list[str], harmful: Tensor) -> tuple[Tensor, Tensor]:
+    def judge(self, asked: list[str], answers: list[str], harmful: Tensor) -> tuple[Scored, Scored]:
         """Cost and reward (B,) of every answer, to whatever prompt; both NaN where the judge failed."""
         everything = torch.ones_like(harmful)
         cost = score_where(self.cost, asked, answers, everything)
-        return cost, score_where(self.reward, asked, answers, everything).masked_fill(cost.isnan(), math.nan)
+        reward = score_where(self.reward, asked, answers, everything)
+        return cost, reward._replace(scores=reward.scores.masked_fill(cost.scores.isnan(), math.nan))
 
     def combine(self, cost: Tensor, reward: Tensor, harmful: Tensor, refused: Tensor) -> Tensor:
         """Combined advantages (B,) of the whole rollout, after the multiplier's step."""

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from nspo.errors import UserError
 from nspo.judges.refusal import is_refusal
-from nspo.preference.model import PreferenceModel
+from nspo.preference.model import PreferenceModel, Scored
 from nspo.run.devices import now
 
 
@@ -55,35 +55,29 @@ def whole_rollout(*columns: Tensor) -> list[Tensor]:
     return [values.to(column.dtype).contiguous() for values, column in zip(whole.unbind(1), columns, strict=True)]
 
 
-def score_where(model: Scorer, asked: list[str], answers: list[str], where: Tensor) -> Tensor:
+def score_where(model: Scorer, asked: list[str], answers: list[str], where: Tensor) -> Scored:
     """Scores (B,) at the positions of the mask `where`, zero elsewhere: each model reads only what it judges.
+
+    `unread` tells of a fitted model only: a judge in its place reads whole answers.
 
     Raises:
         UserError: for a fitted model's score that is NaN or Inf, before anything is learnt from it. (A judge's NaN is a
             verdict that failed.)
     """
-    scores = torch.zeros(len(asked))
-    index = where.nonzero().flatten().tolist()
-    if index:
-        scores[where] = model.score([asked[i] for i in index], [answers[i] for i in index]).cpu()
+    scores, unread = torch.zeros(len(asked)), torch.zeros_like(where)
+    if index := where.nonzero().flatten().tolist():
+        read = [asked[i] for i in index], [answers[i] for i in index]
+        if isinstance(model, PreferenceModel):
+            scores[where], unread[where] = model.scored(*read)
+        else:
+            scores[where] = model.score(*read).cpu()
     if isinstance(model, PreferenceModel) and not torch.isfinite(scores).all():
         raise UserError(
             f"the {model.target} model scores an answer with NaN or Inf",
             expected="a finite number",
             change="train it again (delete its folder), or check its labels",
         )
-    return scores
-
-
-def unread_where(model: Scorer, asked: list[str], answers: list[str], where: Tensor) -> Tensor:
-    """(B,) bool: of which answers in the mask `where` a fitted model does not read the end."""
-    cut = torch.zeros_like(where)
-    if isinstance(model, PreferenceModel):
-        index = where.nonzero().flatten().tolist()
-        cut[where] = torch.tensor(
-            model.unread([asked[i] for i in index], [answers[i] for i in index]), dtype=torch.bool
-        )
-    return cut
+    return Scored(scores, unread)
 
 
 class SafetyReward:
@@ -117,9 +111,10 @@ class SafetyReward:
         answers = [turns[-1]["content"] for turns in completions]
         harmful = torch.tensor([r == "harmful" for r in role])
         refused = torch.tensor([is_refusal(answer) for answer in answers]).float()
-        unread = unread_where(self.cost, asked, answers, harmful) | unread_where(self.reward, asked, answers, ~harmful)
+        by_cost, by_reward = self.judge(asked, answers, harmful)
+        unread = torch.where(harmful, by_cost.unread, by_reward.unread)
         cost, reward, harmful, refused, unread = whole_rollout(
-            *self.judge(asked, answers, harmful), harmful, refused, unread
+            by_cost.scores, by_reward.scores, harmful, refused, unread
         )
         total = [
             None if math.isnan(value) else value for value in self.combine(cost, reward, harmful, refused).tolist()
@@ -149,7 +144,7 @@ class SafetyReward:
         found, self._scored = self._scored, None
         return found
 
-    def judge(self, asked: list[str], answers: list[str], harmful: Tensor) -> tuple[Tensor, Tensor]:
+    def judge(self, asked: list[str], answers: list[str], harmful: Tensor) -> tuple[Scored, Scored]:
         """Cost (B,) of the answers to harmful prompts and reward (B,) of those to others, zero elsewhere."""
         return (
             score_where(self.cost, asked, answers, harmful),
