@@ -129,11 +129,17 @@ def weight_shards(folder: Path) -> list[Path]:
     """The safetensors files of a model folder that transformers loads: the one, or those that the index names.
 
     What else lies there, such as the same weights as `consolidated.safetensors`, is not the model.
+
+    Raises:
+        UserError: when a file that the index names is missing, or the index is damaged (`weight_map`).
     """
     single, index = folder / WEIGHTS, folder / INDEX
     if single.is_file() or not index.is_file():
         return [single] * single.is_file()
-    return [folder / name for name in sorted(set(weight_map(index).values()))]
+    shards = [folder / name for name in sorted(set(weight_map(index).values()))]
+    if lost := [shard for shard in shards if not shard.is_file()]:
+        raise UserError(f"{lost[0]} does not exist, {INDEX} expects it", change="copy the whole model")
+    return shards
 
 
 def weight_map(index: Path) -> dict[str, str]:
@@ -164,8 +170,6 @@ def fingerprint_model(folder: Path | str) -> dict[str, str]:
         raise UserError(
             f"{folder} holds neither {WEIGHTS} nor {INDEX}", expected="a Hugging Face model folder (`model.source`)"
         )
-    if lost := [shard for shard in weights if not shard.is_file()]:
-        raise UserError(f"{lost[0]} does not exist, {INDEX} expects it: copy the whole model")
     names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
     return {
         "weights": fingerprint_files(weights),
