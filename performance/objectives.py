@@ -26,6 +26,7 @@ from common import conclude
 from transformers import TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback
 
+from nspo.data.tables import Prompts
 from nspo.files.journal import JsonLines
 from nspo.models.loading import load_model, load_tokenizer
 from nspo.policy.log import LogCallback
@@ -116,8 +117,8 @@ def one_turn(name: str, results: Path, pairs: Path) -> dict[str, float]:
     prepare_layers(policy, method, ".*", bases)
     learner: RolloutLearner | PairLearner
     if not method.loss.on_pairs:
-        inputs = (results / part for part in ("cost", "reward", "prompts.parquet"))
-        learner = RolloutLearner(TRAINING, method, *inputs, device)
+        prompts = Prompts(results / "prompts.parquet")
+        learner = RolloutLearner(TRAINING, method, results / "cost", results / "reward", prompts, device)
     else:
         guide = model if isinstance(method.loss, WDOOR) else None  # any policy: what it says costs the same
         learner = PairLearner(method, model, results / "cost", pairs, guide, device)

@@ -35,7 +35,7 @@ from nspo.activations.store import HARMFUL, ActivationStore
 from nspo.bases.derived import random_like
 from nspo.bases.file import NullSpaceBases
 from nspo.bases.table import block_of, kind_of
-from nspo.data.tables import domains, load_prompts
+from nspo.data.tables import Prompts
 from nspo.files.atomic import atomic_path
 from nspo.models.chat import chat_ids
 from nspo.models.drift import FIGURES, Remembered, drift, token_weights
@@ -131,12 +131,13 @@ class Trial:
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: Any):
         self.tokenizer, self.model, self.tuned = tokenizer, model, copy.deepcopy(model)
         self.base = Remembered(model)  # it is asked the same for every rule
+        table = Prompts(options.prompts)
         asked = {
-            domain: load_prompts(options.prompts, role, "heldout", domain, options.prompts_per_domain)
+            domain: rows
             for role in ("general", "benign", HARMFUL)
-            for domain in domains(options.prompts, role, "heldout")
+            for domain, rows in table.by_domain(role, "heldout", options.prompts_per_domain).items()
         }
-        self.harmful = domains(options.prompts, HARMFUL, "heldout")
+        self.harmful = list(table.by_domain(HARMFUL, "heldout"))
         self.domains = [domain for domain, rows in asked.items() for _ in rows]
         self.prompts = [chat_ids(tokenizer, row["prompt"]) for rows in asked.values() for row in rows]
         answers = dict(generate(model, tokenizer, self.prompts, options.answer_tokens, BATCH, "base answers"))

@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from nspo.activations.store import BENIGN, HARMFUL
-from nspo.data.tables import domains, load_prompts
+from nspo.data.tables import Prompts
 from nspo.errors import UserError
 from nspo.files.manifest import fingerprint
 from nspo.models.chat import chat_ids
@@ -90,8 +90,9 @@ def make_chunks(
     Raises:
         UserError: a domain with a reserved name, or one whose prompts are all too long.
     """
-    general = domains(prompts, "general", "train")
-    if reserved := {HARMFUL, BENIGN} & set(general):
+    table = Prompts(prompts)
+    general = table.by_domain("general", "train")
+    if reserved := {HARMFUL, BENIGN} & general.keys():
         raise UserError(f"data.general: the domain name {min(reserved)!r} is reserved: rename the domain")
     wanted: list[tuple[str, str, str | None, int]]
     wanted = [(domain, "general", domain, settings.samples) for domain in general]
@@ -100,7 +101,7 @@ def make_chunks(
     for name, role, domain, samples in wanted:
         for split, source, count in (("basis", "train", samples), ("validation", "validation", samples // 2)):
             if count:
-                rows = load_prompts(prompts, role, source, domain)
+                rows = table.of(role, source, domain)
                 kept, left_out = _fitting(f"{name} ({split})", rows, count, prompt_limit(settings, room), tokenizer)
                 chunks += _divide(len(chunks), name, split, kept, left_out, settings.tokens_per_domain)
     return chunks

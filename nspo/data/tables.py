@@ -30,25 +30,36 @@ PROMPT_COLUMNS = ("id", "role", "domain", "split", "prompt", "check", "category"
 LABEL_COLUMNS = ("id", "set", "target", "split", "prompt", "response", "grade", "category", "pair", "role")
 
 
-def load_prompts(
-    path: Path, role: str, split: str, domain: str | None = None, limit: int | None = None
-) -> list[dict[str, Any]]:
-    """The first `limit` rows of `prompts.parquet` with this role, split and domain, `check` already parsed.
+class Prompts:
+    """The rows of `prompts.parquet`, read once: a stage asks for those of a role, split and domain.
 
     Raises:
-        UserError: when there is no such row, or the file is damaged.
+        UserError: when the file is missing or damaged.
     """
-    every = read_table(path, PROMPT_COLUMNS)
-    rows = [r for r in every if r["role"] == role and r["split"] == split and domain in (None, r["domain"])]
-    if not rows:
-        raise UserError(f"{path} has no {role} prompts in split {split!r}{f' of domain {domain!r}' if domain else ''}")
-    return [{**row, "check": json.loads(row["check"]) if row["check"] else None} for row in rows[:limit]]
 
+    def __init__(self, path: Path) -> None:
+        self._path, self._rows = path, read_table(path, PROMPT_COLUMNS)
 
-def domains(path: Path, role: str, split: str) -> list[str]:
-    """Sorted names of the domains that have prompts with this role and split."""
-    every = read_table(path, PROMPT_COLUMNS)
-    return sorted({row["domain"] for row in every if row["role"] == role and row["split"] == split})
+    def of(self, role: str, split: str, domain: str | None = None, limit: int | None = None) -> list[dict[str, Any]]:
+        """The first `limit` rows with this role, split and domain, `check` already parsed; the caller may change them.
+
+        Raises:
+            UserError: when there is none.
+        """
+        rows = [r for r in self._rows if r["role"] == role and r["split"] == split and domain in (None, r["domain"])]
+        if not rows:
+            of_domain = f" of domain {domain!r}" if domain else ""
+            raise UserError(f"{self._path} has no {role} prompts in split {split!r}{of_domain}")
+        return [{**row, "check": json.loads(row["check"]) if row["check"] else None} for row in rows[:limit]]
+
+    def by_domain(self, role: str, split: str, limit: int | None = None) -> dict[str, list[dict[str, Any]]]:
+        """The first `limit` rows of every domain that has prompts with this role and split, domains in sorted order."""
+        domains = sorted({row["domain"] for row in self._rows if row["role"] == role and row["split"] == split})
+        return {domain: self.of(role, split, domain, limit) for domain in domains}
+
+    def of_each_domain(self, role: str, split: str, limit: int) -> list[dict[str, Any]]:
+        """The first `limit` rows of every domain, one domain after the other; none where no domain has any."""
+        return [row for rows in self.by_domain(role, split, limit).values() for row in rows]
 
 
 def training_prompts(files: Sequence[Path]) -> list[str]:

@@ -23,7 +23,7 @@ import pyarrow as pa
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from nspo.data.leaks import apart
-from nspo.data.tables import domains, load_prompts, training_prompts
+from nspo.data.tables import Prompts, training_prompts
 from nspo.errors import UserError
 from nspo.evaluation.answers import add_second_opinion, add_verdicts, greedy_answers, judge_answers, write_responses
 from nspo.evaluation.checks import mark, runs_code
@@ -120,7 +120,8 @@ def evaluate(
     tokenizer = load_tokenizer(base)
     config, size = load_config(base, f"{base}"), (settings.max_new_tokens, settings.batch_size)
     check_room(config, load_config(policy, f"{policy}"), f"{policy}")
-    selected, learnt = _select(settings, prompts, training_prompts([labels]) if labels else [])
+    table = Prompts(prompts)
+    selected, learnt = _select(settings, table, training_prompts([labels]) if labels else [])
     rows, prompt_ids, left_out = fitting(
         selected,
         tokenizer,
@@ -130,7 +131,7 @@ def evaluate(
         "evaluation.max_new_tokens",
     )
     _check_rows(rows, prompts)
-    gold, gold_left_out = _gold(settings, prompts, tokenizer, config)
+    gold, gold_left_out = _gold(settings, table, tokenizer, config)
     judges = CostModel(cost, device), RefusalPhrases()
     second = SecondJudge(second_judge, device) if second_judge else None
     added = added_judges(settings.judges, runtime)
@@ -183,7 +184,7 @@ def evaluate(
 
 
 def _select(
-    settings: EvaluationSettings, prompts: Path, learnt: Sequence[str]
+    settings: EvaluationSettings, prompts: Prompts, learnt: Sequence[str]
 ) -> tuple[list[dict[str, Any]], dict[str, int]]:
     """The held-out prompts to ask: the first so many of each domain, which is a random sample; and how many of the
     judged ones were passed over, by domain, since they are nearly one that a judge learnt from.
@@ -198,13 +199,11 @@ def _select(
     rows: list[dict[str, Any]] = []
     near: dict[str, int] = {}
     for role, count in counts.items():
-        for domain in domains(prompts, role, settings.split):
-            found, left = apart(
-                load_prompts(prompts, role, settings.split, domain), [] if role == "general" else learnt
-            )
+        for asked in prompts.by_domain(role, settings.split).values():
+            found, left = apart(asked, [] if role == "general" else learnt)
             rows += found[:count]
             near |= left
-    seen = domains(prompts, "general", "train")
+    seen = prompts.by_domain("general", "train")
     for row in rows:
         row["seen"] = row["domain"] in seen if row["role"] == "general" else None
     if not settings.run_code:
@@ -214,7 +213,7 @@ def _select(
 
 
 def _gold(
-    settings: EvaluationSettings, prompts: Path, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig
+    settings: EvaluationSettings, prompts: Prompts, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig
 ) -> tuple[list[dict[str, Any]], dict[str, int]]:
     """The rows of `data.gold`, questions with their right answers, and how many are too long for the base, by domain.
 
@@ -222,11 +221,7 @@ def _gold(
         UserError: when no question of a domain fits, or the model has no row for a token.
     """
     room = positions_of(config) or math.inf
-    rows = [
-        row
-        for domain in domains(prompts, "gold", settings.split)
-        for row in load_prompts(prompts, "gold", settings.split, domain, settings.gold_answers)
-    ]
+    rows = prompts.of_each_domain("gold", settings.split, settings.gold_answers)
     found = []
     for row in rows:
         answer = tokenizer(row["check"]["answer"], add_special_tokens=False)["input_ids"]

@@ -15,7 +15,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from nspo.data.tables import domains, load_prompts
+from nspo.data.tables import Prompts
 from nspo.files.journal import JsonLines
 from nspo.judges.refusal import is_refusal
 from nspo.models.chat import chat_ids
@@ -24,7 +24,6 @@ from nspo.models.generation import generate
 from nspo.models.loading import load_model
 from nspo.models.structure.positions import fitting
 from nspo.policy.log import FROM_PROBE, LoggedCallback
-from nspo.policy.methods.inputs import PolicyInputs
 from nspo.preference.model import PreferenceModel
 from nspo.run.progress import say
 from nspo.settings.policy.section import TrainingSettings
@@ -64,22 +63,18 @@ class Probe:
     def load(
         cls,
         training: TrainingSettings,
-        inputs: PolicyInputs,
+        model: Path,
+        prompts: Prompts,
         tokenizer: PreTrainedTokenizerBase,
         cost: PreferenceModel,
         device: torch.device,
     ) -> "Probe":
-        """Read harmful and benign validation prompts and let the base model answer general ones."""
-        base, prompts = load_model(inputs.model, device), inputs.prompts
+        """Take harmful and benign validation prompts, and let the base, the folder `model`, answer general ones."""
+        base = load_model(model, device)
         count, max_new_tokens = training.probe_prompts, training.max_new_tokens
         of_domain = max(1, count // HARMFUL_PER_GENERAL)
-        general = [
-            row
-            for domain in domains(prompts, "general", "validation")
-            for row in load_prompts(prompts, "general", "validation", domain, of_domain)
-        ]
-        harmful, benign = (load_prompts(prompts, role, "validation", limit=count) for role in ("harmful", "benign"))
-        asked = [*harmful, *benign, *general]
+        asked = [row for role in ("harmful", "benign") for row in prompts.of(role, "validation", limit=count)]
+        asked += prompts.of_each_domain("general", "validation", of_domain)
         fits = fitting(asked, tokenizer, base.config, max_new_tokens, "probes", "policy.max_new_tokens")
         by_role = {role: [r["prompt"] for r in fits.rows if r["role"] == role] for role in ("harmful", "benign")}
         general_ids = [ids for row, ids in zip(fits.rows, fits.ids, strict=True) if row["role"] == "general"]

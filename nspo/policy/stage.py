@@ -16,6 +16,7 @@ import torch
 from transformers import Trainer, set_seed
 from transformers.trainer_callback import PrinterCallback
 
+from nspo.data.tables import Prompts
 from nspo.errors import Paused, UserError
 from nspo.files.atomic import atomic_path
 from nspo.files.journal import JsonLines
@@ -75,7 +76,7 @@ def train_policy(
     """
     inputs.check(name, method)
     check_trackers(runtime.trackers)
-    model, on_rollouts = inputs.model, not method.loss.on_pairs
+    model, prompts, on_rollouts = inputs.model, Prompts(inputs.prompts), not method.loss.on_pairs
     with processes_of(runtime.device, "policy.processes") as processes:
         check_processes(training, method, processes)
         device = own_device(processes, runtime.device)
@@ -101,12 +102,12 @@ def train_policy(
         policy = load_model(model, device)
         prepare_layers(policy, method, inputs.layers, bases)
         constraint = constraint_of(method, seed, bases, policy, model)
-        pulls = pulls_of(method, training, policy, tokenizer, model, inputs.prompts)
+        pulls = pulls_of(method, training, policy, tokenizer, model, prompts)
         judged = JudgedCost(judge, work / f"verdicts-{processes.process_index}.jsonl") if judge else None
-        learner = learner_of(training, method, inputs, device, judged)
+        learner = learner_of(training, method, inputs, prompts, device, judged)
         updates = training.updates_per_step
         probes = ProbeCallback(
-            Probe.load(training, inputs, tokenizer, learner.cost, device),
+            Probe.load(training, model, prompts, tokenizer, learner.cost, device),
             work,
             training.probe_every * updates,
             training.target_unsafe,
@@ -152,13 +153,14 @@ def learner_of(
     training: TrainingSettings,
     method: MethodSettings,
     inputs: PolicyInputs,
+    prompts: Prompts,
     device: torch.device,
     judged: JudgedCost | None,
 ) -> RolloutLearner | PairLearner:
     """What the method learns from: pairs where it is given some, else answers that it samples as it goes."""
     if inputs.pairs is not None:
         return PairLearner(method, inputs.model, inputs.cost, inputs.pairs, inputs.guide_policy, device)
-    return RolloutLearner(training, method, inputs.cost, inputs.reward, inputs.prompts, device, judged)
+    return RolloutLearner(training, method, inputs.cost, inputs.reward, prompts, device, judged)
 
 
 def learn(trainer: Trainer, checkpoint: Path | None, name: str) -> None:

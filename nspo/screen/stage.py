@@ -24,7 +24,7 @@ from nspo.activations.store import HARMFUL, ActivationStore
 from nspo.bases.derived import random_like
 from nspo.bases.file import NullSpaceBases
 from nspo.bases.stage import compute_basis
-from nspo.data.tables import domains, load_prompts
+from nspo.data.tables import Prompts
 from nspo.errors import UserError
 from nspo.files.atomic import atomic_path
 from nspo.files.manifest import MANIFEST_NAME, fingerprint, fingerprint_files, make_manifest, read_json, write_json
@@ -89,18 +89,18 @@ def screen(
     }
     set_seed(SEED)
     device = device_of(runtime.device)
-    tokenizer, network = load_tokenizer(model), load_model(model, device)
+    tokenizer, network, prompt_table = load_tokenizer(model), load_model(model, device), Prompts(prompts)
     models = PreferenceModel.load(cost, "cost", device), PreferenceModel.load(reward, "reward", device)
     steps = -(-max(settings.answers) // (rollouts.group_size * rollouts.prompts_per_step))
-    asked = rollout_prompts(rollouts.model_copy(update={"steps": steps}), prompts, tokenizer, network.config, SEED)
+    asked = rollout_prompts(rollouts.model_copy(update={"steps": steps}), prompt_table, tokenizer, network.config, SEED)
     train = [{"prompt": row["prompt"][-1]["content"], "role": row["role"]} for row in asked.to_list()]
     train = train[: max(settings.answers) // rollouts.group_size]
     learnt = Rollout.sample(network, tokenizer, train, *models, rollouts, "answers to learn from")
     size = rollouts.max_new_tokens, "screen", "policy.max_new_tokens"
-    held = fitting(validation(settings, rollouts, prompts), tokenizer, network.config, *size)
+    held = fitting(validation(settings, rollouts, prompt_table), tokenizer, network.config, *size)
     judged = Rollout.sample(network, tokenizer, held.rows, *models, rollouts, "answers")
     names = [name for site in store.sites.values() for name in site.layers]
-    meter = Meter.load(settings, network, tokenizer, judged, prompts, rollouts.max_new_tokens, names)
+    meter = Meter.load(settings, network, tokenizer, judged, prompt_table, rollouts.max_new_tokens, names)
     spaces = spaces_of(settings, store)
     rows = []
     for count, gradient in learnt.gradients(network, meter.layers, settings.answers):
@@ -119,14 +119,14 @@ def screen(
         (folder / "screen.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def validation(settings: ScreenSettings, rollouts: RolloutSettings, prompts: Path) -> list[dict[str, Any]]:
+def validation(settings: ScreenSettings, rollouts: RolloutSettings, prompts: Prompts) -> list[dict[str, Any]]:
     """Validation prompts on which the gain is measured, as many of them benign as in training."""
     benign = round(settings.gain_prompts * rollouts.benign_share)
     counts = {"harmful": settings.gain_prompts - benign, "benign": benign}
     return [
         {"prompt": row["prompt"], "role": role}
         for role, count in counts.items()
-        for row in (load_prompts(prompts, role, "validation", limit=count) if count else [])
+        for row in (prompts.of(role, "validation", limit=count) if count else [])
     ]
 
 
@@ -199,16 +199,12 @@ class Meter:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         judged: Rollout,
-        prompts: Path,
+        prompts: Prompts,
         max_new_tokens: int,
         names: Sequence[str],
     ) -> "Meter":
         """Let the base model answer the general validation prompts; `names`: the layers that step."""
-        rows = [
-            row
-            for domain in domains(prompts, "general", "validation")
-            for row in load_prompts(prompts, "general", "validation", domain, settings.general_prompts)
-        ]
+        rows = prompts.of_each_domain("general", "validation", settings.general_prompts)
         ids = fitting(rows, tokenizer, model.config, max_new_tokens, "screen", "policy.max_new_tokens").ids
         answers = dict(generate(model, tokenizer, ids, max_new_tokens, BATCH, "base answers to general prompts"))
         general = ids, [answers[i] for i in range(len(ids))]

@@ -15,7 +15,7 @@ from support.told import check_lines, outcome
 
 from nspo.data.readers import read_rows
 from nspo.data.stage import prepare_labels, prepare_prompts
-from nspo.data.tables import load_labels, load_prompts
+from nspo.data.tables import Prompts, load_labels
 from nspo.errors import UserError
 from nspo.files.manifest import make_manifest, read_json
 from nspo.files.tensors import read_tensor_manifest, save_tensors
@@ -171,7 +171,7 @@ def test_damaged_prompts_and_labels_are_refused(tmp_path: Path) -> None:
     prepare_labels(validate(LabelSettings, labels, "data"), tmp_path, whole)
     label_file = whole.read_bytes()
     for content, load in (
-        (prompt_file, lambda: load_prompts(bad, "general", "train")),
+        (prompt_file, lambda: Prompts(bad).of("general", "train")),
         (label_file, lambda: load_labels(bad, "cost", "train")),
     ):
         footer = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
@@ -200,7 +200,7 @@ def test_wrong_prompt_tables(content: bytes, said: str, tmp_path: Path) -> None:
     """What is no table of prompts is refused by name."""
     (tmp_path / "prompts.parquet").write_bytes(content)
     with pytest.raises(UserError, match=said):
-        load_prompts(tmp_path / "prompts.parquet", "general", "train")
+        Prompts(tmp_path / "prompts.parquet")
     with pytest.raises(UserError, match=r"missing\.parquet does not exist"):
         load_labels(tmp_path / "missing.parquet", "cost", "train")
 

@@ -9,7 +9,7 @@ import pytest
 
 from nspo.data.splits import position, split_of
 from nspo.data.stage import prepare_labels, prepare_prompts
-from nspo.data.tables import domains, load_labels, load_prompts
+from nspo.data.tables import Prompts, load_labels
 from nspo.errors import UserError
 from nspo.settings.data import LabelSettings, PromptSettings
 from nspo.settings.reading import validate
@@ -141,12 +141,17 @@ def test_roles_and_domains(settings: dict[str, Any], tmp_path: Path) -> None:
     out = tmp_path / "a.parquet"
     rows = prepared(settings, out)
     assert {row["split"] for row in rows if row["domain"] == "other"} == {"heldout", "sealed"}
-    assert domains(out, "harmful", "heldout") == ["harm", "other"]
-    assert domains(out, "harmful", "train") == ["harm"]
-    every = load_prompts(out, "general", "train", "maths")
-    assert load_prompts(out, "general", "train", "maths", limit=3) == every[:3]
+    prompts = Prompts(out)
+    assert list(prompts.by_domain("harmful", "heldout")) == ["harm", "other"]
+    assert list(prompts.by_domain("harmful", "train")) == ["harm"]
+    every = prompts.of("general", "train", "maths")
+    assert prompts.of("general", "train", "maths", limit=3) == every[:3]
+    assert prompts.of_each_domain("harmful", "heldout", 2) == [
+        *prompts.of("harmful", "heldout", "harm", 2),
+        *prompts.of("harmful", "heldout", "other", 2),
+    ]
     with pytest.raises(UserError, match="no general prompts in split 'train' of domain 'code'"):
-        load_prompts(out, "general", "train", "code")
+        prompts.of("general", "train", "code")
 
 
 def test_shares() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nspo.data.stage import prepare_prompts
-from nspo.data.tables import load_prompts
+from nspo.data.tables import Prompts
 from nspo.errors import UserError
 from nspo.evaluation.scores import compute_scores
 from nspo.models.likelihood import answer_nll
@@ -79,7 +79,7 @@ def test_questions_are_shown_with_their_options(tmp_path: Path) -> None:
 def safely(path: Path, split: str) -> list[dict[str, Any]]:
     """The questions of a split, which may have none."""
     try:
-        return load_prompts(path, "gold", split)
+        return Prompts(path).of("gold", split)
     except UserError:
         return []
 

@@ -3,7 +3,6 @@
 import json
 from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -16,7 +15,7 @@ from support.rows import prompt_file, write
 
 from nspo.activations.stage import collect
 from nspo.cli import main as cli
-from nspo.data.tables import load_prompts
+from nspo.data.tables import Prompts
 from nspo.errors import UserError
 from nspo.evaluation.benchmarks.registry import TASKS
 from nspo.evaluation.stage import evaluate
@@ -67,7 +66,7 @@ def too_long(prompts: Path, split: str, limit: int | None = None) -> dict[str, i
     """By domain, how many prompts leave no room for the answer, counted without the code under test."""
     found = {}
     for role, domain in (("general", "maths"), ("general", "chat"), ("harmful", "advbench"), ("benign", "benign")):
-        texts = [row["prompt"] for row in load_prompts(prompts, role, split, domain, limit)]
+        texts = [row["prompt"] for row in Prompts(prompts).of(role, split, domain, limit)]
         found[domain] = sum(len(chat_ids(tiny_tokenizer(), text)) + NEW > POSITIONS for text in texts)
     return {domain: count for domain, count in found.items() if count}
 
@@ -143,13 +142,12 @@ def test_rollouts_and_probes_leave_them_out(model: Path, prompts: Path, cost: Pa
     config, tokenizer = load_config(model, "m"), tiny_tokenizer()
     batches = {"group_size": 2, "minibatch_size": 4, "micro_batch_size": 4}
     settings = TrainingSettings(steps=20, prompts_per_step=2, benign_share=0.5, max_new_tokens=NEW, **batches)
-    rolled = {row["prompt"][0]["content"] for row in rollout_prompts(settings, prompts, tokenizer, config, 0)}
+    rolled = {row["prompt"][0]["content"] for row in rollout_prompts(settings, Prompts(prompts), tokenizer, config, 0)}
     expected = too_long(prompts, "train")
     assert len(rolled) == 20 - expected["advbench"] - expected.get("benign", 0)
     assert max(len(chat_ids(tokenizer, text)) for text in rolled) + NEW <= POSITIONS
-    inputs: Any = SimpleNamespace(model=model, prompts=prompts)
     asked = settings.model_copy(update={"probe_prompts": 10})
-    probe = Probe.load(asked, inputs, tokenizer, PreferenceModel.load(cost), torch.device("cpu"))
+    probe = Probe.load(asked, model, Prompts(prompts), tokenizer, PreferenceModel.load(cost), torch.device("cpu"))
     left_out = too_long(prompts, "validation")
     assert len(probe.harmful) == 10 - left_out["advbench"]
     measured = probe.measure(load_model(model))

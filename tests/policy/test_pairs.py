@@ -16,7 +16,7 @@ from support.policy_runs import METHODS, TRAINING, leakage, run, run_interrupted
 from transformers import TrainingArguments
 from trl import DPOConfig, DPOTrainer
 
-from nspo.data.tables import LABEL_COLUMNS
+from nspo.data.tables import LABEL_COLUMNS, Prompts
 from nspo.errors import UserError
 from nspo.files.journal import JsonLines
 from nspo.files.manifest import fingerprint_files
@@ -94,7 +94,7 @@ def test_best_and_worst_by_hand():
 def test_pairs_are_of_the_prompts_and_scores_of_a_rollout(inputs, pairs):
     """In the order of the rollouts; scores, helpfulness and safety as the models give them; ids that make the text."""
     tokenizer, rows = tiny_tokenizer(), rows_of(pairs)
-    asked = rollout_prompts(ROLLOUTS, inputs["prompts"], tokenizer, tiny_model().config, 0).to_list()
+    asked = rollout_prompts(ROLLOUTS, Prompts(inputs["prompts"]), tokenizer, tiny_model().config, 0).to_list()
     assert [(row["role"], row["prompt"]) for row in rows] == [(r["role"], r["prompt"][0]["content"]) for r in asked]
     assert {row["role"] for row in rows} == {"harmful", "benign"}
     models = {target: PreferenceModel.load(inputs[target], target) for target in ("cost", "reward")}

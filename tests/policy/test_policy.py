@@ -29,6 +29,7 @@ from transformers import TrainingArguments
 
 from nspo.bases.derived import random_like
 from nspo.bases.file import NullSpaceBases
+from nspo.data.tables import Prompts
 from nspo.errors import UserError
 from nspo.models.chat import chat_ids
 from nspo.models.loading import load_model
@@ -69,7 +70,7 @@ def test_a_benign_refusal_earns_less_than_an_answer():
 def test_each_step_holds_the_benign_share(inputs, share):
     """Every rollout step has the same number of benign prompts, and all text comes from the training split."""
     settings = TrainingSettings(**TRAINING.dump() | {"prompts_per_step": 4, "benign_share": share, "steps": 6})
-    rows = rollout_prompts(settings, inputs["prompts"], tiny_tokenizer(), tiny_model().config, 0).to_list()
+    rows = rollout_prompts(settings, Prompts(inputs["prompts"]), tiny_tokenizer(), tiny_model().config, 0).to_list()
     assert len(rows) == 24
     for step in range(6):
         roles = [row["role"] for row in rows[4 * step : 4 * step + 4]]
@@ -83,7 +84,7 @@ def test_prompt_order_depends_on_the_seed_only(inputs):
     def order(seed: int, noise: int) -> list[str]:
         random.seed(noise)
         torch.manual_seed(noise)
-        rows = rollout_prompts(settings, inputs["prompts"], tiny_tokenizer(), tiny_model().config, seed)
+        rows = rollout_prompts(settings, Prompts(inputs["prompts"]), tiny_tokenizer(), tiny_model().config, seed)
         return [row["prompt"][0]["content"] for row in rows]
 
     settings = TrainingSettings(**TRAINING.dump() | {"steps": 5})
@@ -94,13 +95,13 @@ def test_prompt_order_depends_on_the_seed_only(inputs):
 def test_long_prompts_are_left_out(inputs):
     """No prompt over max_prompt_tokens is used; when none is left the key to change is named."""
     settings = TrainingSettings(**TRAINING.dump() | {"steps": 30})
-    rows = rollout_prompts(settings, inputs["prompts"], tiny_tokenizer(), tiny_model().config, 0)
+    rows = rollout_prompts(settings, Prompts(inputs["prompts"]), tiny_tokenizer(), tiny_model().config, 0)
     texts = {row["prompt"][0]["content"] for row in rows}
     assert max(len(chat_ids(tiny_tokenizer(), text)) for text in texts) <= 64
     assert len(texts) == 10
     settings = TrainingSettings(**TRAINING.dump() | {"max_prompt_tokens": 3, "benign_share": 0.0})
     with pytest.raises(UserError, match=r"no harmful training prompt has at most 3 tokens: .*max_prompt_tokens"):
-        rollout_prompts(settings, inputs["prompts"], tiny_tokenizer(), tiny_model().config, 0)
+        rollout_prompts(settings, Prompts(inputs["prompts"]), tiny_tokenizer(), tiny_model().config, 0)
 
 
 def test_every_method_sees_the_same_prompts(nspo_run, free_run):

@@ -27,7 +27,7 @@ from nspo.bases.file import NullSpaceBases
 from nspo.bases.stage import compute_bases
 from nspo.certify.certificate import verify
 from nspo.data.stage import prepare_labels, prepare_prompts
-from nspo.data.tables import load_prompts
+from nspo.data.tables import Prompts
 from nspo.errors import UserError
 from nspo.models.chat import chat_ids
 from nspo.models.loading import load_tokenizer
@@ -272,8 +272,8 @@ def test_the_run_of_the_file_on_a_tiny_model_like_it(name, tmp_path):
     prepare_prompts(config.data, tmp_path, prompts)
     prepare_labels(config.data, tmp_path, labels)
     # Of 200 prompts; held out and trained on by their hashes, so about so many.
-    assert 60 <= len(load_prompts(prompts, "harmful", "train", "pku-saferlhf")) <= 100
-    assert 50 <= len(load_prompts(prompts, "general", "train", "alpaca")) <= 100
+    assert 60 <= len(Prompts(prompts).of("harmful", "train", "pku-saferlhf")) <= 100
+    assert 50 <= len(Prompts(prompts).of("general", "train", "alpaca")) <= 100
     collect(config.activations, model, prompts, store, runtime)
     compute_bases(config.bases, store, bases, runtime)
     for target, settings in (("cost", config.cost), ("reward", config.reward)):

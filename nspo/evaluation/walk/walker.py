@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nspo.data.leaks import apart
-from nspo.data.tables import domains, load_prompts, training_prompts
+from nspo.data.tables import Prompts, training_prompts
 from nspo.errors import UserError
 from nspo.evaluation.walk.match import Match, Point, match
 from nspo.judges.judge import flags
@@ -68,19 +68,15 @@ class Walker:
         Raises:
             UserError: a missing or broken model, cost model or prompts file.
         """
-        tokenizer, model = load_tokenizer(base), load_model(base, device)
+        tokenizer, model, table = load_tokenizer(base), load_model(base, device), Prompts(prompts)
         asked: list[Row] = []
         learnt: dict[str, int] = {}
         known = training_prompts([labels]) if labels else []
         for role, count in (("harmful", settings.harmful_prompts), ("benign", settings.benign_prompts)):
-            kept, near = apart(load_prompts(prompts, role, "validation"), known)
+            kept, near = apart(table.of(role, "validation"), known)
             asked += kept[:count]
             learnt |= near
-        general = [
-            row
-            for domain in domains(prompts, "general", "validation")
-            for row in load_prompts(prompts, "general", "validation", domain, settings.general_prompts)
-        ]
+        general = table.of_each_domain("general", "validation", settings.general_prompts)
         limit = answering.max_new_tokens, "walk", "evaluation.max_new_tokens"
         rows, _, left_out = fitting([*asked, *general], tokenizer, model.config, *limit)
         asked, general = ([row for row in rows if (row["role"] == "general") is same] for same in (False, True))

@@ -31,6 +31,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from nspo.bases.derived import only_layers, random_like
 from nspo.bases.file import NullSpaceBases
 from nspo.constraint.adapter import null_space_adapter
+from nspo.data.tables import Prompts
 from nspo.errors import UserError
 from nspo.models.loading import load_model
 from nspo.models.structure.linears import is_transposed
@@ -147,7 +148,7 @@ def pulls_of(
     policy: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     base: Path,
-    prompts: Path,
+    prompts: Prompts,
 ) -> list[LoggedCallback]:
     """Callbacks that change the gradient before each step: L2-SP, replay-KL, OGPSA; most methods have none."""
     found: list[LoggedCallback] = []

@@ -7,7 +7,6 @@ authors' code the projection is per tensor and upstream of the optimizer, so Ada
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from nspo.data.tables import Prompts
 from nspo.policy.log import LoggedCallback
 from nspo.policy.methods.replay import IGNORED, Sequence_, encode, general_sequences
 
@@ -44,7 +44,7 @@ class OGPSA(LoggedCallback):
         refresh: int,
         base: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        prompts: Path,
+        prompts: Prompts,
         per_domain: int,
         max_new_tokens: int,
     ) -> None:

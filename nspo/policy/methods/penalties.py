@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nspo.constraint.anchors import narrow
+from nspo.data.tables import Prompts
 from nspo.models.folders.weights import open_weights
 from nspo.policy.log import LoggedCallback
 from nspo.policy.methods.replay import IGNORED, Sequence_, encode, endless, general_sequences
@@ -74,7 +75,7 @@ class ReplayKL(LoggedCallback):
         strength: float,
         base: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        prompts: Path,
+        prompts: Prompts,
         per_domain: int,
         max_new_tokens: int,
         autocast: bool,

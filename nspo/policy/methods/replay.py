@@ -6,14 +6,13 @@ answers are the base model's own, greedy, since what must not change is what it 
 
 import itertools
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from nspo.data.tables import domains, load_prompts
+from nspo.data.tables import Prompts
 from nspo.models.generation import generate
 from nspo.models.structure.positions import fitting
 
@@ -25,11 +24,10 @@ Sequence_ = tuple[list[int], list[int]]  # prompt and answer
 
 
 def general_sequences(
-    prompts: Path, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, per_domain: int, max_new_tokens: int
+    prompts: Prompts, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, per_domain: int, max_new_tokens: int
 ) -> dict[str, list[Sequence_]]:
     """Tokenised prompts with the base model's greedy answers, by domain: the first `per_domain` training prompts."""
-    asked = {d: load_prompts(prompts, "general", "train", d, per_domain) for d in domains(prompts, "general", "train")}
-    asked[BENIGN] = load_prompts(prompts, BENIGN, "train", limit=per_domain)
+    asked = {**prompts.by_domain("general", "train", per_domain), BENIGN: prompts.of(BENIGN, "train", limit=per_domain)}
     found = {}
     for domain, rows in asked.items():
         what = f"base answers, {domain}"

@@ -18,7 +18,7 @@ The file has one row per pair: prompt, role, safety and scores of both answers, 
 import shutil
 from pathlib import Path
 
-from nspo.data.tables import load_labels
+from nspo.data.tables import Prompts, load_labels
 from nspo.errors import UserError
 from nspo.files.manifest import (
     MANIFEST_NAME,
@@ -86,7 +86,7 @@ def make_pairs(
         pairs = labelled(settings, load_labels(labels, "cost", "train"), seed, tokenizer, room, judges)
     else:
         base = load_model(model, device)
-        asked = rollout_prompts(settings, prompts, tokenizer, base.config, seed).to_list()
+        asked = rollout_prompts(settings, Prompts(prompts), tokenizer, base.config, seed).to_list()
         pairs = sampled(Sampler(settings, base, tokenizer, judges), asked, seed, work)
     write_table(pairs, out, manifest={**identity, "pairs": len(pairs)})
     shutil.rmtree(work)

@@ -2,12 +2,11 @@
 
 import random
 from collections.abc import Iterator
-from pathlib import Path
 
 from datasets import Dataset
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from nspo.data.tables import load_prompts
+from nspo.data.tables import Prompts
 from nspo.errors import UserError
 from nspo.models.chat import chat_ids
 from nspo.models.structure.positions import fitting
@@ -15,7 +14,7 @@ from nspo.settings.policy.section import RolloutSettings
 
 
 def rollout_prompts(
-    rollouts: RolloutSettings, prompts: Path, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, seed: int
+    rollouts: RolloutSettings, prompts: Prompts, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, seed: int
 ) -> Dataset:
     """Conversational prompts in the order they are used: each step holds the same share of benign ones.
 
@@ -43,10 +42,10 @@ def rollout_prompts(
 
 
 def _texts(
-    role: str, rollouts: RolloutSettings, prompts: Path, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig
+    role: str, rollouts: RolloutSettings, prompts: Prompts, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig
 ) -> list[str]:
     """The training prompts of a role that are short enough."""
-    limit, rows = rollouts.max_prompt_tokens, load_prompts(prompts, role, "train")
+    limit, rows = rollouts.max_prompt_tokens, prompts.of(role, "train")
     rows = [row for row in rows if len(chat_ids(tokenizer, row["prompt"])) <= limit]
     if not rows:
         raise UserError(f"no {role} training prompt has at most {limit} tokens: raise policy.max_prompt_tokens")

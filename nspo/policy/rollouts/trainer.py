@@ -11,6 +11,7 @@ from accelerate.utils import gather_object
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
+from nspo.data.tables import Prompts
 from nspo.policy.arguments import shared_arguments
 from nspo.policy.clock import Clock
 from nspo.policy.log import LoggedCallback
@@ -39,7 +40,7 @@ class RolloutLearner:
         method: MethodSettings,
         cost: Path,
         reward: Path,
-        prompts: Path,
+        prompts: Prompts,
         device: torch.device,
         judge: Scorer | None = None,
     ) -> None:
