@@ -6,6 +6,7 @@ Answers are kept in the working folder while they come; so are the verdicts of j
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from nspo.judges.judge import AddedJudge, RefusalPhrases, flags
 from nspo.judges.kept import KeptVerdicts
 from nspo.judges.second.judge import SecondJudge
 from nspo.judges.second.kinds import ANSWERED
-from nspo.models.generation import Generate, Ids, by_length
+from nspo.models.generation import Generate, Ids, batches
 from nspo.preference.model import CostModel
 from nspo.run.progress import say
 
@@ -36,9 +37,9 @@ def greedy_answers(
     Only whole batches are taken from an earlier run: every answer is made in the same batch, with the same padding, as
     without the interruption, so rounding cannot make a resumed run differ.
     """
-    order, journal = by_length(list(map(len, prompt_ids))), JsonLines(work)
-    kept = journal.rows()
-    done = len(kept) if len(kept) == len(order) else len(kept) - len(kept) % batch_size
+    whole, journal = batches(list(map(len, prompt_ids)), batch_size), JsonLines(work)
+    order, kept = [place for batch in whole for place in batch], journal.rows()
+    done = max(end for end in accumulate(map(len, whole), initial=0) if end <= len(kept))
     journal.keep(kept[:done])
     answers = dict(kept[:done])
     if done:

@@ -20,7 +20,7 @@ from transformers import (
 from nspo.errors import UserError
 from nspo.judges.judge import Failures, Keep
 from nspo.judges.replies import described, expected, fill, turns, unreadable, verdict
-from nspo.models.generation import by_length, generate, stop_ids
+from nspo.models.generation import batches, generate, stop_ids
 from nspo.models.loading import load_config, load_model, load_tokenizer, load_whole, model_folder, model_identity
 from nspo.models.structure.positions import positions_of
 from nspo.run.progress import say, track
@@ -149,11 +149,9 @@ class Classifier:
         """P(unsafe) - threshold for each answer, NaN where the model gives no number; shows progress."""
         model = self.model()
         rows = [self._encoded(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
-        order = by_length([len(row["input_ids"]) for row in rows])
         found = [math.nan] * len(rows)
         with track(f"verdicts of {self.name}", len(rows), "answer") as bar:
-            for start in range(0, len(order), self.settings.batch_size):
-                batch = order[start : start + self.settings.batch_size]
+            for batch in batches([len(row["input_ids"]) for row in rows], self.settings.batch_size):
                 padded = self.tokenizer.pad([rows[i] for i in batch], return_tensors="pt").to(self.device)
                 logits = model(**padded).logits.double().cpu()  # (B, labels)
                 chances = logits.sigmoid() if self.several else logits.softmax(-1)

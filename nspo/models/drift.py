@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nspo.errors import UserError
-from nspo.models.generation import by_length, pad_left
+from nspo.models.generation import batches, pad_left
 from nspo.run.progress import track
 
 LOGITS_BUDGET = 2**25  # logits of one model held at a time: 128 MiB in float32
@@ -105,7 +105,7 @@ def drift(
     same = tuned is (base.model if isinstance(base, Remembered) else base)  # as where a walk starts
     figures = {name: [0.0] * len(prompt_ids) for name in FIGURES}
     with track(description, len(prompt_ids), "prompt") as bar:
-        for batch in batches(prompt_ids, answer_ids, batch_size, vocabulary):
+        for batch in bounded_batches(prompt_ids, answer_ids, batch_size, vocabulary):
             ids, mask = pad_left([[*prompt_ids[i], *answer_ids[i]] for i in batch], tokenizer.pad_token_id, base.device)
             longest = max(len(answer_ids[i]) for i in batch)
             logits = last_logits(base, ids, mask, longest)
@@ -128,21 +128,16 @@ def token_weights(lengths: Sequence[int], first_tokens: int) -> dict[str, list[i
     return {name: [min(n, first_tokens) if name == "kl_first_tokens" else n for n in lengths] for name in FIGURES}
 
 
-def batches(
+def bounded_batches(
     prompt_ids: Sequence[Sequence[int]], answer_ids: Sequence[Sequence[int]], batch_size: int, vocabulary: int
 ) -> list[list[int]]:
     """Indices grouped by similar length, each group within `batch_size` and the budget of logits."""
-    order = by_length([len(prompt) + len(answer) for prompt, answer in zip(prompt_ids, answer_ids, strict=True)])
-    batches: list[list[int]] = []
-    longest = 0
-    for index in order:
-        longest = max(longest, len(answer_ids[index]))
-        full = batches and (len(batches[-1]) + 1) * (longest + 1) * vocabulary > LOGITS_BUDGET
-        if not batches or full or len(batches[-1]) == batch_size:
-            batches.append([])
-            longest = len(answer_ids[index])
-        batches[-1].append(index)
-    return batches
+    lengths = [len(prompt) + len(answer) for prompt, answer in zip(prompt_ids, answer_ids, strict=True)]
+    found: list[list[int]] = []
+    for batch in batches(lengths, batch_size):
+        rows = max(1, LOGITS_BUDGET // ((max(len(answer_ids[i]) for i in batch) + 1) * vocabulary))
+        found += [batch[first : first + rows] for first in range(0, len(batch), rows)]
+    return found
 
 
 def last_logits(model: PreTrainedModel | Remembered, ids: Tensor, mask: Tensor, count: int) -> Tensor:

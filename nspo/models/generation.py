@@ -51,8 +51,21 @@ def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list
 
 
 def by_length(lengths: Sequence[int]) -> list[int]:
-    """The places of sequences of these lengths, shortest first: what is batched together then needs little padding."""
+    """The places of sequences of these lengths, shortest first."""
     return sorted(range(len(lengths)), key=lengths.__getitem__)
+
+
+def batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """The places of sequences of these lengths, shortest first, in batches of at most `batch_size`.
+
+    No sequence of a batch is more than twice as long as another: less than half of a batch is padding.
+    """
+    found: list[list[int]] = []
+    for place in by_length(lengths):
+        if not found or len(found[-1]) == batch_size or lengths[place] > 2 * lengths[found[-1][0]]:
+            found.append([])
+        found[-1].append(place)
+    return found
 
 
 def ended(answer: Ids, stops: Sequence[int]) -> list[int]:
@@ -94,14 +107,12 @@ def generate(
     Yields:
         (index into `prompts`, answer ids up to and including the first stop token), in order of prompt length.
     """
-    order = by_length(list(map(len, prompts)))
     stops = stop_ids(model, tokenizer)
     for prompt in prompts:
         refuse_unknown(prompt, tokenizer, model.config, description)
     generator: Any = model  # the type PreTrainedModel does not declare generate
     with track(description, len(prompts), "prompt") as bar:
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
+        for batch in batches(list(map(len, prompts)), batch_size):
             ids, mask = pad_left([prompts[i] for i in batch], tokenizer.pad_token_id, model.device)
             given, model.generation_config = model.generation_config, plain_generation(model)
             try:

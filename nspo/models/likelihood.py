@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from nspo.models.drift import batches, last_logits
+from nspo.models.drift import bounded_batches, last_logits
 from nspo.models.generation import pad_left
 from nspo.run.progress import track
 
@@ -29,7 +29,7 @@ def answer_nll(
     """
     found = [0.0] * len(prompt_ids)
     with track(description, len(prompt_ids), "answer") as bar:
-        for batch in batches(prompt_ids, answer_ids, batch_size, model.config.get_text_config().vocab_size):
+        for batch in bounded_batches(prompt_ids, answer_ids, batch_size, model.config.get_text_config().vocab_size):
             ids, mask = pad_left(
                 [[*prompt_ids[i], *answer_ids[i]] for i in batch], tokenizer.pad_token_id, model.device
             )

@@ -18,7 +18,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 from nspo.errors import UserError
 from nspo.files.manifest import MANIFEST_NAME, check_fingerprints, check_manifest, read_json
 from nspo.models.chat import chat_ids
-from nspo.models.generation import by_length, refuse_unknown
+from nspo.models.generation import batches, refuse_unknown
 from nspo.models.loading import load_tokenizer, load_whole
 from nspo.run.devices import has_bf16
 from nspo.run.progress import say, track
@@ -95,9 +95,7 @@ def _batches(
     model: PreTrainedModel, rows: Sequence[Text], pad_id: int
 ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
     """Places and inputs of answers of similar length, padded on the right."""
-    order = by_length([len(row.ids) for row in rows])
-    for start in range(0, len(order), BATCH):
-        batch = order[start : start + BATCH]
+    for batch in batches([len(row.ids) for row in rows], BATCH):
         width = max(len(rows[i].ids) for i in batch)
         ids = [rows[i].ids + [pad_id] * (width - len(rows[i].ids)) for i in batch]
         mask = [[int(n < len(rows[i].ids)) for n in range(width)] for i in batch]

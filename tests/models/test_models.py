@@ -10,7 +10,7 @@ import torch
 from nspo.errors import UserError
 from nspo.files.manifest import fingerprint_model
 from nspo.models.chat import chat_ids
-from nspo.models.generation import generate, pad_left, stop_ids
+from nspo.models.generation import batches, generate, pad_left, stop_ids
 from nspo.models.loading import load_model, load_tokenizer, model_identity
 from nspo.models.stage import prepare_model
 from nspo.run.devices import device_of
@@ -89,6 +89,17 @@ def test_pad_left() -> None:
     ids, mask = pad_left([[5, 6, 7], [8]], pad_id=0)
     assert ids.tolist() == [[5, 6, 7], [0, 0, 8]]
     assert mask.tolist() == [[1, 1, 1], [0, 0, 1]]
+
+
+def test_a_batch_is_never_mostly_padding() -> None:
+    """Every place once, shortest first, at most so many rows; a long text is not what short ones are padded to. A list
+    that is cut at the end of a batch goes on with the same batches, which is what resumed answers rest on."""
+    lengths = [50, 264, 45, 170, 90, 44, 130, 101]
+    found = batches(lengths, 3)
+    assert found == [[5, 2, 0], [4, 7, 6], [3, 1]]
+    assert batches([10, 21], 8) == [[0], [1]]
+    rest = [place for batch in found[1:] for place in batch]
+    assert batches([lengths[place] for place in rest], 3) == [[0, 1, 2], [3, 4]]
 
 
 def test_generation_does_not_depend_on_the_batch(tiny_model_dir: Path) -> None:

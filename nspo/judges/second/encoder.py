@@ -15,7 +15,7 @@ from torch.nn.functional import normalize
 from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from nspo.errors import UserError
-from nspo.models.generation import by_length, refuse_unknown
+from nspo.models.generation import batches, refuse_unknown
 from nspo.models.loading import load_tokenizer, load_whole
 from nspo.run.progress import track
 
@@ -61,11 +61,9 @@ class Encoder:
         ids = [self.tokenizer(text, **cut)["input_ids"] or nothing for text in different]
         for text in ids:
             refuse_unknown(text, self.tokenizer, self.model.config, description)
-        order = by_length(list(map(len, ids)))
         found: dict[str, list[Tensor]] = {}
-        with track(description, len(order), "text") as bar:
-            for start in range(0, len(order), BATCH):
-                batch = order[start : start + BATCH]
+        with track(description, len(ids), "text") as bar:
+            for batch in batches(list(map(len, ids)), BATCH):
                 padded = self.tokenizer.pad({"input_ids": [ids[i] for i in batch]}, return_tensors="pt")
                 inputs = {name: values.to(self.model.device) for name, values in padded.items()}
                 states = self.model(**inputs, output_hidden_states=True).hidden_states
