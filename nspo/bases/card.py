@@ -17,8 +17,8 @@ from nspo.bases.hub import FILE_NAME, one_line, upload
 from nspo.bases.table import data_rows, facts, kind_rows
 from nspo.errors import UserError
 from nspo.files.atomic import atomic_path
+from nspo.files.sources import Source
 from nspo.run.progress import say
-from nspo.sources import Source
 
 TAGS = ["nspo", "null-space", "safety", "alignment"]
 

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from nspo.files.sources import Source
 from nspo.run.tables import table
 from nspo.settings.config import Config
 from nspo.settings.reading import load_config
 from nspo.settings.study import variants
-from nspo.sources import Source
 
 
 def verify(

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nspo.files.sources import Source
 from nspo.settings.bases import ActivationSettings, BasesSettings, ScreenSettings
 from nspo.settings.config import Config
 from nspo.settings.data import LabelSettings, PromptSettings
@@ -27,7 +28,6 @@ from nspo.settings.policy.methods import MethodSettings
 from nspo.settings.policy.section import PairSettings, RolloutSettings, TrainingSettings
 from nspo.settings.runtime import RuntimeSettings
 from nspo.settings.types import Section
-from nspo.sources import Source
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ from typing import Any
 from nspo.data.columns import Row, cell, encodable, flag, matches, optional, text, which
 from nspo.data.readers import read_rows
 from nspo.errors import UserError
+from nspo.files.sources import Source
 from nspo.run.progress import say
 from nspo.settings.data import AnyLabelSet, GradedSet, PairSet, Questions, SafeRLHFSet
-from nspo.sources import Source
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 Rows = Sequence[tuple[str, Row]]  # where a row stands, by file and number, and the row

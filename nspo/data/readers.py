@@ -13,8 +13,8 @@ import yaml
 
 from nspo.data.wheels import resolve
 from nspo.errors import UserError, first_line
+from nspo.files.sources import Source
 from nspo.settings.reading import StrictLoader
-from nspo.sources import Source
 
 
 def read_rows(source: Source, wheels_dir: Path) -> list[dict[str, Any]]:

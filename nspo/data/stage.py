@@ -16,9 +16,9 @@ from nspo.data.splits import places, position, sample, split_of
 from nspo.data.tables import LABEL_COLUMNS, PROMPT_COLUMNS
 from nspo.errors import UserError
 from nspo.files.manifest import dumps, make_manifest
+from nspo.files.sources import Source
 from nspo.files.tables import write_table
 from nspo.settings.data import DataSet, GoldSet, LabelSettings, PromptSettings, SplitSettings
-from nspo.sources import Source
 
 MIN_ROWS = 8
 

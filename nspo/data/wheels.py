@@ -17,7 +17,7 @@ from pathlib import Path
 from nspo.errors import UserError
 from nspo.files.atomic import atomic_path
 from nspo.files.manifest import MANIFEST_NAME, make_manifest, write_json
-from nspo.sources import REQUIREMENT, SHA256, Source, wheel_folder
+from nspo.files.sources import REQUIREMENT, SHA256, Source, wheel_folder
 
 PART_NUMBER = r"\.part-?\d+$"  # at the end of the name of a file's part
 

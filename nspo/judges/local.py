@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from nspo.errors import UserError
+from nspo.files.sources import Source
 from nspo.judges.judge import Failures, Keep
 from nspo.judges.replies import described, expected, fill, turns, unreadable, verdict
 from nspo.models.generation import batches, generate, stop_ids
@@ -25,7 +26,6 @@ from nspo.models.loading import load_config, load_model, load_tokenizer, load_wh
 from nspo.models.structure.positions import positions_of
 from nspo.run.progress import say, track
 from nspo.settings.judges import ClassifierJudge, GuardJudge
-from nspo.sources import Source
 
 PROBE = "nspo-probe-prompt", "nspo-probe-answer"
 

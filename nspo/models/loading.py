@@ -16,12 +16,12 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 from nspo.data.wheels import resolve
 from nspo.errors import UserError, first_line
 from nspo.files.manifest import MANIFEST_NAME, check_fingerprints, read_json
+from nspo.files.sources import Source
 from nspo.models.chat import read_plain_text
 from nspo.models.folders.classes import model_class
 from nspo.models.folders.files import FLOATS, check_model_files, stored_dtypes
 from nspo.models.folders.template import frozen
 from nspo.models.generation import plain_generation
-from nspo.sources import Source
 
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]  # no pickle, no code
 GENERATION = "generation_config.json"

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from nspo.errors import UserError, first_line
 from nspo.files.atomic import atomic_path
 from nspo.files.manifest import MANIFEST_NAME, fingerprint_model, make_manifest, write_json
+from nspo.files.sources import Source
 from nspo.models.chat import PROBE, chat_ids, set_chat, turn_end
 from nspo.models.folders.classes import empty_model, model_class
 from nspo.models.folders.files import check_model_files
@@ -26,7 +27,6 @@ from nspo.models.generation import refuse_unknown, stop_ids
 from nspo.models.loading import load_config, load_model, load_whole, read_tokenizer, save_model, source_folder
 from nspo.run.progress import say
 from nspo.settings.model import ModelSettings
-from nspo.sources import Source
 
 
 @read_once()

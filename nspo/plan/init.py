@@ -15,6 +15,7 @@ import yaml
 from nspo.data.readers import READERS, read_file
 from nspo.errors import UserError, first_line
 from nspo.files.atomic import atomic_path
+from nspo.files.sources import HUB, Source
 from nspo.plan.plan import MACHINES, stages
 from nspo.plan.shapes import Shape, shape_of
 from nspo.plan.show import rows
@@ -22,7 +23,6 @@ from nspo.run.progress import say
 from nspo.run.tables import table
 from nspo.settings.config import Config
 from nspo.settings.reading import check_config
-from nspo.sources import HUB, Source
 
 # The commits that the paper's configurations pin.
 PINNED = {

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
+from nspo.files.sources import Source, wheel_folder
 from nspo.settings.bases import ActivationSettings, BasesSettings, ScreenSettings
 from nspo.settings.data import DataSettings
 from nspo.settings.evaluation import AttributionSettings, BenchmarkSettings, EvaluationSettings, MatchingSettings
@@ -20,7 +21,6 @@ from nspo.settings.model import ModelSettings, PreferenceSettings
 from nspo.settings.policy.section import PolicySettings
 from nspo.settings.runtime import RuntimeSettings
 from nspo.settings.types import Section, path_fault
-from nspo.sources import Source, wheel_folder
 
 
 def _folder_name(text: str) -> str:

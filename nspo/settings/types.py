@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from nspo.errors import UserError
-from nspo.sources import REQUIREMENT, SHA256, Source
+from nspo.files.sources import REQUIREMENT, SHA256, Source
 
 LONGEST_PATH, LONGEST_NAME = 2000, 255  # bytes: file systems take 4096 and 255, and there are names below
 MOST = 2**31 - 1  # what 32 bits count: a larger number is a slip of the keyboard
@@ -65,7 +65,7 @@ PathOrEmpty = Annotated[str, AfterValidator(lambda text: text and _path(text))]
 
 
 def source_of(*kinds: str) -> AfterValidator:
-    """A check that a setting is a source (`nspo.sources`) of one of these kinds."""
+    """A check that a setting is a source (`nspo.files.sources`) of one of these kinds."""
 
     def check(text: str) -> str:
         try:

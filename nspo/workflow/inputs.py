@@ -8,10 +8,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from nspo.files.sources import Source, repository_name, wheel_folder
 from nspo.settings.config import Config
 from nspo.settings.judges import AnyJudge
 from nspo.settings.types import path_fault
-from nspo.sources import Source, repository_name, wheel_folder
 
 ELSEWHERE = "hub:ORG/NAME@REVISION, or what a storage plugin of Snakemake fetches"
 PLUGINS = "expected an installed plugin for it, such as `pip install snakemake-storage-plugin-s3` or -http"

@@ -18,10 +18,10 @@ from nspo.data.stage import prepare_labels, prepare_prompts
 from nspo.data.tables import Prompts, load_labels
 from nspo.errors import UserError
 from nspo.files.manifest import make_manifest, read_json
+from nspo.files.sources import Source
 from nspo.files.tensors import read_tensor_manifest, save_tensors
 from nspo.settings.data import LabelSettings, PromptSettings
 from nspo.settings.reading import validate
-from nspo.sources import Source
 
 ROWS = "".join(json.dumps({"prompt": f"prompt {i}", "response": "r", "grade": 0.5}) + "\n" for i in range(20))
 

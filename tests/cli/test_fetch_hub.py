@@ -9,8 +9,8 @@ import pytest
 from nspo.cli.main import main
 from nspo.data import readers
 from nspo.evaluation.benchmarks import loading
+from nspo.files.sources import Source
 from nspo.models import loading as models
-from nspo.sources import Source
 
 
 @pytest.mark.parametrize(

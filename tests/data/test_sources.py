@@ -13,7 +13,7 @@ from nspo.data import wheels
 from nspo.data.readers import read_rows
 from nspo.data.wheels import fetch_wheel, resolve
 from nspo.errors import UserError
-from nspo.sources import Source, wheel_folder
+from nspo.files.sources import Source, wheel_folder
 
 
 @pytest.mark.parametrize(

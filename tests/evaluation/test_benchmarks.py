@@ -21,8 +21,8 @@ from nspo.errors import UserError
 from nspo.evaluation.benchmarks.loading import load, locate, stratified
 from nspo.evaluation.benchmarks.registry import TASKS
 from nspo.evaluation.benchmarks.stage import COLUMNS, benchmark_scores
+from nspo.files.sources import Source
 from nspo.settings.evaluation import BenchmarkSettings
-from nspo.sources import Source
 
 # A file as each benchmark publishes it, and of its first prompt: how it is worded, its category, its role.
 

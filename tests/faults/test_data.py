@@ -12,10 +12,10 @@ from nspo.data.labels import read_set
 from nspo.data.readers import read_file, read_rows
 from nspo.data.stage import prepare_prompts
 from nspo.errors import UserError
+from nspo.files.sources import Source
 from nspo.files.tables import read_table, write_table
 from nspo.judges.replies import described, unreadable
 from nspo.settings.data import DataSet, GradedSet, PromptSettings
-from nspo.sources import Source
 
 LABEL = {"objective": "How?", "assistant_response": "So.", "human_score": "1"}
 

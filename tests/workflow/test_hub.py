@@ -10,8 +10,8 @@ import pytest
 import yaml
 from support.workflow_project import copy_project, snakemake
 
+from nspo.files.sources import Source, repository_name, repository_of
 from nspo.run.workflow_lock import PARENT, this_process
-from nspo.sources import Source, repository_name, repository_of
 
 pytestmark = pytest.mark.workflow
 

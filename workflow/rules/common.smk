@@ -41,7 +41,7 @@ from nspo.settings.evaluation import AnsweringSettings, BenchmarkSettings
 from nspo.settings.judges import JudgeSettings
 from nspo.settings.policy.methods import MethodSettings
 from nspo.settings.policy.section import PairSettings, RolloutSettings, TrainingSettings
-from nspo.sources import repository_of, wheel_folder
+from nspo.files.sources import repository_of, wheel_folder
 from nspo.workflow import inputs, launch
 from nspo.workflow.configuration import settings_of
 from nspo.workflow.copied import warn_if_copied

@@ -12,7 +12,7 @@ from snakemake.iocontainers import Wildcards
 from nspo.evaluation.benchmarks.loading import locate
 from nspo.evaluation.benchmarks.registry import TASKS
 from nspo.settings.policy.losses import WDOOR
-from nspo.sources import Source, repository_name
+from nspo.files.sources import Source, repository_name
 from nspo.workflow import inputs
 from nspo.workflow.whole import lacking
 

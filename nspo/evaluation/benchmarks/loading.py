@@ -17,8 +17,8 @@ from nspo.errors import UserError
 from nspo.evaluation.benchmarks.formats import FORMATS, MBPP_TEST, ROLES, first
 from nspo.evaluation.benchmarks.registry import TASKS, Task
 from nspo.files.manifest import dumps, fingerprint
+from nspo.files.sources import Source
 from nspo.settings.evaluation import BenchmarkSettings
-from nspo.sources import Source
 
 
 class Benchmark(NamedTuple):

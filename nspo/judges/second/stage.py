@@ -26,6 +26,7 @@ from nspo.data.tables import load_labels
 from nspo.errors import UserError
 from nspo.files.atomic import atomic_path
 from nspo.files.manifest import MANIFEST_NAME, fingerprint_files, fingerprint_model, make_manifest, write_json
+from nspo.files.sources import Source
 from nspo.files.tensors import save_tensors
 from nspo.judges.refusal import is_refusal
 from nspo.judges.second.encoder import Encoder
@@ -35,7 +36,6 @@ from nspo.run.devices import device_of
 from nspo.run.progress import say
 from nspo.settings.judges import SecondJudgeSettings
 from nspo.settings.runtime import RuntimeSettings
-from nspo.sources import Source
 
 SHUFFLES = 3  # times that every answer is put beside the prompt of another
 Floats = NDArray[np.float64]
