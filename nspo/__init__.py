@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from nspo.constraint.adapter import null_space_adapter as null_space_adapter
     from nspo.constraint.adapter import verify_adapter as verify_adapter
     from nspo.constraint.callback import NullSpaceCallback as NullSpaceCallback
-    from nspo.constraint.constrain import Constraint as Constraint
     from nspo.constraint.constrain import constrain as constrain
     from nspo.constraint.constrain import freeze_uncovered as freeze_uncovered
+    from nspo.constraint.hooks import Constraint as Constraint
 
 _PLACES = {
-    "Constraint": "nspo.constraint.constrain:Constraint",
+    "Constraint": "nspo.constraint.hooks:Constraint",
     "NullSpaceBases": "nspo.bases.file:NullSpaceBases",
     "NullSpaceCallback": "nspo.constraint.callback:NullSpaceCallback",
     "constrain": "nspo.constraint.constrain:constrain",

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from transformers import Qwen2Config, Qwen2Model
 
 from nspo import NullSpaceBases, constrain
-from nspo.constraint.constrain import Mode, freeze_uncovered
+from nspo.constraint.constrain import freeze_uncovered
+from nspo.constraint.hooks import Mode
 from nspo.models.loading import load_model
 from nspo.models.structure.linears import find_weights, layer_norms
 from nspo.models.structure.sites import find_sites

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from nspo.bases.file import NullSpaceBases
-from nspo.constraint.constrain import VERIFY_TOLERANCE
+from nspo.constraint.hooks import VERIFY_TOLERANCE
 from nspo.errors import UserError
 from nspo.models.structure.linears import canonical_name, is_transposed, locate
 from nspo.nullspace.basis import SiteBasis

@@ -9,7 +9,8 @@ from transformers import TrainerCallback
 
 from nspo.bases.file import NullSpaceBases
 from nspo.constraint.anchors import copied_weights
-from nspo.constraint.constrain import Constraint, Mode, constrain, freeze_uncovered
+from nspo.constraint.constrain import constrain, freeze_uncovered
+from nspo.constraint.hooks import Constraint, Mode
 from nspo.run.progress import say
 
 

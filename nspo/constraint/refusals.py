@@ -106,7 +106,7 @@ def refuse_late_freeze(model: nn.Module, weights: Mapping[str, Weight], zero: An
         engine = "DDP" if replicas else "DeepSpeed"
         raise UserError(
             f"{len(trainable)} parameters outside the bases are trainable under {engine}, which cannot freeze them "
-            "now: call nspo.constraint.constrain.freeze_uncovered(model, bases) before wrapping, or pass "
+            "now: call nspo.freeze_uncovered(model, bases) before wrapping, or pass "
             "freeze_rest=False"
         )
 
