@@ -241,7 +241,8 @@ Written by `python performance/architectures.py --docs docs/models.md`.
 *Constrained* is the share of the weights of the blocks that may move in their null space, *frozen* the rest, which does
 not move; nothing trains without a basis. Shares are those of the tiny model, where norms, routers and convolutions
 weigh more than at full size. *Leakage* is ||dW Q|| / ||W Q|| of the worst layer on the saved weights: below 1e-6 it is
-rounding. *Other inputs*: text alone is protected, an answer about an image or a sound is not.
+rounding. *Other inputs* are what the model reads beside text. Only text is collected here, so they are unprotected;
+images can be protected too: [images.md](images.md).
 """
 TITLES = {
     "refused": "One line, before any training.",

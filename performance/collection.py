@@ -105,8 +105,8 @@ def setting(
 def bare(model: nn.Module, tokenizer: PreTrainedTokenizerBase, sequences: list[Answered]) -> None:
     """One pass over the batches of `forward`, without hooks."""
     device = next(model.parameters()).device
-    for _, ids, mask, _ in padded_batches(sequences, BATCH_TOKENS, int(tokenizer.pad_token_id or 0)):
-        model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)
+    for batch in padded_batches(sequences, BATCH_TOKENS, int(tokenizer.pad_token_id or 0)):
+        model(**{name: values.to(device) for name, values in batch.inputs.items()}, use_cache=False)
     if device.type == "cuda":
         torch.cuda.synchronize()
 
@@ -123,7 +123,7 @@ def gather(
     shutil.rmtree(folder, ignore_errors=True)
     storage = {site.name: form for site in sites}
     with PartWriter(folder, 0, "all", "basis", sites, storage, model.device) as writer:
-        forward(model, tokenizer, sequences, sites, writer.add, lambda _: None)
+        forward(model, padded_batches(sequences, BATCH_TOKENS, int(tokenizer.pad_token_id or 0)), sites, writer.add)
 
 
 def in_fresh_process(options: argparse.Namespace, form: str, multiple: int) -> dict[str, Any]:

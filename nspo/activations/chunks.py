@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from nspo.activations.store import BENIGN, HARMFUL
+from nspo.activations.store import BENIGN, HARMFUL, IMAGE
 from nspo.data.tables import Prompts
 from nspo.errors import UserError
 from nspo.files.manifest import fingerprint
@@ -37,6 +37,7 @@ class Chunk:
             takes prompts of the validation split.
         first: how many prompts of the same domain and split come before.
         prompts: token ids of every prompt.
+        images: the image file and the text of every prompt; empty where they are text alone.
         budget: the most tokens to keep; None keeps all.
         left_out: prompts of this domain and split that were too long, counted in its first chunk.
         data: fingerprint of ids and texts.
@@ -50,6 +51,7 @@ class Chunk:
     budget: int | None
     left_out: int
     data: str
+    images: tuple[tuple[Path, str], ...] = ()
 
     @property
     def name(self) -> str:
@@ -79,6 +81,21 @@ class Answered:
     kept: Tensor
 
 
+@dataclass(frozen=True)
+class Batch:
+    """What one forward pass reads.
+
+    Attributes:
+        sequences: its rows.
+        inputs: of the model: `input_ids` and `attention_mask` (B, T) int64, and what goes with images.
+        kept: (B, T) bool, which positions are kept.
+    """
+
+    sequences: tuple[Answered, ...]
+    inputs: dict[str, Tensor]
+    kept: Tensor
+
+
 def make_chunks(
     settings: ActivationSettings, prompts: Path, tokenizer: PreTrainedTokenizerBase, room: float = math.inf
 ) -> list[Chunk]:
@@ -92,7 +109,7 @@ def make_chunks(
     """
     table = Prompts(prompts)
     general = table.by_domain("general", "train")
-    if reserved := {HARMFUL, BENIGN} & general.keys():
+    if reserved := {HARMFUL, BENIGN, IMAGE} & general.keys():
         raise UserError(f"data.general: the domain name {min(reserved)!r} is reserved: rename the domain")
     wanted: list[tuple[str, str, str | None, int]]
     wanted = [(domain, "general", domain, settings.samples) for domain in general]
@@ -103,13 +120,13 @@ def make_chunks(
             if count:
                 rows = table.of(role, source, domain)
                 kept, left_out = _fitting(f"{name} ({split})", rows, count, prompt_limit(settings, room), tokenizer)
-                chunks += _divide(len(chunks), name, split, kept, left_out, settings.tokens_per_domain)
+                chunks += divide(len(chunks), name, split, kept, left_out, settings.tokens_per_domain)
     return chunks
 
 
-def prompt_limit(settings: ActivationSettings, room: float) -> tuple[float, str]:
-    """The most tokens of a prompt, and what says so, with what to change."""
-    if settings.max_prompt_tokens <= room:
+def prompt_limit(settings: ActivationSettings, room: float, images: bool = False) -> tuple[float, str]:
+    """The most tokens of a prompt, and what says so, with what to change; images fill as many as the model has."""
+    if settings.max_prompt_tokens <= room and not images:
         return settings.max_prompt_tokens, f"activations.max_prompt_tokens ({settings.max_prompt_tokens}): raise it"
     return room, (
         f"the {room:g} positions of the model that an answer leaves: lower activations.max_new_tokens "
@@ -136,7 +153,7 @@ def _fitting(
     return kept, left_out
 
 
-def _divide(
+def divide(
     index: int,
     domain: str,
     split: str,
@@ -144,7 +161,7 @@ def _divide(
     left_out: int,
     tokens: int,
 ) -> list[Chunk]:
-    """Equal shares of the prompts, each with its share of `tokens` (0: all)."""
+    """Chunks, from place `index` on, of equal shares of the prompts, each with its share of `tokens` (0: all)."""
     count = min(CHUNKS, -(-len(rows) // CHUNK))
     bounds = [len(rows) * i // count for i in range(count + 1)]
     chunks: list[Chunk] = []
@@ -183,19 +200,18 @@ def batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
     return result
 
 
-def padded_batches(
-    sequences: Sequence[Answered], budget: int, pad_id: int
-) -> Iterator[tuple[list[Answered], Tensor, Tensor, Tensor]]:
-    """The sequences in batches (see `batches`): which they are, ids and mask (B, T) int64, kept positions (B, T) bool.
+def padded_batches(sequences: Sequence[Answered], budget: int, pad_id: int) -> Iterator[Batch]:
+    """The sequences in batches (see `batches`).
 
     Padded on the right: in a causal model no real token sees it, and positions count from 0 by themselves.
     """
     for places in batches([len(sequence.ids) for sequence in sequences], budget):
-        batch = [sequences[place] for place in places]
+        batch = tuple(sequences[place] for place in places)
         ids = [torch.tensor(sequence.ids) for sequence in batch]
         mask = [torch.ones_like(row) for row in ids]
         kept = [sequence.kept for sequence in batch]
-        yield batch, _padded(ids, pad_id), _padded(mask, 0), _padded(kept, False)
+        inputs = {"input_ids": _padded(ids, pad_id), "attention_mask": _padded(mask, 0)}
+        yield Batch(batch, inputs, _padded(kept, False))
 
 
 def _padded(rows: list[Tensor], value: float) -> Tensor:

@@ -21,7 +21,7 @@ import errno
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -29,13 +29,14 @@ from accelerate import PartialState
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from nspo.activations.chunks import Answered, Chunk, kept_positions, make_chunks, padded_batches, prompt_limit
+from nspo.activations.chunks import Answered, Batch, Chunk, kept_positions, make_chunks, padded_batches, prompt_limit
+from nspo.activations.images import ImageReader, image_chunks
 from nspo.activations.store import ActivationStore, PartWriter
 from nspo.errors import UserError
 from nspo.files.atomic import atomic_path
 from nspo.files.manifest import MANIFEST_NAME, fingerprint, make_manifest, read_json, write_json
 from nspo.models.generation import generate
-from nspo.models.loading import load_model, load_tokenizer, model_identity
+from nspo.models.loading import load_config, load_model, load_tokenizer, model_identity
 from nspo.models.structure.coverage import blocks_of
 from nspo.models.structure.linears import layer_norms
 from nspo.models.structure.positions import prompt_room
@@ -59,12 +60,14 @@ def collect(settings: ActivationSettings, model: Path, prompts: Path, out: Path,
 
     Basis inputs are the first `samples` prompts of split `train` of every general domain, `harmful_samples` and
     `benign_samples` of the harmful and benign training prompts; validation inputs are half as many from the split
-    `validation`, so that the prompts of the final evaluation are never seen here.
+    `validation`, so that the prompts of the final evaluation are never seen here. With `images` set, prompts with an
+    image are one more domain (`nspo.activations.images`).
 
     Under `accelerate launch` every process takes its share of the chunks, and the main one completes the store.
 
     Raises:
-        UserError: a layer pattern that matches nothing, no prompts that fit, NaN or Inf in an input, or a full disk.
+        UserError: a layer pattern that matches nothing, no prompts that fit, images that the model cannot read, NaN or
+            Inf in an input, or a full disk.
     """
     with processes_of(runtime.device, "runtime.processes") as processes:
         try:
@@ -84,10 +87,15 @@ def _collect(
     runtime: RuntimeSettings,
     processes: PartialState,
 ) -> None:
-    tokenizer = load_tokenizer(model)
-    network = load_model(model, own_device(processes, runtime.device))
-    room = prompt_room(network.config, settings.max_new_tokens, "activations.max_new_tokens")
+    tokenizer, config = load_tokenizer(model), load_config(model, f"{model}")
+    room = prompt_room(config, settings.max_new_tokens, "activations.max_new_tokens")
+    reader = ImageReader(model, config, tokenizer) if settings.images else None
     chunks = make_chunks(settings, prompts, tokenizer, room)
+    if reader:
+        chunks += image_chunks(settings, reader, len(chunks), room)
+    network = load_model(model, own_device(processes, runtime.device))
+    if reader:
+        reader.try_out(network, chunks[-1])
     sites = find_sites(network, settings.layers)
     norms = layer_norms(network, [layer for site in sites for layer in site.layers])
     if empty := [layer for layer, norm in norms.items() if norm == 0]:
@@ -128,7 +136,7 @@ def _collect(
         for chunk in share:
             if not finished[chunk.index].is_file():
                 bar.set_postfix_str(chunk.name)
-                tokens = _collect_chunk(chunk, settings, network, tokenizer, groups, storage, store)
+                tokens = _collect_chunk(chunk, settings, network, tokenizer, reader, groups, storage, store)
                 counts = {"prompts": len(chunk.prompts), "left_out": chunk.left_out, "tokens": tokens}
                 write_json(finished[chunk.index], {"domain": chunk.domain, "split": chunk.split, **counts})
                 bar.update(len(chunk.prompts))
@@ -137,7 +145,7 @@ def _collect(
         time.sleep(POLL_SECONDS)
     processes.wait_for_everyone()  # so that the work folder goes away when nobody looks at it any more
     if processes.is_main_process:
-        blocks = blocks_of(network, norms)
+        blocks = blocks_of(network, norms, {chunk.domain for chunk in chunks})
         parts = [read_json(path) for path in finished]
         facts = {"parts": parts, "layer_norms": norms, "blocks": blocks}
         write_json(store / MANIFEST_NAME, make_manifest("activations", **identity, **facts))
@@ -172,7 +180,7 @@ def _announce(
     """Say what a user should know before the long work starts."""
     for chunk in chunks:
         if chunk.left_out:
-            limit = prompt_limit(settings, room)[1].partition(": ")[0]
+            limit = prompt_limit(settings, room, bool(chunk.images))[1].partition(": ")[0]
             say(f"activations: {chunk.name}: {chunk.left_out} prompts longer than {limit} left out")
     if settings.storage == "auto" and size > settings.disk_budget_gb * 1e9:
         say(f"activations: about {size / 1e9:.1f} GB, more than disk_budget_gb {settings.disk_budget_gb:g}")
@@ -245,6 +253,7 @@ def _collect_chunk(
     settings: ActivationSettings,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
+    reader: ImageReader | None,
     groups: Sequence[Sequence[Site]],
     storage: Mapping[str, str],
     store: Path,
@@ -252,8 +261,12 @@ def _collect_chunk(
     """Write one chunk's file of every site, a group of sites after the other; returns its number of kept tokens."""
     ids = list(chunk.prompts)
     if settings.max_new_tokens:
-        size = settings.max_new_tokens, GENERATION_BATCH
-        for i, answer in generate(model, tokenizer, chunk.prompts, *size, f"answers {chunk.name}"):
+        size, named = settings.max_new_tokens, f"answers {chunk.name}"
+        if reader and chunk.images:
+            answers = reader.answers(model, chunk, size, named)
+        else:
+            answers = generate(model, tokenizer, chunk.prompts, size, GENERATION_BATCH, named)
+        for i, answer in answers:
             ids[i] += tuple(answer)
     if max(map(len, ids)) <= settings.drop_first:
         raise UserError(f"activations.drop_first ({settings.drop_first}) leaves no token of {chunk.name}: lower it")
@@ -264,26 +277,30 @@ def _collect_chunk(
     ]
     for group in groups:
         with PartWriter(store, chunk.index, chunk.domain, chunk.split, group, storage, model.device) as writer:
-            forward(model, tokenizer, sequences, group, writer.add)
+            if reader and chunk.images:
+                batches = reader.batches(chunk, sequences)
+            else:
+                batches = padded_batches(sequences, BATCH_TOKENS, int(tokenizer.pad_token_id or 0))
+            forward(model, batches, group, writer.add)
     return sum(int(sequence.kept.sum()) for sequence in sequences)
 
 
 @torch.inference_mode()
 def forward(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    sequences: Sequence[Answered],
+    batches: Iterable[Batch],
     sites: Sequence[Site],
     receive: Callable[[Site, Tensor, dict[str, Tensor]], None],
 ) -> None:
-    """Run the model over all sequences; `receive` gets each site's kept rows (n, d) float32 and what they stand for."""
-    for batch, ids, mask, kept in padded_batches(sequences, BATCH_TOKENS, int(tokenizer.pad_token_id or 0)):
-        row, position = kept.nonzero(as_tuple=True)
+    """Run the model over all batches; `receive` gets each site's kept rows (n, d) float32 and what they stand for."""
+    for batch in batches:
+        ids = batch.inputs["input_ids"]
+        row, position = batch.kept.nonzero(as_tuple=True)
         about = {
-            "sample": torch.tensor([sequence.sample for sequence in batch])[row],
+            "sample": torch.tensor([sequence.sample for sequence in batch.sequences])[row],
             "position": position,
             "token": ids[row, position],
-            "is_answer": position >= torch.tensor([sequence.prompt_length for sequence in batch])[row],
+            "is_answer": position >= torch.tensor([sequence.prompt_length for sequence in batch.sequences])[row],
         }
         select = (row * ids.shape[1] + position).to(model.device)
         kept_at = torch.full((ids.numel(),), -1, device=model.device)  # of every token: its place among the kept ones
@@ -309,7 +326,7 @@ def forward(
             receive(site, rows, of)
 
         with watch(model, sites, keep):
-            model.base_model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False)
+            model.base_model(**{key: value.to(model.device) for key, value in batch.inputs.items()}, use_cache=False)
         _check_finite(sums)
 
 

@@ -31,7 +31,7 @@ from nspo.files.manifest import MANIFEST_NAME, check_manifest, read_json
 from nspo.models.structure.sites import Site
 from nspo.nullspace.moments import add_second_moment, mirror, unpack, upper_blocks
 
-HARMFUL, BENIGN = "harmful", "benign"  # the domains that do not come from general tasks
+HARMFUL, BENIGN, IMAGE = "harmful", "benign", "image"  # the domains that do not come from general tasks
 QUEUE = 8  # tables of raw rows that wait for the thread that writes them
 READ_VALUES = 2**22  # values read at a time
 LABEL = pa.dictionary(pa.int8(), pa.string())

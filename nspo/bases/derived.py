@@ -14,6 +14,7 @@ from torch import Tensor
 from nspo.bases.file import NullSpaceBases
 from nspo.errors import UserError
 from nspo.files.manifest import check_made_with
+from nspo.models.structure.coverage import narrowed
 from nspo.nullspace.basis import SiteBasis
 from nspo.nullspace.spectra import symmetric_eigh
 
@@ -87,13 +88,17 @@ def merge(several: Sequence[NullSpaceBases]) -> NullSpaceBases:
             stacklevel=2,
         )
     identities = [_identity(bases) for bases in several]
-    for identity in identities:
-        identity.pop("blocks", None)  # of the model, the same for all
+    every = [blocks for identity in identities if (blocks := identity.pop("blocks", None))]
+    protected = {kind for blocks in every for kind in blocks.get("protected_inputs", ())}
     models = [identity.pop("model", {}) for identity in identities]
     shared = {key: value for key, value in models[0].items() if all(model.get(key) == value for model in models)}
     parts = [part for identity in identities for part in identity.get("merged", [identity])]
     return NullSpaceBases(
-        sites, first.manifest["layer_norms"], model=shared, blocks=first.manifest.get("blocks"), merged=parts
+        sites,
+        first.manifest["layer_norms"],
+        model=shared,
+        blocks=narrowed(every[0], protected) if every else None,  # of the model, the same for all but the inputs
+        merged=parts,
     )
 
 

@@ -24,7 +24,7 @@ from nspo.activations.store import HARMFUL, ActivationStore
 from nspo.bases.file import NullSpaceBases
 from nspo.errors import UserError
 from nspo.files.manifest import check_made_with, fingerprint, make_manifest
-from nspo.models.structure.coverage import coverage_of, in_words
+from nspo.models.structure.coverage import coverage_of, in_words, narrowed
 from nspo.models.structure.sites import Site
 from nspo.nullspace.basis import Kind, SiteBasis
 from nspo.nullspace.spectra import (
@@ -96,7 +96,8 @@ def compute_bases(
             f"{TOKENS_PER_DIRECTION} tokens per direction and stay frozen ({names}{', ...' * (len(idle) > 3)}; "
             "`nspo bases info` names all)"
         )
-    facts = {"domains": _domains(store), "blocks": store.manifest.get("blocks")}
+    blocks = store.manifest.get("blocks")
+    facts = {"domains": _domains(store), "blocks": blocks and narrowed(blocks, _counted(store, settings, "basis"))}
     bases = NullSpaceBases([ready[site.name] for site in wanted], norms, **identity, **facts)
     if part is None:
         bases.check_free()

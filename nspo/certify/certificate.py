@@ -34,7 +34,7 @@ from nspo.errors import UserError
 from nspo.files.journal import JsonLines
 from nspo.files.manifest import check_made_with, fingerprint, make_manifest
 from nspo.models.loading import load_config, model_identity
-from nspo.models.structure.coverage import block_weights, coverage
+from nspo.models.structure.coverage import block_weights, coverage, inputs_beside_text
 from nspo.nullspace.basis import SiteBasis
 from nspo.nullspace.moments import add_second_moment
 from nspo.nullspace.projection import protected_part
@@ -135,6 +135,7 @@ def verify(
                 bar.update(1)
     moving = sum(place.size for layer, place in places.items() if bases.for_layer(layer).null_dim)
     covered = coverage(block_weights(pair.sizes(), places), moving, unconstrained)
+    protected = (bases.manifest.get("blocks") or {}).get("protected_inputs", ())
     kept.remove()
     return make_manifest(
         "certificate",
@@ -144,7 +145,7 @@ def verify(
         never_loaded=pair.ignored,
         layers=layers,
         unconstrained=unconstrained,
-        coverage={**covered, "unprotected_inputs": pair.unprotected_inputs()},
+        coverage={**covered, **inputs_beside_text(pair.other_inputs(), protected)},
         summary=_summary(layers, unconstrained),
     )
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from nspo.errors import UserError
-from nspo.models.folders.classes import empty_model, model_class, unprotected_inputs
+from nspo.models.folders.classes import empty_model, model_class, other_inputs
 from nspo.models.folders.weights import Weights, open_weights
 from nspo.models.loading import load_config
 from nspo.models.structure.linears import Weight, locate
@@ -70,9 +70,9 @@ class CheckpointPair:
         """How many numbers each weight has."""
         return {name: math.prod(self._base.shape(name)) for name in self.names}
 
-    def unprotected_inputs(self) -> list[str]:
+    def other_inputs(self) -> list[str]:
         """Kinds of input beside text that the model reads."""
-        return unprotected_inputs(self._config)
+        return other_inputs(self._config)
 
     def slices(self, name: str, place: Weight | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """W and dW = W_tuned - W of a tensor, (n, ...) float32 each, a few rows at a time.

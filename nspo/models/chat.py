@@ -22,8 +22,8 @@ SYSTEM_TURN = (
 )
 
 
-def chat_text(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
-    """One user turn in the model's own chat format, ready for the assistant to answer.
+def chat_text(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, str]]) -> str:
+    """One user turn, as text or as transformers' list of parts, in the model's own chat format, ready for an answer.
 
     Raises:
         UserError: no chat template, or one that refuses such a chat.
@@ -33,7 +33,7 @@ def chat_text(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
             f"the tokenizer {tokenizer.name_or_path} has no chat template: give one as model.chat_template, a file or "
             "the Jinja text"
         )
-    turn = [{"role": "user", "content": prompt}]
+    turn: list[Any] = [{"role": "user", "content": prompt}]
     try:
         return str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
     except Exception as error:  # a chat template is a program of its own and may raise anything

@@ -1,6 +1,6 @@
 """Answers to tokenised prompts."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -107,27 +107,38 @@ def generate(
     Yields:
         (index into `prompts`, answer ids up to and including the first stop token), in order of prompt length.
     """
-    stops = stop_ids(model, tokenizer)
     for prompt in prompts:
         refuse_unknown(prompt, tokenizer, model.config, description)
-    generator: Any = model  # the type PreTrainedModel does not declare generate
     with track(description, len(prompts), "prompt") as bar:
         for batch in batches(list(map(len, prompts)), batch_size):
             ids, mask = pad_left([prompts[i] for i in batch], tokenizer.pad_token_id, model.device)
-            given, model.generation_config = model.generation_config, plain_generation(model)
-            try:
-                output = generator.generate(
-                    input_ids=ids,
-                    attention_mask=mask,
-                    max_new_tokens=max_new_tokens,
-                    do_sample=temperature > 0,
-                    temperature=temperature or None,
-                    top_k=0 if temperature > 0 else None,
-                    eos_token_id=stops,
-                    pad_token_id=tokenizer.pad_token_id,
-                )
-            finally:
-                model.generation_config = given
-            for index, row in zip(batch, output[:, ids.shape[1] :].tolist(), strict=True):
-                yield index, ended(row, stops)
+            inputs = {"input_ids": ids, "attention_mask": mask}
+            yield from zip(batch, answers(model, tokenizer, inputs, max_new_tokens, temperature), strict=True)
             bar.update(len(batch))
+
+
+@torch.no_grad()
+def answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    inputs: Mapping[str, Tensor],
+    max_new_tokens: int,
+    temperature: float = 0.0,
+) -> list[list[int]]:
+    """The answer to every row of one batch of inputs, `input_ids` (B, T) among them, as `generate` yields it."""
+    stops = stop_ids(model, tokenizer)
+    generator: Any = model  # the type PreTrainedModel does not declare generate
+    given, model.generation_config = model.generation_config, plain_generation(model)
+    try:
+        output = generator.generate(
+            **inputs,
+            max_new_tokens=max_new_tokens,
+            do_sample=temperature > 0,
+            temperature=temperature or None,
+            top_k=0 if temperature > 0 else None,
+            eos_token_id=stops,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    finally:
+        model.generation_config = given
+    return [ended(row, stops) for row in output[:, inputs["input_ids"].shape[1] :].tolist()]

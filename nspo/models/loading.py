@@ -25,6 +25,7 @@ from nspo.models.generation import plain_generation
 
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]  # no pickle, no code
 GENERATION = "generation_config.json"
+PROCESSOR = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 Spared = Callable[[PreTrainedModel, str], bool]
 HUB_COPIES = ["*/*", "consolidated*"]  # the same weights in forms that transformers does not read
 
@@ -234,15 +235,16 @@ def load_model(
 
 
 def save_model(model: PreTrainedModel, folder: Path, given: Path, **options: Any) -> None:
-    """Write a model, with what the folder `given` says of sampling as it is there.
+    """Write a model, with what the folder `given` says of sampling, and of images and sounds, as it is there.
 
     Args:
         options: of `save_pretrained`.
     """
     model.generation_config = plain_generation(model)
     model.save_pretrained(folder, **options)
-    if (given / GENERATION).is_file():
-        shutil.copyfile(given / GENERATION, folder / GENERATION)
+    for name in (GENERATION, *PROCESSOR):
+        if (given / name).is_file():
+            shutil.copyfile(given / name, folder / name)
 
 
 def model_identity(folder: Path | str) -> dict[str, Any]:

@@ -21,7 +21,12 @@ class ActivationSettings(Section):
         40,
         description="Harmless look-alike training prompts that join the protected inputs as a domain; 0: none.",
     )
-    max_prompt_tokens: Count = Field(256, description="Longer prompts are left out.")
+    images: Annotated[str, source_of("path")] | None = Field(
+        None,
+        description="Folder of images with a metadata.jsonl of rows `file_name` and `prompt`, so that a multimodal "
+        "model's image inputs are protected too, as the domain `image`; docs/models.md. null: text alone.",
+    )
+    max_prompt_tokens: Count = Field(256, description="Longer prompts are left out; an image counts for nothing.")
     max_new_tokens: Whole = Field(48, description="Tokens of the model's own greedy answer; 0 collects prompts only.")
     drop_first: Whole = Field(1, description="Leading positions left out: the first token is an attention sink.")
     tokens_per_domain: Whole = Field(

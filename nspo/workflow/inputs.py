@@ -101,6 +101,14 @@ def encoder_source(settings: Config) -> Sources:
     return {"encoder": [Source.parse(encoder)]} if encoder else {}
 
 
+def image_source(settings: Config) -> Sources:
+    """The folder of images to collect inputs over, and all folders in it; none where there is none."""
+    if (images := settings.activations.images) is None:
+        return {}
+    inside = sorted(str(path) for path in Path(images).rglob("*") if path.is_dir())
+    return {"images": [Source.parse(path) for path in (images, *inside)]}
+
+
 def bases_source(source: Source) -> Sources:
     """Where `bases.precomputed` is, which must be one file.
 

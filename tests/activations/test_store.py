@@ -56,7 +56,7 @@ def test_number_of_chunks_is_bounded():
     """Each chunk stores moments of its own, so a large domain has larger chunks, not more; budgets add up."""
     for prompts, expected in ((1, 1), (64, 1), (65, 2), (512, 8), (100_000, 8)):
         rows = [({"id": str(n), "prompt": ""}, (1, 2)) for n in range(prompts)]
-        chunks = sequences._divide(5, "maths", "basis", rows, 3, 1000)
+        chunks = sequences.divide(5, "maths", "basis", rows, 3, 1000)
         assert [chunk.index for chunk in chunks] == list(range(5, 5 + expected))
         assert sum(len(chunk.prompts) for chunk in chunks) == prompts
         assert sum(chunk.budget for chunk in chunks) == 1000

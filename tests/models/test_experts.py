@@ -147,7 +147,7 @@ def test_the_coverage_names_what_is_frozen_and_what_is_not_read():
     """Shares are of all weights of the blocks; routers and norms are named, and towers that read images."""
     model = mixture("Qwen3Moe")
     sites = find_sites(model)
-    found = blocks_of(model, [layer for site in sites for layer in site.layers])
+    found = blocks_of(model, [layer for site in sites for layer in site.layers], ())
     inside = {name: p.numel() for name, p in model.named_parameters() if ".layers." in name}
     assert found["weights"] == sum(inside.values())
     assert found["frozen"]["mlp.gate.weight"] == sum(n for name, n in inside.items() if name.endswith("gate.weight"))

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from nspo.certify.checkpoints import CheckpointPair
 from nspo.errors import UserError
-from nspo.models.folders.classes import model_class, unprotected_inputs
+from nspo.models.folders.classes import model_class, other_inputs
 from nspo.models.folders.weights import open_weights, saved_as_in_memory
 from nspo.models.loading import load_config, load_model
 from tests.support.families import CONFIGS, tiny_config, tiny_family
@@ -90,12 +90,12 @@ def test_the_class_is_the_one_that_saves_the_folder_whole(tmp_path: Path) -> Non
     config = tiny_config("qwen3_5")
     config.architectures = ["Qwen3_5ForConditionalGeneration"]
     assert model_class(config).__name__ == "Qwen3_5ForConditionalGeneration"
-    assert unprotected_inputs(config) == ["image"]
+    assert other_inputs(config) == ["image"]
     for named in (None, [], ["NobodyKnowsThis"], ["LlamaForSequenceClassification"]):
         text = tiny_config("llama")
         text.architectures = named
         assert model_class(text).__name__ == "LlamaForCausalLM"
-        assert unprotected_inputs(text) == []
+        assert other_inputs(text) == []
     refused = (("t5", "encoder-decoder"), ("vit", "no causal language"), ("blip-2", "cannot read text without pixel_v"))
     for kind, message in refused:
         (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))

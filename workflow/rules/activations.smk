@@ -2,6 +2,7 @@ rule collect_activations:
     input:
         model=made(rules.prepare_model.output.model),
         prompts=made(rules.prepare_prompts.output.prompts),
+        images=source_files("activations", inputs.image_source),
         again=made_again("collect_activations", "activations"),
     output:
         activations=directory("<home>/activations"),

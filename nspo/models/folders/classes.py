@@ -61,6 +61,6 @@ def empty_model(config: Any, cls: type[PreTrainedModel] | None = None) -> PreTra
         return (cls or model_class(config))(config)
 
 
-def unprotected_inputs(config: Any) -> list[str]:
-    """The inputs beside text that a model with this configuration reads: no basis is collected over them."""
+def other_inputs(config: Any) -> list[str]:
+    """The kinds of input beside text that a model with this configuration reads."""
     return [kind for key, kind in OTHER_INPUTS.items() if getattr(config, key, None) is not None]

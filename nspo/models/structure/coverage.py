@@ -45,14 +45,18 @@ def coverage_line(found: Mapping[str, Any]) -> str:
     )
 
 
-def blocks_of(model: "PreTrainedModel", layers: Iterable[str]) -> dict[str, Any]:
+def blocks_of(model: "PreTrainedModel", layers: Iterable[str], collected: Collection[str]) -> dict[str, Any]:
     """What a manifest says of the blocks of a model that is to be constrained at `layers`.
+
+    Args:
+        collected: the domains whose inputs were collected.
 
     Returns:
         JSON-like: `weights`, how many the blocks have; `layers` {name: count}; `frozen` {kind of parameter: count},
-        those that no layer has, such as norms, routers and convolutions; `unprotected_inputs` beside text.
+        those that no layer has, such as norms, routers and convolutions; and of the kinds of input beside text that the
+        model reads, `protected_inputs` and `unprotected_inputs`.
     """
-    from nspo.models.folders.classes import unprotected_inputs  # here: a constraint needs no transformers
+    from nspo.models.folders.classes import other_inputs  # here: a constraint needs no transformers
 
     places = locate(model, layers)
     inside = block_weights({name: parameter.numel() for name, parameter in model.named_parameters()}, places)
@@ -64,15 +68,29 @@ def blocks_of(model: "PreTrainedModel", layers: Iterable[str]) -> dict[str, Any]
         "weights": sum(inside.values()),
         "layers": {layer: place.size for layer, place in places.items()},
         "frozen": rest,
-        "unprotected_inputs": unprotected_inputs(model.config),
+        **inputs_beside_text(other_inputs(model.config), collected),
     }
+
+
+def inputs_beside_text(kinds: Iterable[str], protected: Collection[str]) -> dict[str, list[str]]:
+    """Kinds of input that are `protected_inputs`, by a domain of their name, and `unprotected_inputs`."""
+    parts: dict[str, list[str]] = {"protected_inputs": [], "unprotected_inputs": []}
+    for kind in kinds:
+        parts["protected_inputs" if kind in protected else "unprotected_inputs"].append(kind)
+    return parts
+
+
+def narrowed(blocks: Mapping[str, Any], protected: Collection[str]) -> dict[str, Any]:
+    """The same blocks, of whose inputs beside text no others than those of `protected` are."""
+    kinds = [*blocks.get("protected_inputs", ()), *blocks["unprotected_inputs"]]
+    return {**blocks, **inputs_beside_text(kinds, protected)}
 
 
 def coverage_of(manifest: Mapping[str, Any]) -> dict[str, Any] | None:
     """The coverage that a bases file gives when all else is frozen; None of a file that does not record it.
 
     Beside the shares: `kinds`, frozen kinds of parameter, most first; `idle`, sites without a free direction;
-    `unprotected_inputs`.
+    `protected_inputs` and `unprotected_inputs` beside text.
     """
     blocks = manifest.get("blocks")
     if not blocks:
@@ -83,6 +101,7 @@ def coverage_of(manifest: Mapping[str, Any]) -> dict[str, Any] | None:
         **coverage({"": blocks["weights"]}, moving, ()),
         "kinds": sorted(blocks["frozen"], key=lambda kind: (-blocks["frozen"][kind], kind)),
         "idle": [site["site"] for site in sites if not site["null_dim"]],
+        "protected_inputs": blocks.get("protected_inputs", []),
         "unprotected_inputs": blocks["unprotected_inputs"],
     }
 
@@ -91,13 +110,15 @@ def in_words(found: Mapping[str, Any] | None) -> str:
     """`coverage_of` in a sentence, for people."""
     if found is None:
         return "not recorded"
-    idle, kinds, inputs = found["idle"], found["kinds"], found["unprotected_inputs"]
+    idle, kinds = found["idle"], found["kinds"]
     stuck = f"; {len(idle)} sites without a free direction ({_some(idle)})" if idle else ""
     frozen = f" (among them {_some(kinds)})" if kinds else ""
-    unseen = f"; {' and '.join(inputs)} inputs are unprotected, only text was collected" if inputs else ""
+    seen, unseen = (" and ".join(found[f"{which}_inputs"]) for which in ("protected", "unprotected"))
+    beside = f"; {seen} inputs are protected as text is" * bool(seen)
+    beside += f"; {unseen} inputs are unprotected, none were collected" * bool(unseen)
     return (
         f"{found['constrained']:.1%} of the {found['weights']} weights of the blocks constrained, "
-        f"{found['frozen']:.1%} frozen{frozen}{stuck}{unseen}"
+        f"{found['frozen']:.1%} frozen{frozen}{stuck}{beside}"
     )
 
 

@@ -39,8 +39,11 @@ def leakage(runs: Sequence[Run], figures: Figures) -> dict[str, Any]:
         if run.certificate
     ]
     coverage = [(run.certificate or {}).get("coverage") or {} for run in certified]
-    inputs = sorted({kind for covered in coverage for kind in covered.get("unprotected_inputs", ())})
-    return {"figures": found, "rows": rows, "unprotected_inputs": inputs}
+    inputs = {
+        name: sorted({kind for covered in coverage for kind in covered.get(name, ())})
+        for name in ("protected_inputs", "unprotected_inputs")
+    }
+    return {"figures": found, "rows": rows, **inputs}
 
 
 def draw(certificates: Sequence[tuple[str, str, Mapping[str, Any]]], column: str) -> Figure | None:
