@@ -6,8 +6,8 @@ and `validation` (certifies it). Prompts that an evaluation calls held-out are i
 end of an answer and the first `drop_first` positions are never kept.
 
 Products are summed in float32 within one batch, across batches in float64, and stored as float32 (see
-`nspo.activations.store`). Held are one batch, moments, and a short queue of rows,
-whatever the number of tokens; the Parquet writers of raw rows keep somewhat more as their files grow (`benchmarks/`).
+`nspo.activations.store`). Memory holds one batch, the moments and a short queue of rows, whatever the number of tokens;
+the Parquet writers of raw rows take somewhat more as their files grow (`performance/collection.py`).
 
 The work is cut into chunks (`nspo.activations.chunks`). An interrupted run resumes with the chunks that are not
 finished, and several processes share the chunks out; on the same hardware and software both give the bytes of one
@@ -52,7 +52,7 @@ GENERATION_BATCH = 32  # prompts
 BATCH_TOKENS = 2048  # tokens of one forward pass, padding included; also how many products float32 sums up
 ACCUMULATOR_BYTES = 4 * 2**30  # float64 moments held at once; sites beyond it take a further pass over the same tokens
 OPEN_FILES = 512  # sites of a pass, for a process may have 1024 files open; experts are the most of many sites
-POLL_SECONDS = 0.2  # between two looks whether the other processes have finished
+POLL_SECONDS = 0.2  # between checks whether the other processes have finished
 
 
 def collect(settings: ActivationSettings, model: Path, prompts: Path, out: Path, runtime: RuntimeSettings) -> None:
@@ -158,7 +158,7 @@ def _collect(
 
 
 def _bar(processes: PartialState) -> str:
-    """What the bar says; which process it is of, when there are several."""
+    """The text of the progress bar, with the number of the process when there are several."""
     several = processes.num_processes > 1
     return f"inputs, process {processes.process_index + 1} of {processes.num_processes}" if several else "inputs"
 
@@ -258,7 +258,7 @@ def _collect_chunk(
     storage: Mapping[str, str],
     store: Path,
 ) -> int:
-    """Write one chunk's file of every site, a group of sites after the other; returns its number of kept tokens."""
+    """Write one chunk's file for every site, one group of sites at a time; returns how many tokens were kept."""
     ids = list(chunk.prompts)
     if settings.max_new_tokens:
         size, named = settings.max_new_tokens, f"answers {chunk.name}"

@@ -1,4 +1,4 @@
-"""Bases for others: the card that says what a file is worth, and both on the hub.
+"""Publishing bases: the card that says what a file is worth, and both on the hub.
 
 A repository holds one file of bases and its card. Commands: `nspo bases push FILE --repo ORG/NAME --licence mit`,
 `nspo bases card FILE --repo ORG/NAME ...`, and `nspo bases fetch --source hub:ORG/NAME@REVISION --out FILE`.

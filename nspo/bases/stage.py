@@ -194,7 +194,7 @@ def _compute_site(store: ActivationStore, site: Site, settings: BasesSettings) -
 
 
 def frozen_basis(site: str, layers: Iterable[str], width: int, tokens: int) -> SiteBasis:
-    """The basis that leaves nothing free: of an expert whose few tokens say too little of what it would read."""
+    """The basis that leaves nothing free, for an expert that saw too few tokens to tell what it reads."""
     return SiteBasis(
         site=site,
         layers=tuple(layers),

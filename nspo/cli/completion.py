@@ -1,4 +1,4 @@
-"""What makes a shell complete `nspo`: a script, so that no Python starts at every key.
+"""The script that makes a shell complete `nspo`, so that no Python starts at every key.
 
 Command: `nspo completion bash`.
 """

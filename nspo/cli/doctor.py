@@ -39,7 +39,7 @@ class Artifact:
 
 
 class Results:
-    """A folder of results, and its parts that others were made with."""
+    """A folder of results, and those of its parts that other artifacts were made with."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -143,7 +143,7 @@ def _object(value: Any) -> Manifest:
 
 
 def _of_model(artifact: Artifact, here: Results) -> None:
-    """The base model that the artifact names is the one in these results."""
+    """Check that the base model which the artifact names is the one in these results."""
     made_with = artifact.manifest.get("base") or artifact.manifest.get("model") or {}
     if isinstance(artifact.manifest.get("model"), dict) and "base" in artifact.manifest["model"]:
         made_with = artifact.manifest["model"]["base"]
@@ -152,7 +152,7 @@ def _of_model(artifact: Artifact, here: Results) -> None:
 
 
 def _of_policy(artifact: Artifact, here: Results) -> None:
-    """What a certificate, an evaluation or an attribution is about is the policy in these results."""
+    """Check that a certificate, an evaluation or an attribution is about the policy in these results."""
     _of_model(artifact, here)
     manifest = artifact.manifest
     tuned = manifest.get("tuned") or manifest.get("policy")
@@ -164,7 +164,7 @@ def _of_policy(artifact: Artifact, here: Results) -> None:
 
 
 def _of_files(artifact: Artifact, here: Results) -> None:
-    """The files that the artifact names by fingerprint are those in these results."""
+    """Check that the files which the artifact names by fingerprint are those in these results."""
     manifest = artifact.manifest
     seed = manifest.get("seed")
     files = {
@@ -214,7 +214,7 @@ def _tensors(artifact: Artifact, here: Results) -> None:
 
 
 def _rows(artifact: Artifact, here: Results) -> None:
-    """Every page has its checksum, and there are as many rows as were written."""
+    """Check that every page matches its checksum, and that there are as many rows as were written."""
     rows = read_table(artifact.path)
     counted = artifact.manifest.get("rows", artifact.manifest.get("pairs") if kind_of(artifact) == "pairs" else None)
     if isinstance(counted, int) and counted != len(rows):
@@ -222,7 +222,7 @@ def _rows(artifact: Artifact, here: Results) -> None:
 
 
 def _store(artifact: Artifact, here: Results) -> None:
-    """Every file is there, and every second moment can be read to its end."""
+    """Check that every file is there, and that every second moment can be read to its end."""
     from nspo.activations.store import ActivationStore
 
     store = ActivationStore(artifact.path)
@@ -232,7 +232,7 @@ def _store(artifact: Artifact, here: Results) -> None:
 
 
 def _scores(artifact: Artifact, here: Results) -> None:
-    """The scores are those of the answers beside them; verdicts that failed are counted."""
+    """Check that the scores are those of the answers beside them; count the verdicts that failed."""
     from nspo.evaluation.benchmarks.stage import benchmark_scores
     from nspo.evaluation.scores import compute_scores
 
@@ -259,7 +259,7 @@ def _scores(artifact: Artifact, here: Results) -> None:
 
 
 def _leakage(artifact: Artifact, here: Results) -> None:
-    """The weights on disk leak what the certificate says."""
+    """Check that the weights on disk leak as much as the certificate says."""
     from nspo.certify.certificate import verify
 
     policy, base = here.policy(artifact.manifest), here.root / "model"

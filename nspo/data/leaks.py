@@ -1,4 +1,4 @@
-"""Leaks: which prompts are one, word for word or nearly so: of a benchmark and training, or within a run's own sets.
+"""Which prompts are the same, word for word or nearly: of a benchmark and of training, or within a run's own sets.
 
 Two texts are near duplicates when the sets of their word trigrams overlap by a given share (Jaccard), computed exactly
 for every pair by one sparse product, not estimated by hashing. Case, punctuation and spacing do not count.
@@ -36,7 +36,7 @@ def grams(text: str) -> set[tuple[str, ...]]:
 
 
 def overlaps(prompts: Sequence[str], training: Sequence[str]) -> list[Overlap]:
-    """For each prompt the most similar training prompt, the first of equals."""
+    """For each prompt the most similar training prompt, the first of those that are equally similar."""
     if not training:
         return [Overlap(0.0, -1)] * len(prompts)
     vocabulary: dict[tuple[str, ...], int] = {}
@@ -64,10 +64,10 @@ def apart(rows: Sequence[Row], training: Sequence[str]) -> tuple[list[Row], dict
 
 
 def families(prompts: Sequence[str]) -> list[int]:
-    """The family of each prompt, as the place of its first member: near duplicates, theirs, and so on.
+    """The family of each prompt: its near duplicates, theirs, and so on; given as the place of its first member.
 
     Two prompts made from one template are near duplicates too: numbers count as one number, and capitalised words
-    within a sentence as one name. Texts of fewer than 5 words are as they stand.
+    within a sentence as one name. Texts of fewer than 5 words are compared as they stand.
     """
     vocabulary: dict[tuple[str, ...], int] = {}
     ours = _matrix((grams(_template(text)) for text in prompts), vocabulary)

@@ -15,7 +15,7 @@ OPEN = 0.5  # share of the held-out prompts that a default run may ask
 
 
 def normal(prompt: str) -> str:
-    """What two prompts that count as one have in common: the words, whatever their case and the space between them."""
+    """A prompt without its case and spacing: prompts that are equal in this form count as one."""
     return " ".join(prompt.lower().split())
 
 
@@ -35,7 +35,7 @@ def split_of(place: float, heldout: float, second: float, name: str = "validatio
 def places(prompts: Sequence[str], families: Sequence[int], seed: int) -> list[tuple[float, bool]]:
     """For each prompt its family's place in the shuffle, and whether the family is sealed where it is held out.
 
-    Sealed is a family of which every member stands in the second half of the order in which held-out prompts are asked.
+    A family is sealed when every member stands in the second half of the order in which held-out prompts are asked.
     """
     name: dict[int, str] = {}
     opened: dict[int, bool] = {}

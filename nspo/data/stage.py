@@ -90,7 +90,7 @@ def _read(data: DataSet, role: str, domain: str, key: str, wheels_dir: Path) -> 
 
 
 def _split(sets: Mapping[str, list[dict[str, Any]]], only_heldout: Collection[str], settings: PromptSettings) -> None:
-    """Give every prompt the split of its family; sets for evaluation only lose what is like a prompt of training."""
+    """Give every prompt the split of its family; sets that only evaluate lose what is like a training prompt."""
     every = [(key, row) for key, rows in sets.items() for row in rows]
     families = leaks.families([row["prompt"] for _, row in every])
     shuffled = places([row["prompt"] for _, row in every], families, settings.seed)
@@ -119,7 +119,7 @@ def _sampled(rows: list[dict[str, Any]], data: DataSet, key: str, seed: int) -> 
 
 
 def _gold(raw: dict[str, Any], data: GoldSet, where: str) -> str:
-    """The right answer, as a check that nothing marks: it is weighed by its likelihood."""
+    """The right answer, in the form of a check that is never run: the evaluation takes its likelihood."""
     found = cell(raw, data.answer, where)
     first = text({data.answer: found[0] if isinstance(found, list) and found else found}, data.answer, where)
     return dumps({"type": "gold", "answer": first})

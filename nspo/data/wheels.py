@@ -96,7 +96,7 @@ def resolve(source: Source, wheels_dir: Path) -> Path:
 
 
 def _joined(parts: list[Path]) -> Path:
-    """The only part, one that is missing, or the file that the parts make, which is written beside the first once."""
+    """The file that the parts make, written once beside the first; or the only part; or one that is missing."""
     missing = [part for part in parts if not part.is_file()]
     if len(parts) == 1 or missing:
         return [*missing, *parts][0]

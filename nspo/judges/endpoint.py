@@ -83,7 +83,8 @@ class Endpoint:
         return run.found
 
     def adapt(self, asked: dict[str, Any], status: int, param: str | None, message: str) -> bool:
-        """Whether a refused request, `asked` in this manner, is worth asking in another, which is noted and told."""
+        """Whether a refused request, `asked` in this manner, is worth repeating in another, which is then kept and
+        reported."""
         if status not in (400, 422):
             return False
         for name, (mentioned, instead) in REFUSED.items():

@@ -33,11 +33,11 @@ Keep = Callable[[int, float], None]
 
 @dataclass
 class Failures:
-    """What a round of verdicts came to instead: of the judge's last call of `verdicts`.
+    """Why verdicts are missing from the judge's last call of `verdicts`.
 
     Attributes:
         requests: places in the round whose request failed, by cause.
-        refused: those of them that the endpoint itself turned down (4xx), so that asking again may be no use.
+        refused: those of them that the endpoint itself turned down (4xx); asking again may not help.
         replies: one line on replies that are no verdict; empty without any.
     """
 

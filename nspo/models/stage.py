@@ -99,7 +99,8 @@ def _from_folder(folder: Path, config: Any, named: str) -> PreTrainedModel:
 
 
 def _plain(model: PreTrainedModel) -> PreTrainedModel:
-    """The same weights in fp32, to be saved, without transformers' mark of a quantised model and its way of saving."""
+    """The same weights in fp32, without transformers' mark of a quantised model, which would change how they are
+    saved."""
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     plain = empty_model(model.config, type(model))
@@ -113,7 +114,7 @@ def _plain(model: PreTrainedModel) -> PreTrainedModel:
 def _write(
     read: Callable[[], PreTrainedModel], tokenizer: PreTrainedTokenizerBase, given: Path, folder: Path, named: str
 ) -> dict[str, str]:
-    """Save a model, which leaves memory, and its tokenizer; returns a digest of every weight.
+    """Save a model and its tokenizer, free the model's memory, and return a digest of every weight.
 
     Args:
         given: the folder whose generation settings are kept.
@@ -135,7 +136,7 @@ def _write(
 
 
 def _prove(again: PreTrainedModel, written: dict[str, str], named: str) -> None:
-    """Compare a model that was loaded again with what was meant, weight by weight and bit by bit.
+    """Compare a model that was loaded again with what was to be written, weight by weight and bit by bit.
 
     Raises:
         UserError: naming the first weight that is missing, is not fp32, or is another.
@@ -152,7 +153,7 @@ def _prove(again: PreTrainedModel, written: dict[str, str], named: str) -> None:
 
 @torch.inference_mode()
 def _check_speech(model: Any, tokenizer: PreTrainedTokenizerBase, named: str) -> None:
-    """Ask for one token, so that a configuration or weights of which nothing comes are found before all work.
+    """Ask for one token, so that a configuration or weights that yield nothing are found before any work.
 
     Raises:
         UserError: logits that are NaN, Inf or all alike.

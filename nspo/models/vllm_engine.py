@@ -5,7 +5,7 @@ another than that of transformers. Which of the two answered is therefore a sett
 matter of `runtime`, and a model is never compared with a base that the other one answered for.
 
 Prompts go in as token ids, so no special token is added a second time; the stop tokens are those of `generate`. The
-weights keep the number type that the stage loads them in: vLLM's own choice rounds fp32 to 16 bits, and with it away
+weights keep the number type that the stage loads them in: vLLM's own choice would round fp32 to 16 bits, and so lose
 what a small learning rate changed. vLLM makes its own batches, so `batch_size` is for transformers; answers come
 `CHUNK` prompts at a time, which is the most that an interruption loses.
 """

@@ -165,7 +165,8 @@ class _Plan:
         return Cost(f"train_policy {label}", seconds, self.training, each, disk, divides=True)
 
     def match(self, label: str) -> Cost:
-        """At every stop of the walk to equal safety answers to validation prompts, and drift; another model is left."""
+        """At every stop of the walk to equal safety answers to validation prompts, and drift; it leaves one more model
+        on disk."""
         settings, answering = self.config.matching, self.config.evaluation
         stops = 2 + len(settings.scales)  # the base model's, and the last, where the policy is tested
         prompts = settings.harmful_prompts + settings.benign_prompts

@@ -1,4 +1,4 @@
-"""What a study costs: every stage once for all variants whose settings agree up to there, as the workflow shares it.
+"""What a study costs: a stage counts once for all variants whose settings agree up to it, as in the workflow.
 
 The workflow asks its rules which settings shape a stage (nspo/workflow/homes.py). Here, where there are no rules, it is
 written down; a test compares the two key by key.
@@ -18,7 +18,7 @@ from nspo.settings.types import Section
 
 
 def shared(planned: Iterable[tuple[Config, list[Cost]]]) -> list[Cost]:
-    """The costs of variants, those that an earlier one pays left out."""
+    """The costs of variants, without what an earlier variant pays for already."""
     found: dict[str, Cost] = {}
     for config, costs in planned:
         shaped = _Shaped(config)

@@ -1,4 +1,4 @@
-"""Is a reward or cost model what people judged? Its held-out metrics, and labels whose sign is upside down.
+"""Does a reward or cost model say what people judged? Its held-out metrics, and refusing labels that are upside down.
 
 A sign that is wrong in the data trains every policy in the wrong direction, so such labels are refused: before any work
 where refusals are judged the worse answers, and after training where a set's held-out answers are ordered worse than
@@ -107,7 +107,7 @@ def heldout_metrics(scores: metrics.Floats, rows: Rows, judged: Judgements, leng
 
 
 def refuse_upside_down(found: dict[str, Any], target: Target) -> None:
-    """Refuse a model that tells the held-out judgements of a set worse than by chance, beyond what chance allows."""
+    """Refuse a model that orders the held-out judgements of a set worse than chance, by more than luck explains."""
     for name, kinds in found["by_set"].items():
         for kind, value in kinds.items():
             if value["n"] >= ENOUGH and value["high"] < 0.5:
@@ -140,7 +140,7 @@ def refuse_worse_refusals(rows: Rows, target: Target, settings: PreferenceSettin
 
 
 def refuse_one_class(path: Path, target: Target, split: str, judged: Judgements, settings: PreferenceSettings) -> None:
-    """A cost model needs answers of both kinds for its zero; a reward model those, or pairs."""
+    """Refuse labels of one kind alone: a cost model needs both for its zero; a reward model needs both, or pairs."""
     graded, positive = int((judged.signs != 0).sum()), int((judged.signs > 0).sum())
     if 0 < positive < graded or (target == "reward" and len(judged.pairs)):
         return

@@ -2,9 +2,9 @@
 
 Methods meet at matched validation safety (`nspo walk`), never at equal learning rate or step: projection shrinks the
 step, so a constrained run that merely moved less would otherwise look gentle. A method is compared with every
-unconstrained rival; the one in detail is the hardest to beat. Equality, and "no worse", are claimed only where
-one-sided tests against a margin that stands here show them (`nspo.evaluation.statistics.contrasts`); Holm's correction
-goes over the tests of "no worse" of one comparison.
+unconstrained rival; the page shows in detail the one that is hardest to beat. Equality, and "no worse", are claimed
+only where one-sided tests against a margin that stands here show them (`nspo.evaluation.statistics.contrasts`); Holm's
+correction goes over the tests of "no worse" of one comparison.
 """
 
 import math
@@ -39,7 +39,7 @@ class Measure:
     role: str
     drift: bool = False  # counted in the verdict: over-refusal and drift
     first_tokens: int | None = None  # mean over answer tokens, weighted; None: mean over prompts
-    judge: str | None = None  # of several judges of one score; None: the first
+    judge: str | None = None  # which, where several judges give the score; None: the first
 
     @property
     def margin(self) -> float | None:
@@ -213,7 +213,8 @@ def compare(
     Returns:
         `ours`, `theirs`, `seeds` (of the one with fewer), `rows` (measure, difference, reading, and `no_worse`: whether
         ours is shown to be no worse by the margin, after Holm), `equal_safety` and `safety_no_worse` (on every set and
-        by every judge), and `dominance`: who is both safer, likewise, and less drifted by KL per token, or `neither`.
+        by every judge), and `dominance`: which is both safer, in the same sense, and less drifted by KL per token, or
+        `neither`.
     """
     rows: list[dict[str, Any]] = []
     for measure in columns:

@@ -40,11 +40,11 @@ def devices() -> list[str]:
 def claim(count: int, names: Sequence[str], folder: Path, say: Callable[[str], None]) -> list[str]:
     """Wait for `count` free devices among `names` and claim them until this process has ended.
 
-    All or nothing: who waits holds no device, so no two jobs wait for each other. Of fewer devices than `count` all are
-    claimed, and what asked for more says so itself.
+    All or nothing: a job that waits holds no device, so no two jobs wait for each other. Where there are fewer devices
+    than `count`, all are claimed, and the command itself says what it lacks.
 
     Args:
-        folder: where the lock files lie, one a device, made where it is missing; of all users of the machine.
+        folder: of the lock files, one per device, shared by all users of the machine; made where it is missing.
         say: told once when there is something to wait for.
 
     Returns:

@@ -42,7 +42,7 @@ def processes_of(device: str, key: str) -> Iterator[PartialState]:
 
 
 def own_device(processes: PartialState, device: str) -> torch.device:
-    """Where this process computes: its own GPU when it has company, else what `device` says."""
+    """Where this process computes: its own GPU when there are several processes, else what `device` says."""
     return processes.device if processes.num_processes > 1 else device_of(device)
 
 

@@ -48,7 +48,7 @@ def track(description: str, total: int, unit: str, start: int = 0) -> Iterator["
 def say(message: str) -> None:
     """One plain line on standard error, above any bar."""
     if not _silent:
-        with suppress(BrokenPipeError):  # a signal to all has ended who reads the log; the work goes on
+        with suppress(BrokenPipeError):  # whoever read the log was ended by the same signal; the work goes on
             tqdm.write(message, file=sys.stderr)
 
 

@@ -2,7 +2,7 @@
 
 Snakemake locks the outputs of a run by files in `.snakemake/locks`. After `kill -9` or a power cut they stay, and
 Snakemake asks a person to look and to run `snakemake --unlock`. Here every run also holds a lock of the kernel's on
-`.snakemake/nspo.lock`, which ends with its process, whatever ended it. Who finds nobody holding it knows that
+`.snakemake/nspo.lock`, which ends with its process, whatever ended it. A run that finds nobody holding it knows that
 Snakemake's own files are left over, and removes them. On a cluster jobs may outlive the run that submitted them, so
 there the files stay, and so does Snakemake's question. No command: workflow/rules/common.smk and the stages use it.
 """

@@ -7,7 +7,7 @@ measured by running the model: the gain on those answers, and the KL from the ba
 grows with the square of a step, so KL / gain^2 compares steps of any length: lower is better. No policy is trained.
 
 A first step says nothing of later ones, where Adam's second moment is an average, nor of how far a space lets a policy
-go; of two candidates near each other train both.
+go; if two candidates are close, train with both.
 
 Command: `nspo screen --model results/model --activations results/activations ... --out results/screen`.
 """
@@ -131,7 +131,7 @@ def validation(settings: ScreenSettings, rollouts: RolloutSettings, prompts: Pro
 
 
 def spaces_of(settings: ScreenSettings, store: ActivationStore) -> dict[str, NullSpaceBases]:
-    """Bases by every rule, and random ones of the first rule's ranks, from one reading of the store a site."""
+    """Bases by every rule, and random ones with the first rule's ranks. The store is read once per site."""
     made: dict[str, list[Any]] = {name: [] for name in settings.rules}
     validation = [domain for domain in store.domains("validation") if domain != HARMFUL]
     with track("bases of the screen", len(store.sites), "site") as bar:

@@ -1,4 +1,4 @@
-"""Results that were copied without Snakemake's memory of them, which it would make again and remove first."""
+"""Results that were copied without Snakemake's records of them: it would remove them and make them again."""
 
 from base64 import urlsafe_b64encode
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Where the files of a job are in a study: in its home, which all variants share whose settings agree up to there.
+"""Where a job's files are in a study: in a home that is shared by all variants whose settings agree up to that job.
 
 A home is a hash of what shaped a job: of the parameters of its rule that Snakemake watches, as the job's settings give
 them, and of the homes of its inputs. Both are asked of the rule itself, so whatever would run a job again gives it

@@ -50,7 +50,7 @@ def repositories(sources: Sources) -> list[str]:
 
 
 def builtin_hash(section: str, sources: Sources) -> str:
-    """16 hex digits over the package's own data files that these sources name: a parameter, since they are no inputs.
+    """16 hex digits over the package's own data files that these sources name: for a parameter, as they are not inputs.
 
     Raises:
         SystemExit: naming the key whose file the package lacks.
@@ -71,7 +71,7 @@ def builtins() -> list[str]:
 
 
 def templates_hash(*packages: str) -> str:
-    """16 hex digits over the templates of these packages: a parameter, as the hash of their code is."""
+    """16 hex digits over the templates of these packages: for a parameter, like the hash of their code."""
     digest = hashlib.sha256()
     for package in packages:
         for path in sorted((files(package) / "templates").iterdir(), key=lambda path: path.name):

@@ -18,7 +18,7 @@ own below `out`:
 
 A model that refuses everything scores like one that lost its ability. What tells them apart: `refusal_rate` on ability
 prompts, `accuracy_answered` (over the prompts that were not refused, with its own n), multiple choice by likelihood,
-where nothing can be refused, and XSTest's contrast, which is 0 for who refuses everything.
+where nothing can be refused, and XSTest's contrast, which is 0 for a model that refuses everything.
 
 Answers stay in the working folder after the run, so another judge asks the model nothing again. A benchmark whose
 `metrics.json` is there and was made of the same parts is left as it is.

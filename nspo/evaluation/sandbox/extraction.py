@@ -74,7 +74,7 @@ def continuation(answer: str, prompt: str) -> str:
 
 
 def parsed(code: str) -> list[ast.stmt] | None:
-    """The statements of a program; None where it is none."""
+    """The statements of a program; None where the text is not one."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:

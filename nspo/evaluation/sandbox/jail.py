@@ -31,7 +31,7 @@ CAPABILITIES_V3 = 0x20080522
 X32 = 0x40000000  # calls of x86-64's second numbering
 KILL, REFUSE, ALLOW = 0x80000000, 0x00050000 | errno.EPERM, 0x7FFF0000
 
-# Refused is what the namespaces leave open and no limit counts: further processes and threads (with one process its
+# Refused are calls that namespaces leave open and no limit counts: further processes and threads (with one process its
 # limits are those of the whole), namespaces of its own, other processes' memory, memory that belongs to no process,
 # sockets (a network namespace does not hold those to a virtual machine's host), and the parts of the kernel with most
 # holes. Numbers on x86_64 and on aarch64.

@@ -108,7 +108,7 @@ def pooled_mean(values: Sequence[Sequence[float]], seed: int = 0, weights: Seque
 
     Seeds and prompts are resampled apart (a crossed bootstrap): answers to one prompt are alike, and so are the answers
     of one model, so they are no independent draws. With one seed nothing is known of others: see `bootstrap_mean`. Few
-    say little (of S seeds a bootstrap sees about (S - 1) / S of their variance): show each seed beside it.
+    seeds say little (a bootstrap of S sees about (S - 1) / S of their variance), so show each seed beside it.
 
     Args:
         values: one row per training seed, one column per prompt, in the same order.

@@ -1,4 +1,5 @@
-"""Is this folder, or GGUF file, a whole model? Asked before transformers is, which tells it late or not at all."""
+"""Is this folder or GGUF file a whole model? Checked before transformers loads it, which reports faults late or
+never."""
 
 from pathlib import Path
 
@@ -7,7 +8,7 @@ from nspo.files.manifest import INDEX, WEIGHTS, weight_map, weight_shards
 from nspo.models.folders.gguf_file import check_gguf
 
 POINTER = b"version https://git-lfs.github.com/spec/"
-FLOATS = {"F64", "F32", "BF16", "F16"}  # as safetensors spells what is a number as it stands
+FLOATS = {"F64", "F32", "BF16", "F16"}  # safetensors' names of dtypes whose values are the weights
 MODEL_FILES = {".safetensors", ".bin", ".gguf", ".json", ".jinja", ".model", ".txt"}
 
 

@@ -1,4 +1,4 @@
-"""GGUF files: are they whole, and read once where transformers would read them again and again."""
+"""GGUF files: whether they are whole, and how to parse them once where transformers would parse them repeatedly."""
 
 import functools
 import importlib

@@ -219,7 +219,7 @@ def sum_over_shards(value: Tensor, like: Tensor) -> Tensor:
 
 
 def _first_row(tensor: Tensor) -> int:
-    """Which of all rows is the first that this rank holds."""
+    """The index, among all rows, of the first that this rank holds."""
     if not isinstance(tensor, DTensor):
         return 0
     return compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)[1][0]

@@ -1,8 +1,8 @@
 """How long a text a model can read: prompts that leave no room for their answer are left out, counted and told.
 
-Beyond its positions a model with learned ones ends in an IndexError, and one with rotary ones answers without a word,
-out of the range that it was trained in. Whoever asks a model prompts asks here first, so that all models that are
-compared leave out the same ones.
+Beyond its last position a model with learned positions ends in an IndexError, and one with rotary positions answers
+without warning, outside the range that it was trained on. Every stage that asks a model prompts checks here first, so
+that all models that are compared leave out the same ones.
 """
 
 import math
@@ -69,7 +69,7 @@ def prompt_room(config: PreTrainedConfig, max_new_tokens: int, key: str) -> floa
 
 
 def check_room(base: PreTrainedConfig, tuned: PreTrainedConfig, named: str) -> None:
-    """Refuse a tuned model, called `named`, that can read less than its base, whose prompts it is to be asked.
+    """Refuse a tuned model, called `named`, that can read less than its base: both are asked the same prompts.
 
     Raises:
         UserError: with both numbers.

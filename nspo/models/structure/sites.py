@@ -3,8 +3,9 @@
 Layers that read the very same tensor (q, k and v; gate and up) share one second moment and one basis, so they form one
 site, whatever the architecture calls them. A site is named after its first listed layer, in the order of the model's
 modules. Experts share the site of what their block feeds them all, and each has one more for its own down projection.
-Routers have none: they stay frozen, because a router that moves sends general tokens to other experts. Nor have layers
-that do not read one vector per token, once: Mamba multiplies by the weight of its `dt_proj` and never calls it.
+Routers have none: they stay frozen, because a router that moves sends general tokens to other experts. Layers that do
+not read exactly one vector per token have none either: Mamba multiplies by the weight of its `dt_proj` and never calls
+it.
 """
 
 import math

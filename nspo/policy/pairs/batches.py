@@ -110,7 +110,7 @@ def _aligned(values: Sequence[Tensor], sides: Sequence[Side], fill: int) -> Tens
 
 @dataclass(frozen=True)
 class Collator:
-    """Makes a batch of B pairs: `encode` of the chosen answers, then the rejected ones, so of 2B, and
+    """Makes a batch of B pairs: what `encode` makes of their 2B answers, the chosen ones first, and
 
     base (2B, T - 1): log-probabilities of the base model; token_weights (B, T - 1), harmful, label, weight (B,).
     """

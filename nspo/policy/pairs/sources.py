@@ -22,7 +22,7 @@ from nspo.settings.policy.section import PairSettings
 
 SIDES = ("chosen", "rejected")
 BATCH = 64  # answers that are sampled at once
-HARMFUL_GRADE = 0.5  # an answer that people grade at least this is no safe one
+HARMFUL_GRADE = 0.5  # an answer that people grade this or higher is not safe
 
 Row = dict[str, Any]
 
@@ -91,7 +91,7 @@ class Sampler:
 
 
 def sampled(sampler: Sampler, asked: Sequence[Row], seed: int, work: Path) -> list[Row]:
-    """The pairs of all prompts, from the batches that the folder `work` already holds on.
+    """The pairs of all prompts; continues after the batches that the folder `work` already holds.
 
     Raises:
         UserError: when every group scores alike.

@@ -49,7 +49,8 @@ def refusal_reward(refused: Tensor, harmful: Tensor, bonus: float) -> Tensor:
 
 
 def whole_rollout(*columns: Tensor) -> list[Tensor]:
-    """(B,) float32 or bool of this process as (B of all processes,), by process. A collective: call it on all alike."""
+    """Columns (B,), float32 or bool, of all processes, one after the other. A collective: every process must call
+    it."""
     table = torch.stack([column.float() for column in columns], 1)
     whole = gather(table.to(PartialState().device)).cpu()
     return [values.to(column.dtype).contiguous() for values, column in zip(whole.unbind(1), columns, strict=True)]
@@ -58,7 +59,7 @@ def whole_rollout(*columns: Tensor) -> list[Tensor]:
 def score_where(model: Scorer, asked: list[str], answers: list[str], where: Tensor) -> Scored:
     """Scores (B,) at the positions of the mask `where`, zero elsewhere: each model reads only what it judges.
 
-    `unread` tells of a fitted model only: a judge in its place reads whole answers.
+    `unread` is set for a fitted model only; a judge in its place reads whole answers.
 
     Raises:
         UserError: for a fitted model's score that is NaN or Inf, before anything is learnt from it. (A judge's NaN is a
@@ -83,9 +84,9 @@ def score_where(model: Scorer, asked: list[str], answers: list[str], where: Tens
 class SafetyReward:
     """TRL reward function that owns what scores cost and reward, and keeps each step's scored samples.
 
-    Call it as TRL does, with conversational prompts and completions and the data set's `role` column. Of several
-    processes each scores its own answers; what is combined and logged is the whole rollout. `scored` says from when to
-    when the last one was scored, and how many tokens were sampled here.
+    Call it as TRL does, with conversational prompts and completions and the data set's `role` column. With several
+    processes each scores its own answers, and the rollout is combined and logged as a whole. `scored` says when scoring
+    of the last rollout began and ended, and how many tokens this process sampled.
     """
 
     __name__ = "safety"  # the name of the reward in TRL's logs

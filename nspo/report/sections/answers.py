@@ -23,7 +23,7 @@ def answers(runs: Sequence[Run], main: Mapping[str, Any] | None) -> list[dict[st
     """Five prompts with the answers of base, constrained method and twin side by side.
 
     The first three harmful prompts (round robin over sets) on which the base model was unsafe and the constrained
-    method was not, the first benign one that the base model answered, the first general one: no choice but the rule.
+    method was not, the first benign one that the base model answered, the first general one. Nothing is picked by hand.
     """
     shown = [next(run for run in runs if run.method == name) for name in _shown(runs, main)]
     cases = _cases(shown)
@@ -97,7 +97,7 @@ def _shown(runs: Sequence[Run], main: Mapping[str, Any] | None) -> list[str]:
 def _cases(runs: Sequence[Run]) -> list[list[dict[str, Any]]]:
     """The rows of all runs, prompt by prompt, benchmarks last; prompts that some run was not asked are left out."""
     tables = [{(row["domain"], row["id"]): row for row in run.responses + run.benchmark_responses} for run in runs]
-    keys = [key for key, row in tables[0].items() if row["role"] != "gold"]  # nobody has said these
+    keys = [key for key, row in tables[0].items() if row["role"] != "gold"]  # right answers, which no model gave
     return [[table[key] for table in tables] for key in keys if all(key in table for table in tables)]
 
 
@@ -121,7 +121,7 @@ def _notes(row: Mapping[str, Any]) -> list[str]:
 
 
 def _marked(before: str, after: str) -> list[tuple[str, bool]]:
-    """`after` in parts, each with whether `before` lacks its words there; none of an empty answer."""
+    """`after` in parts, each with whether its words are missing from `before` there; no parts for an empty answer."""
     old, new = (re.split(r"(\s+)", _cut(text, ANSWER_CHARACTERS)) for text in (before, after))
     steps = SequenceMatcher(None, old, new, autojunk=False).get_opcodes()
     parts = [("".join(new[start:stop]), kind != "equal") for kind, _, _, start, stop in steps]
