@@ -4,6 +4,7 @@ A repository holds one file of bases and its card. Commands: `nspo bases push FI
 `nspo bases card FILE --repo ORG/NAME ...`, and `nspo bases fetch --source hub:ORG/NAME@REVISION --out FILE`.
 """
 
+import shutil
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from nspo.bases.file import NullSpaceBases
-from nspo.bases.hub import FILE_NAME, one_line, upload
+from nspo.bases.hub import FILE_NAME, download, one_line, upload
 from nspo.bases.table import data_rows, facts, kind_rows
 from nspo.errors import UserError
 from nspo.files.atomic import atomic_path
@@ -35,14 +36,21 @@ def push_to_hub(bases: NullSpaceBases, repo: str, *, licence: str, private: bool
     Raises:
         UserError: when the hub cannot be reached or refuses.
     """
+    with TemporaryDirectory(prefix="nspo-push-") as folder:
+        file = Path(folder, FILE_NAME)
+        bases.save(file)
+        return _publish(file, bases, repo, licence, private)
+
+
+def _publish(file: Path, bases: NullSpaceBases, repo: str, licence: str, private: bool) -> str:
     with TemporaryDirectory(prefix="nspo-push-") as folder, one_line(repo):
-        bases.save(Path(folder, FILE_NAME))
-        Path(folder, "README.md").write_text(card(bases, repo, licence), encoding="utf-8")
-        return upload(repo, {name: Path(folder, name) for name in (FILE_NAME, "README.md")}, private)
+        readme = Path(folder, "README.md")
+        readme.write_text(card(bases, repo, licence), encoding="utf-8")
+        return upload(repo, {FILE_NAME: file, readme.name: readme}, private)
 
 
 def fetch_bases(source: Source, out: Path) -> None:
-    """Write the bases of a `hub:` source to `out`, checked.
+    """Write the file of a `hub:` source to `out`, checked.
 
     Raises:
         UserError: another kind of source, as `download`, or a file that is no whole bases file.
@@ -51,16 +59,19 @@ def fetch_bases(source: Source, out: Path) -> None:
         raise UserError(
             f"source {source.location!r}", expected="hub:ORG/NAME@REVISION", change="a file needs no fetching"
         )
-    NullSpaceBases.from_hub(source.location, source.revision).save(out)
+    found = download(source.location, source.revision)
+    NullSpaceBases.load(found)
+    with atomic_path(out) as scratch:
+        shutil.copyfile(found, scratch)
 
 
 def push_bases(file: Path, repo: str, licence: str, private: bool | None) -> None:
-    """Publish a bases file and say where.
+    """Publish a bases file as it is, and say where.
 
     Raises:
         UserError: as `push_to_hub`, or for a file that is no bases file.
     """
-    say(f"bases: {push_to_hub(NullSpaceBases.load(file), repo, licence=licence, private=bool(private))}")
+    say(f"bases: {_publish(file, NullSpaceBases.load(file), repo, licence, bool(private))}")
 
 
 def write_card(file: Path, repo: str, licence: str, out: Path) -> None:

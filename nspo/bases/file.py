@@ -9,13 +9,14 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from nspo.errors import UserError
 from nspo.files.manifest import check_made_with, fingerprint_model, make_manifest
 from nspo.files.tensors import load_tensors, save_tensors
 from nspo.models.structure.linears import Weight, canonical_name, find_weights, layer_norms
-from nspo.nullspace.basis import Kind, SiteBasis
+from nspo.nullspace.basis import Kind, SiteBasis, orthonormal
 
 __all__ = ["Kind", "NullSpaceBases", "SiteBasis"]
 
@@ -89,13 +90,18 @@ class NullSpaceBases(Mapping[str, SiteBasis]):
             )
         return self._site_of[name]
 
-    def save(self, path: Path | str) -> None:
-        """Write everything as one safetensors file, atomically; equal bases give equal bytes."""
+    def save(self, path: Path | str, half: bool = False) -> None:
+        """Write everything as one safetensors file, atomically; equal bases give equal bytes.
+
+        Args:
+            half: in float16, half the bytes. `load` makes the columns orthonormal again: bases of their own, turned
+                from these by up to 3e-4 rad and held as exactly.
+        """
         tensors = {}
         for name, site in self._sites.items():
-            tensors[f"{name}/basis"] = site.basis.cpu()
+            tensors[f"{name}/basis"] = site.basis.cpu().half() if half else site.basis.cpu()
             tensors[f"{name}/eigenvalues"] = site.eigenvalues.cpu()
-        save_tensors(path, tensors, self.manifest)
+        save_tensors(path, tensors, {**self.manifest, **({"rounded": "float16"} if half else {})})
 
     @classmethod
     def load(cls, path: Path | str) -> "NullSpaceBases":
@@ -111,9 +117,9 @@ class NullSpaceBases(Mapping[str, SiteBasis]):
         try:
             for name, row in manifest["sites"].items():
                 row = {key: row[key] for key in keys} | {"layers": tuple(row["layers"])}
-                sites.append(
-                    SiteBasis(basis=tensors[f"{name}/basis"], eigenvalues=tensors[f"{name}/eigenvalues"], **row)
-                )
+                basis = tensors[f"{name}/basis"]
+                basis = orthonormal(basis) if basis.dtype == torch.float16 else basis
+                sites.append(SiteBasis(basis=basis, eigenvalues=tensors[f"{name}/eigenvalues"], **row))
             norms = manifest["layer_norms"]
         except KeyError as error:
             raise UserError(

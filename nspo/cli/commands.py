@@ -118,6 +118,13 @@ def merge_bases(files: Sequence[Path], out: Path) -> None:
     merged.save(out)
 
 
+def halve_bases(file: Path, out: Path) -> None:
+    """Write bases in half the bytes (see `NullSpaceBases.save`)."""
+    from nspo.bases.file import NullSpaceBases
+
+    NullSpaceBases.load(file).save(out, half=True)
+
+
 def beside_server(model: str, gpus: int | None, wait: float | None, serve: str | None, command: Sequence[str]) -> None:
     """Run a command beside a model server (see `nspo.run.server`), and end with its exit code."""
     from nspo.run.server import with_server

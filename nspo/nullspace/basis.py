@@ -15,6 +15,7 @@ from nspo.errors import UserError
 
 Kind = Literal["range", "null"]
 ORTHONORMALITY_TOLERANCE = 1e-4
+ROUNDED_TOLERANCE = 2e-3  # of columns that float16 has rounded, each value by at most 2^-11 of itself
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,18 @@ class SiteBasis:
                 expected=f"at most {ORTHONORMALITY_TOLERANCE:.0e})",
                 change="rebuild the bases",
             )
+
+
+def orthonormal(rounded: Tensor) -> Tensor:
+    """Orthonormal float32 columns with the span of columns that float16 has rounded: (d, m) -> (d, m).
+
+    What was further from orthonormal than rounding leaves it comes back as it was, for `SiteBasis.check` to refuse.
+    """
+    basis = rounded.double()
+    if not _orthonormality_error(basis) <= ROUNDED_TOLERANCE:
+        return basis.float()
+    upper = torch.linalg.cholesky(basis.T @ basis).mT
+    return torch.linalg.solve_triangular(upper, basis, upper=True, left=False).float()
 
 
 def _orthonormality_error(basis: Tensor) -> float:

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from nspo import constrain
 from nspo.bases.file import NullSpaceBases
 from nspo.bases.stage import compute_basis
 from nspo.errors import UserError
@@ -318,6 +319,8 @@ def test_load_refuses_truncated_other_kind_and_missing(bases, tmp_path):
         (lambda t: t["in/basis"].fill_(math.nan), "site in holds NaN"),
         (lambda t: t.update({"in/eigenvalues": t["in/eigenvalues"][:5]}), "site in holds 5 eigenvalues, expected 8"),
         (lambda t: t.pop("mid/eigenvalues"), "lacks 'mid/eigenvalues'"),
+        (lambda t: t.update({"in/basis": t["in/basis"].half() * 1.01}), "site in is not orthonormal"),
+        (lambda t: t.update({"in/basis": torch.zeros(8, 3).half()}), "site in is not orthonormal"),
     ],
 )
 def test_load_refuses_a_damaged_basis(bases, tmp_path, change, message):
@@ -340,6 +343,32 @@ def test_a_flipped_bit_in_the_tensors_is_noticed(bases, tmp_path):
         path.write_bytes(damaged)
         with pytest.raises(UserError, match=r"bases\.safetensors was damaged after it was written"):
             NullSpaceBases.load(path)
+
+
+def test_bases_are_stored_in_half_the_bytes(tmp_path):
+    """Loaded they are orthonormal again, within 3e-4 rad of what was saved, and training leaks rounding only."""
+    torch.manual_seed(0)
+    model = nn.Linear(256, 32, bias=False)
+    whole = NullSpaceBases(
+        [compute_basis("in", ["0"], gram_of(list(torch.logspace(2, -2, 256).tolist())), TOKENS, "rank", 128)],
+        layer_norms(nn.Sequential(model), ["0"]),
+    )
+    paths = [tmp_path / name for name in ("whole.safetensors", "half.safetensors")]
+    whole.save(paths[0])
+    whole.save(paths[1], half=True)
+    sizes = [path.stat().st_size for path in paths]
+    assert sizes[1] < 0.52 * sizes[0]
+    half = NullSpaceBases.load(paths[1])
+    q, turned = whole["in"].basis.double(), half["in"].basis.double()
+    assert (turned.T @ turned - torch.eye(128)).abs().max() < 1e-6
+    assert 1e-5 < torch.linalg.matrix_norm(turned - q @ (q.T @ turned), 2) < 3e-4
+    assert half.manifest == {**whole.manifest, "rounded": "float16"}
+    model = nn.Sequential(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    constraint = constrain(model, optimizer, half)
+    model(torch.randn(8, 256)).square().mean().backward()
+    optimizer.step()
+    assert max(constraint.leakage().values()) < 1e-6
 
 
 def test_bases_refuse_all_empty_duplicate_layers_and_missing_norms():

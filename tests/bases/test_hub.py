@@ -133,10 +133,11 @@ def nspo(commands: list[str], folder: Path, endpoint: str, token: str = "hf_secr
     return process.stderr.splitlines()
 
 
-def test_pushed_bases_come_back(hub: tuple[type[FakeHub], str], tmp_path: Path) -> None:
-    """A push is one commit of file and card; a fetch gives the same bytes, by branch and by commit."""
+@pytest.mark.parametrize("half", [False, True])
+def test_pushed_bases_come_back(hub: tuple[type[FakeHub], str], tmp_path: Path, half: bool) -> None:
+    """A push is one commit of file and card; a fetch gives the same bytes, by branch and by commit, halved or not."""
     handler, endpoint = hub
-    bases(model=MODEL, domains=DOMAINS).save(tmp_path / "bases.safetensors")
+    bases(model=MODEL, domains=DOMAINS).save(tmp_path / "bases.safetensors", half=half)
     lines = nspo(
         [
             "bases push bases.safetensors --repo lab/bases --licence apache-2.0 --private true",
