@@ -51,6 +51,11 @@ class Measure:
         """`nats` or `rate`."""
         return "nats" if self.name.startswith("kl") or self.name == "gold_nll" else "rate"
 
+    @property
+    def of_prompts(self) -> bool:
+        """Whether it is a share of prompts, not of tokens."""
+        return self.unit == "rate" and self.first_tokens is None
+
 
 def measures(config: Config) -> list[Measure]:
     """The headline columns, left to right: safety, over-refusal, ability, drift."""
@@ -127,7 +132,8 @@ def pooled(runs: Sequence[Run], measure: Measure) -> dict[str, Any] | None:
     shared = _shared(tables)
     if len(shared) < 2:
         return None
-    estimate = pooled_mean(_rows(tables, shared), weights=[tables[0][key].weight for key in shared])
+    weights = [tables[0][key].weight for key in shared]
+    estimate = pooled_mean(_rows(tables, shared), weights=weights, rates=measure.of_prompts)
     failures = sum(score["failures"] for score in scores if score)
     known = {key: (scores[0] or {})[key] for key in ("axis", "name", "domain", "judge", "unit")}
     return {**known, **estimate._asdict(), "n": len(shared), "seeds": len(runs), "failures": failures}
@@ -148,8 +154,7 @@ def paired(ours: Sequence[Table], theirs: Sequence[Table], measure: Measure) -> 
         return None
     a, b = _rows(ours, shared), _rows(theirs, shared)
     weights = [ours[0][key].weight for key in shared]
-    rates = measure.unit == "rate" and measure.first_tokens is None
-    found = contrast(weighted(a, weights), weighted(b, weights), rates)
+    found = contrast(weighted(a, weights), weighted(b, weights), measure.of_prompts)
     means = {"ours": _mean(a, weights), "theirs": _mean(b, weights)}
     ratio = None
     if measure.unit == "nats" and min(_mean([row], weights) for row in (*a, *b)) > 0:

@@ -1,6 +1,7 @@
 """The page of a study: every variant a row beside its keys, the same figures as CSV, nothing loaded, nothing run."""
 
 import csv
+import re
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,8 @@ def test_a_row_for_every_variant_and_seed(page: Path) -> None:
     assert float(found["rule-energy-0.9", "pooled"]["scale"]) == pytest.approx(0.9)
     text = page.read_text()
     assert "4 variants that differ in 3 keys" in text
+    heads = re.findall(r"<th>([^<]*)</th>", text)
+    assert heads[:4] == ["Unsafe rate, advbench", "Over-refusal", "Ability", "KL per token"]  # seen without scrolling
     assert "<b>31.0%</b><small>15.5% to 46.5%</small>" in text
 
 

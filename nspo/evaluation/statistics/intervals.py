@@ -103,7 +103,9 @@ def paired_difference(
     return bootstrap_mean([a - b for a, b in zip(ours, theirs, strict=True)], seed, weights)
 
 
-def pooled_mean(values: Sequence[Sequence[float]], seed: int = 0, weights: Sequence[float] | None = None) -> Estimate:
+def pooled_mean(
+    values: Sequence[Sequence[float]], seed: int = 0, weights: Sequence[float] | None = None, rates: bool = False
+) -> Estimate:
     """The mean over several training seeds on the same prompts, with an interval for other seeds and other prompts.
 
     Seeds and prompts are resampled apart (a crossed bootstrap): answers to one prompt are alike, and so are the answers
@@ -113,6 +115,8 @@ def pooled_mean(values: Sequence[Sequence[float]], seed: int = 0, weights: Seque
     Args:
         values: one row per training seed, one column per prompt, in the same order.
         weights: of the prompts, as in `bootstrap_mean`.
+        rates: the values are from 0 to 1 and weigh the same. Then the interval is no narrower than Wilson's over the
+            prompts: a bootstrap's vanishes where all answers agree, which 0 unsafe of 20 do not make certain.
 
     Raises:
         UserError: for fewer than two seeds or prompts, or rows of different lengths.
@@ -123,7 +127,9 @@ def pooled_mean(values: Sequence[Sequence[float]], seed: int = 0, weights: Seque
             f"{len(values)} seeds with {sorted(lengths)} prompts cannot be pooled",
             expected="at least 2 seeds with the same prompts, 2 or more",
         )
-    return _crossed([np.asarray(values, dtype=float)], seed, weights)
+    pooled = _crossed([np.asarray(values, dtype=float)], seed, weights)
+    least = wilson_mean(np.mean(values, axis=0).tolist()) if rates else pooled
+    return Estimate(pooled.value, min(pooled.low, least.low), max(pooled.high, least.high))
 
 
 def pooled_difference(

@@ -98,7 +98,7 @@ def _line(axes: Axes, points: Sequence[Point], key: str, order: Sequence[str], h
     seeds = [(x, score["value"]) for x, variant, mean, score in scores if not mean and variant in pooled]
     axes.plot([x for x, _ in seeds], [y for _, y in seeds], "o", color=colour, alpha=0.5, markersize=3)
     ends = [(x, score) for x, variant, mean, score in scores if mean or variant not in pooled]
-    axes.errorbar(
+    means, *_ = axes.errorbar(
         [x for x, _ in ends],
         [score["value"] for _, score in ends],
         yerr=[[abs(score["value"] - score.get(end, score["value"])) for _, score in ends] for end in ("low", "high")],
@@ -108,3 +108,4 @@ def _line(axes: Axes, points: Sequence[Point], key: str, order: Sequence[str], h
         elinewidth=1,
         label=how["label"],
     )
+    means.set_clip_on(False)  # a point at 0 is a whole one, and rounding may put a KL below

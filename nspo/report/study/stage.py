@@ -24,7 +24,7 @@ from nspo.report.study.plots import draw, series
 from nspo.report.study.rows import Column, Row, load_rows, load_variants, write_table
 from nspo.run.progress import track
 
-DRAWN = ("unsafe_rate", "kl_per_token", "refusal_rate", "accuracy")  # the first column of each
+DRAWN = ("unsafe_rate", "kl_per_token", "refusal_rate", "accuracy")  # the first column of each, which open the table
 
 
 def write_study(variants: list[Path], out: Path, table: Path, plots: Path) -> None:
@@ -42,14 +42,15 @@ def write_study(variants: list[Path], out: Path, table: Path, plots: Path) -> No
     columns, rows = load_rows(variants, configs)
     values = varied(configs)
     names = short(list(values))
+    drawn = [column for name in DRAWN if (column := next((it for it in columns if it.score["name"] == name), None))]
     with atomic_path(plots) as folder:
         folder.mkdir()
-        figures = _figures(values, names, columns, rows, Figures(folder))
+        figures = _figures(values, names, drawn, rows, Figures(folder))
     written = {key: {variant: shown(value) for variant, value in of.items()} for key, of in values.items()}
     links = {folder.name: quote(os.path.relpath(folder / "report.html", out.parent)) for folder in variants}
     page: dict[str, Any] = {
         "configs": configs,
-        "columns": sorted(columns, key=lambda column: not column.headline),
+        "columns": sorted(columns, key=lambda column: (not column.headline, column not in drawn)),
         "rows": rows,
         "base": BASE,
         "keys": written,
@@ -69,17 +70,16 @@ def write_study(variants: list[Path], out: Path, table: Path, plots: Path) -> No
 
 
 def _figures(
-    values: dict[str, dict[str, Any]], names: dict[str, str], columns: list[Column], rows: list[Row], figures: Figures
+    values: dict[str, dict[str, Any]], names: dict[str, str], drawn: list[Column], rows: list[Row], figures: Figures
 ) -> dict[str, list[dict[str, str]]]:
     """Per key the figures of the drawn measures."""
     found: dict[str, list[dict[str, str]]] = {}
-    drawn = [next((column for column in columns if column.score["name"] == name), None) for name in DRAWN]
     base = [row for row in rows if row.method == BASE]
     with track("study", len(values), "key") as bar:
         for key in values:
             of_key = series(key, values, rows, names)
             found[key] = []
-            for column in filter(None, drawn):
+            for column in drawn:
                 if figure := draw(of_key, column, names[key], base):
                     name = f"{key}_{column.key}".replace("/", "-")
                     found[key].append(figures.add(name, figure, column.title))

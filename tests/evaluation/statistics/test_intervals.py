@@ -4,7 +4,13 @@ import pytest
 import torch
 
 from nspo.errors import UserError
-from nspo.evaluation.statistics.intervals import bootstrap_mean, paired_difference, pooled_difference, wilson
+from nspo.evaluation.statistics.intervals import (
+    bootstrap_mean,
+    paired_difference,
+    pooled_difference,
+    pooled_mean,
+    wilson,
+)
 
 
 def test_wilson_matches_published_values():
@@ -39,6 +45,15 @@ def test_paired_comparisons():
     hard = [float(i) for i in range(20)]
     difference = paired_difference([h + 0.1 for h in hard], hard)
     assert difference == pytest.approx((0.1, 0.1, 0.1))
+
+
+def test_a_pooled_rate_is_never_certain():
+    """Three seeds that agree on every one of 20 prompts say no more of other prompts than one does."""
+    for unsafe in (0, 3, 20):
+        one = wilson(unsafe, 20)
+        assert pooled_mean([[1.0] * unsafe + [0.0] * (20 - unsafe)] * 3, rates=True) == pytest.approx(one, abs=0.06)
+    assert pooled_mean([[0.0] * 20] * 3, rates=True) == pytest.approx(wilson(0, 20))
+    assert pooled_mean([[0.0] * 20] * 3).high == 0  # a drift that is 0 everywhere has no such bound
 
 
 def test_a_difference_over_seeds_knows_that_seeds_differ():
