@@ -153,7 +153,7 @@ def parser_for(argv: Sequence[str]) -> tuple[argparse.ArgumentParser, Sequence[s
 
 
 def _group(title: str, names: Iterable[str]) -> str:
-    return "\n".join([f"{title}:", *(f"  {name:18}{STAGES[name].help}" for name in names)])
+    return "\n".join([f"{title}:", *(f"  {name:20}{STAGES[name].help}" for name in names)])
 
 
 def whole_parser() -> argparse.ArgumentParser:

@@ -95,11 +95,16 @@ def _cost(main: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
     return {"answer": answer[0].upper() + answer[1:] + at, "sentences": said}
 
 
+def _floor(row: Row) -> str:
+    """Why the axis could not show a loss: see `could_show_loss`."""
+    return "neither refuses anything" if row["measure"].axis == "over_refusal" else "at the floor"
+
+
 def _against_base(row: Row) -> str:
     """What the tests show of a change since before training."""
     return {
         EQUAL: f"; unchanged, within {100 * (row['measure'].margin or 0):.3g} points",
-        AT_FLOOR: "; at the floor, so a loss could not show",
+        AT_FLOOR: f"; {_floor(row)}, so a loss could not show",
         BETTER: "; better than before",
         WORSE: "; worse than before",
     }.get(row["reading"], "; a change is neither shown nor ruled out")

@@ -195,9 +195,14 @@ def test_what_the_workflow_sets_reaches_the_stages():
     assert set(RuntimeSettings.model_fields) - set(cli.RUNTIME_FLAGS) == {"results", "processes"}
 
 
-def test_help_groups_every_command_once() -> None:
-    """`nspo --help` names each command under one heading."""
+def test_help_groups_every_command_once(capsys: pytest.CaptureFixture[str]) -> None:
+    """`nspo --help` names each command under one heading, apart from what it does."""
     assert sorted(name for names in cli.GROUPS.values() for name in names) == sorted(cli.STAGES)
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    for name, stage in cli.STAGES.items():
+        assert any(line.split(stage.help)[0].split() == name.split() for line in lines if stage.help in line), name
 
 
 def test_completion_knows_commands_and_flags(capsys: pytest.CaptureFixture[str]) -> None:
