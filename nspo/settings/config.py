@@ -82,6 +82,12 @@ class Config(Section):
                     raise ValueError(f"{key} names the wheel {wheel}, but data.wheels pins no sha256 for it")
         if encoder and not self.data.judge_fraction:
             raise ValueError("second_judge.encoder is set, but data.judge_fraction is 0: the judge has no labels")
+        read, written = self.second_judge.max_tokens, self.evaluation.max_new_tokens
+        if encoder and read > written:
+            raise ValueError(
+                f"second_judge.max_tokens is {read}, expected at most evaluation.max_new_tokens ({written}): fitted on "
+                "texts longer than answers, the judge calls short ones safe"
+            )
         if self.bases.rule == "contrast" and self.activations.harmful_samples == 0 and not self.bases.precomputed:
             raise ValueError("bases.rule 'contrast' compares with harmful inputs, but activations.harmful_samples is 0")
         missing = {"cost", "reward"} - {labels.target for labels in self.data.labels.values()}

@@ -290,6 +290,10 @@ TINY = {
         ({"data": {"wheels": {"x==1\n--index-url=http://evil": "0" * 64}}}, "data.wheels.x==1\\n--index-url=http"),
         ({"data": {"wheels": {"x==1": "123"}}}, "data.wheels.x==1: found '123', expected pattern"),
         ({"model": {"source": "tiny:gpt"}}, "model.source: source 'tiny:gpt', expected tiny:llama"),
+        (
+            {"second_judge": {"encoder": "tiny:llama", "max_tokens": 65}, "evaluation": {"max_new_tokens": 64}},
+            "second_judge.max_tokens is 65, expected at most evaluation.max_new_tokens (64)",
+        ),
         ({"model": {"source": "wheel:x==1:a"}}, "model.source names the wheel x==1, but data.wheels pins no sha256"),
         ({"runtime": {"results": "results/{method}"}}, "runtime.results: found '{' in the path 'results/{method}'"),
     ],
