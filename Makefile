@@ -7,12 +7,17 @@ CUDA := ^(nvidia-|cuda-|triton)
 
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: demo docs test test-slurm lint check-python lock clean
+.PHONY: demo docs gallery test test-slurm lint check-python lock clean
 
 # Two jobs at a time, each on half of the cores: while one starts or loads a model, the other computes.
 demo: .venv/run.stamp
 	$(BIN)/snakemake --cores all --max-threads $$(( ($$(getconf _NPROCESSORS_ONLN) + 1) / 2 )) --configfile config/demo.yaml \
 	--quiet rules host
+
+# A wheel of bases of the default model by three rules (examples/gallery), in build/gallery.
+gallery: .venv/run.stamp
+	$(BIN)/snakemake --cores all results/activations
+	$(BIN)/python examples/gallery/make.py results/activations build/gallery
 
 # The documentation site, in build/site: no network, and a link that leads nowhere ends it.
 docs: .venv/docs.stamp

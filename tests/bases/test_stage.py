@@ -3,6 +3,7 @@
 (What a rule makes of one second moment is tested in test_bases.py and test_spectra.py.)
 """
 
+import importlib
 from pathlib import Path
 
 import pytest
@@ -238,3 +239,20 @@ def test_a_rule_without_its_inputs_is_refused(tmp_path, monkeypatch, settings, m
         monkeypatch.setattr(stage, solver, None)
     with pytest.raises(UserError, match=message):
         run(store, tmp_path / "bases.safetensors", settings)
+
+
+def test_a_gallery_holds_bases_by_every_rule(store, tmp_path, monkeypatch):
+    """examples/gallery: a package with one file a rule, halved, found by its name."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "examples/gallery"))
+    make = importlib.import_module("make")
+    for name, threshold in {"contrast": 1.5, "relative": 0.5, "fraction": 0.5}.items():  # for sites this narrow
+        monkeypatch.setitem(make.RULES[name], "threshold", threshold)
+    monkeypatch.syspath_prepend(str(make.make(store, tmp_path)))
+    gallery = importlib.import_module("nspo_gallery")
+    assert gallery.names() == sorted(make.RULES)
+    for name, rule in make.RULES.items():
+        bases = NullSpaceBases.load(gallery.path(name))
+        assert bases.manifest["rounded"] == "float16"
+        assert bases.manifest["settings"]["rule"] == rule["rule"]
+    with pytest.raises(KeyError, match="no 'energy', expected one of contrast, fraction, relative"):
+        gallery.path("energy")
