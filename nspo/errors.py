@@ -29,6 +29,13 @@ def first_line(error: BaseException) -> str:
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in line)
 
 
+def refuse_no_file(path: Path | str) -> None:
+    """Refuse what is there and is no file: whoever reads a named pipe may wait for ever."""
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is {'a folder' if path.is_dir() else 'a named pipe or a device'}", expected="a file")
+
+
 def unreadable(path: Path | str, expected: str, error: BaseException) -> UserError:
     """What to say when a file that is there could not be read as `expected`, such as "a whole Parquet file".
 

@@ -18,15 +18,21 @@ from nspo.run.progress import say
 from nspo.run.tables import table
 
 
-def take_turns(rivals: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every rival in every round; all rivals run once per round, in the given order, after one warm-up."""
+def take_turns(
+    rivals: Mapping[str, Callable[[], Any]], rounds: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
+    """Seconds of every rival in every round; all rivals run once per round, in the given order, after one warm-up.
+
+    Args:
+        clock: `time.process_time` counts the seconds of the processor, on a machine that others use too.
+    """
     times: dict[str, list[float]] = {name: [] for name in rivals}
     for turn in range(rounds + 1):
         for name, run in rivals.items():
-            start = time.perf_counter()
+            start = clock()
             run()
             if turn:
-                times[name].append(time.perf_counter() - start)
+                times[name].append(clock() - start)
     return times
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from nspo.data.wheels import resolve
-from nspo.errors import UserError, first_line
+from nspo.errors import UserError, first_line, refuse_no_file
 from nspo.files.sources import Source
 from nspo.settings.reading import StrictLoader
 
@@ -49,6 +49,7 @@ def read_file(path: Path) -> Any:
     suffix = suffixes[-1] if suffixes else ""
     if suffix not in READERS:
         raise UserError(f"{path}: unknown suffix {suffix!r}", expected=f"one of {', '.join(READERS)}")
+    refuse_no_file(path)
     try:
         data = path.read_bytes()
         return READERS[suffix](gzip.decompress(data) if path.suffix == ".gz" else data)

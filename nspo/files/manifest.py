@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from nspo.errors import UserError, unreadable
+from nspo.errors import UserError, refuse_no_file, unreadable
 from nspo.files.atomic import atomic_path
 
 SCHEMA_VERSION = 1
@@ -100,6 +100,7 @@ def read_json(path: Path | str) -> Any:
         UserError: when the file is missing, cannot be read or is not JSON.
     """
     path = Path(path)
+    refuse_no_file(path)
     try:
         return json.loads(path.read_bytes())
     except FileNotFoundError as error:

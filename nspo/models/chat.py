@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from nspo.errors import UserError, first_line
+from nspo.errors import UserError, first_line, refuse_no_file
 from nspo.models.folders.template import frozen
 
 PROBE, ANSWER = "What is nspo?", "A package."
@@ -107,6 +107,7 @@ def _template_text(template: str) -> str:
     if "{" in template:
         return template
     try:
+        refuse_no_file(template)
         return Path(template).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(

@@ -3,7 +3,7 @@ never."""
 
 from pathlib import Path
 
-from nspo.errors import UserError
+from nspo.errors import UserError, refuse_no_file
 from nspo.files.manifest import INDEX, WEIGHTS, weight_map, weight_shards
 from nspo.models.folders.gguf_file import check_gguf
 
@@ -19,14 +19,15 @@ def check_model_files(path: Path | str, named: str) -> None:
         named: what errors call it.
 
     Raises:
-        UserError: git-LFS pointers, links to nowhere, an adapter, a shard that is missing or cut off, two sets of
-            weights, or one part of a split GGUF.
+        UserError: a folder or named pipe in a file's place, git-LFS pointers, links to nowhere, an adapter, a shard
+            that is missing or cut off, two sets of weights, or one part of a split GGUF.
     """
     path = Path(path)
     files = sorted(file for file in path.iterdir() if file.suffix in MODEL_FILES) if path.is_dir() else [path]
     for file in files:
         if file.is_symlink() and not file.exists():
             raise UserError(f"{named}: {file} links to {file.readlink()}, which is not there: copy the files it means")
+        refuse_no_file(file)
         if file.is_file() and _starts_with(file, POINTER):
             raise UserError(f"{named}: {file} is a git-LFS pointer, not the file itself: run `git lfs pull` there")
     if path.suffix == ".gguf":
