@@ -16,6 +16,7 @@ model with `--base-evaluation results/evaluation/base/seed0/responses.parquet`.
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -78,30 +79,45 @@ COLUMNS = {
 }
 
 
-def evaluate(
-    settings: EvaluationSettings,
-    name: str,
-    seed: int,
-    base: Path,
-    policy: Path,
-    cost: Path,
-    prompts: Path,
-    base_evaluation: Path | None,
-    out: Path,
-    runtime: RuntimeSettings,
-    second_judge: Path | None = None,
-    labels: Path | None = None,
-) -> None:
-    """Evaluate the model folder `policy` and write `responses.parquet` and `metrics.json` into the folder `out`.
+@dataclass(frozen=True)
+class EvaluationInputs:
+    """The inputs of the stage.
 
-    Args:
-        name, seed: method and seed that `policy` was trained with, for the record.
+    Attributes:
         base: folder of the base model, whose tokenizer and chat format are used throughout.
+        policy: folder of the model to evaluate.
         cost: folder of the cost model that judges safety.
+        prompts: prompts.parquet.
         base_evaluation: the base model's `responses.parquet`; None when `policy` is the base itself.
         second_judge: folder of the judge that gave no reward, which also tells the kinds of answers apart.
         labels: labels.parquet; harmful and harmless prompts that are nearly ones whose labels a judge learnt from are
             left out, for every model alike, and counted.
+    """
+
+    base: Path
+    policy: Path
+    cost: Path
+    prompts: Path
+    base_evaluation: Path | None = None
+    second_judge: Path | None = None
+    labels: Path | None = None
+
+    def identity(self) -> dict[str, Any]:
+        """What must be equal in the evaluation of the base model, beside the settings."""
+        return {
+            "base": model_identity(self.base),
+            "prompts": fingerprint_files([self.prompts]),
+            "labels": fingerprint_files([self.labels]) if self.labels else None,
+        }
+
+
+def evaluate(
+    settings: EvaluationSettings, name: str, seed: int, inputs: EvaluationInputs, out: Path, runtime: RuntimeSettings
+) -> None:
+    """Evaluate a model and write `responses.parquet` and `metrics.json` into the folder `out`.
+
+    Args:
+        name, seed: method and seed that it was trained with, for the record.
 
     Raises:
         UserError: before any answer is made, for prompts or checks that cannot be scored, or a base evaluation of
@@ -109,19 +125,15 @@ def evaluate(
     """
     device = device_of(runtime.device)
     check_engine("evaluation.engine", settings.engine, device)
-    identity = {
-        "base": model_identity(base),
-        "prompts": fingerprint_files([prompts]),
-        "labels": fingerprint_files([labels]) if labels else None,
-        "settings": settings.identity(),
-    }
+    base, policy = inputs.base, inputs.policy
+    identity = {**inputs.identity(), "settings": settings.identity()}
     tuned = model_identity(policy)
-    reference = _reference(base_evaluation, identity, tuned, base)
+    reference = _reference(inputs.base_evaluation, identity, tuned, base)
     tokenizer = load_tokenizer(base)
     config, size = load_config(base, f"{base}"), (settings.max_new_tokens, settings.batch_size)
     check_room(config, load_config(policy, f"{policy}"), f"{policy}")
-    table = Prompts(prompts)
-    selected, learnt = _select(settings, table, training_prompts([labels]) if labels else [])
+    prompts = Prompts(inputs.prompts)
+    selected, learnt = _select(settings, prompts, training_prompts([inputs.labels]) if inputs.labels else [])
     rows, prompt_ids, left_out = fitting(
         selected,
         tokenizer,
@@ -130,10 +142,10 @@ def evaluate(
         "evaluation",
         "evaluation.max_new_tokens",
     )
-    _check_rows(rows, prompts)
-    gold, gold_left_out = _gold(settings, table, tokenizer, config)
-    judges = CostModel(cost, device), RefusalPhrases()
-    second = SecondJudge(second_judge, device) if second_judge else None
+    _check_rows(rows, inputs.prompts)
+    gold, gold_left_out = _gold(settings, prompts, tokenizer, config)
+    judges = CostModel(inputs.cost, device), RefusalPhrases()
+    second = SecondJudge(inputs.second_judge, device) if inputs.second_judge else None
     added = added_judges(settings.judges, runtime)
 
     model = load_model(policy, device)
@@ -170,7 +182,7 @@ def evaluate(
         {
             **manifest,
             "kind": "metrics",
-            "base": base_evaluation is None,
+            "base": inputs.base_evaluation is None,
             "model": {"base": identity["base"], "policy": tuned},
             "judges": {judge.name: judge.identity for judge in every},
             "left_out": dict(Counter(left_out) + Counter(gold_left_out)),  # too long for the base model, by domain

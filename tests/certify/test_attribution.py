@@ -16,7 +16,7 @@ from nspo.certify import attribution
 from nspo.certify.attribution import attribute, changed_tensors, layer_groups, part_of, taken_back
 from nspo.data.tables import PROMPT_COLUMNS
 from nspo.errors import UserError
-from nspo.evaluation.stage import evaluate
+from nspo.evaluation.stage import EvaluationInputs, evaluate
 from nspo.files.manifest import MANIFEST_NAME, fingerprint_model, make_manifest, write_json
 from nspo.models.loading import load_model, load_tokenizer
 from nspo.settings.evaluation import AttributionSettings, EvaluationSettings
@@ -85,9 +85,8 @@ def run(folders: dict[str, Path], policy: str, out: Path) -> list[dict[str, Any]
     """Evaluate one of the models; its rows."""
     base = None if policy == "base" else folders["base_evaluation"] / "responses.parquet"
     runtime = RuntimeSettings(device="cpu", workdir=str(out.parent / "work"))
-    evaluate(
-        EVALUATION, policy, 0, folders["base"], folders[policy], folders["cost"], folders["prompts"], base, out, runtime
-    )
+    inputs = EvaluationInputs(folders["base"], folders[policy], folders["cost"], folders["prompts"], base)
+    evaluate(EVALUATION, policy, 0, inputs, out, runtime)
     return pq.read_table(out / "responses.parquet").to_pylist()
 
 

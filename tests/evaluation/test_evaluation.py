@@ -352,8 +352,8 @@ def evaluate(tiny_model_dir, cost_dir, prompts, tmp_path):
     def run(name, policy, base_evaluation=None, settings=SETTINGS, prompts=prompts, labels=None):
         runtime = RuntimeSettings(device="cpu", workdir=str(tmp_path / "work"))
         out = tmp_path / name
-        given = tiny_model_dir, policy, cost_dir, prompts, base_evaluation, out, runtime
-        stage.evaluate(settings, name, 0, *given, labels=labels)
+        inputs = stage.EvaluationInputs(tiny_model_dir, policy, cost_dir, prompts, base_evaluation, labels=labels)
+        stage.evaluate(settings, name, 0, inputs, out, runtime)
         return json.loads((out / "metrics.json").read_text()), pq.read_table(out / "responses.parquet").to_pylist()
 
     return run

@@ -19,7 +19,7 @@ from support.rows import prompt_file
 
 from nspo.errors import UserError
 from nspo.evaluation.answers import judge_answers
-from nspo.evaluation.stage import evaluate
+from nspo.evaluation.stage import EvaluationInputs, evaluate
 from nspo.files.manifest import read_json, write_json
 from nspo.judges.judge import RefusalPhrases
 from nspo.models.loading import load_config, load_tokenizer
@@ -120,7 +120,8 @@ def test_an_evaluation_counts_them_and_long_gold_questions(tiny_model_dir: Path,
         harmful_prompts=4, benign_prompts=2, general_prompts=2, gold_answers=3, max_new_tokens=40, first_tokens=2
     )
     runtime = RuntimeSettings(device="cpu", workdir=str(tmp_path / "work"))
-    evaluate(asked, "base", 0, tiny_model_dir, tiny_model_dir, cost, prompts, None, tmp_path / "out", runtime)
+    inputs = EvaluationInputs(tiny_model_dir, tiny_model_dir, cost, prompts)
+    evaluate(asked, "base", 0, inputs, tmp_path / "out", runtime)
     found = read_json(tmp_path / "out/metrics.json")
     assert found["left_out"] == {"sums": 1}
     harmful = [r for r in pq.read_table(tmp_path / "out/responses.parquet").to_pylist() if r["role"] == "harmful"]

@@ -18,8 +18,8 @@ from nspo.cli import main as cli
 from nspo.data.tables import Prompts
 from nspo.errors import UserError
 from nspo.evaluation.benchmarks.registry import TASKS
-from nspo.evaluation.stage import evaluate
-from nspo.evaluation.walk.stage import match_safety
+from nspo.evaluation.stage import EvaluationInputs, evaluate
+from nspo.evaluation.walk.stage import WalkInputs, match_safety
 from nspo.files.manifest import read_json
 from nspo.models.chat import chat_ids
 from nspo.models.loading import load_config, load_model
@@ -100,7 +100,7 @@ def test_an_evaluation_leaves_them_out_alike(
         harmful_prompts=10, benign_prompts=10, general_prompts=10, max_new_tokens=NEW, first_tokens=2, batch_size=4
     )
     runtime = RuntimeSettings(device="cpu", workdir=str(tmp_path / "work"))
-    evaluate(settings, "base", 0, model, model, cost, prompts, None, tmp_path / "base", runtime)
+    evaluate(settings, "base", 0, EvaluationInputs(model, model, cost, prompts), tmp_path / "base", runtime)
     expected = too_long(prompts, "heldout")
     assert expected
     metrics = read_json(tmp_path / "base" / "metrics.json")
@@ -116,8 +116,9 @@ def test_an_evaluation_leaves_them_out_alike(
         tuned.config.max_position_embeddings = 90
         tuned.save_pretrained(shorter)
         tiny_tokenizer().save_pretrained(shorter)
+        inputs = EvaluationInputs(model, shorter, cost, prompts, answers)
         with pytest.raises(UserError, match="has 90 positions, its base 100"):
-            evaluate(settings, "x", 0, model, shorter, cost, prompts, answers, tmp_path / "x", runtime)
+            evaluate(settings, "x", 0, inputs, tmp_path / "x", runtime)
 
 
 def test_collection_leaves_them_out(
@@ -159,8 +160,8 @@ def test_a_walk_leaves_them_out(model: Path, prompts: Path, cost: Path, tmp_path
     settings = MatchingSettings(scales=[0.5, 1.0], harmful_prompts=10, benign_prompts=10, general_prompts=10)
     answering = AnsweringSettings(max_new_tokens=NEW, first_tokens=2, batch_size=4)
     runtime = RuntimeSettings(device="cpu", workdir=str(tmp_path / "work"))
-    files = {"base": model, "policy": model, "cost": cost, "prompts": prompts}
-    match_safety(settings, answering, "nspo", 0, **files, out=tmp_path / "out", runtime=runtime)
+    inputs = WalkInputs(model, model, cost, prompts)
+    match_safety(settings, answering, "nspo", 0, inputs, tmp_path / "out", runtime)
     expected = too_long(prompts, "validation")
     found = read_json(tmp_path / "out" / "match.json")
     assert found["left_out"] == dict(sorted(expected.items()))

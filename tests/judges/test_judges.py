@@ -326,7 +326,8 @@ def test_the_stage_goes_on_and_tells_no_key(
     out = tmp_path / "out"
 
     def evaluate() -> None:
-        stage.evaluate(settings, "base", 0, tiny_model_dir, tiny_model_dir, cost_dir, place, None, out, runtime)
+        inputs = stage.EvaluationInputs(tiny_model_dir, tiny_model_dir, cost_dir, place)
+        stage.evaluate(settings, "base", 0, inputs, out, runtime)
 
     handler: Any = fake.server.RequestHandlerClass
     reply, handler.reply = handler.reply, _refuse

@@ -16,7 +16,7 @@ from nspo.evaluation.scores import compute_scores
 from nspo.files.manifest import write_json
 from nspo.judges.second.kinds import KINDS
 from nspo.preference.metrics import describe
-from nspo.report.stage import write_report
+from nspo.report.stage import ReportInputs, ReportOutputs, write_report
 
 PLANTED = "<script>alert(1)</script>"
 
@@ -252,5 +252,5 @@ def outputs(folder: Path) -> dict[str, Path]:
 
 def write(folder: Path, given: dict[str, Any]) -> Path:
     """Run the stage; returns the page."""
-    write_report(**given, out=folder / "report.html", **outputs(folder))
+    write_report(ReportInputs(**given), ReportOutputs(folder / "report.html", **outputs(folder)))
     return folder / "report.html"

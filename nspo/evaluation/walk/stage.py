@@ -13,6 +13,7 @@ interrupted walk goes on.
 Command: `nspo walk --name nspo --seed 0 --base results/model --policy results/policy/nspo/seed0 ... --out FOLDER`.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,46 +49,62 @@ COLUMNS = {
 }
 
 
+@dataclass(frozen=True)
+class WalkInputs:
+    """The inputs of the stage.
+
+    Attributes:
+        base, policy: model folders.
+        cost: folder of the cost model that judges the answers.
+        prompts: prompts.parquet.
+        labels: labels.parquet; prompts that are nearly ones whose labels a judge learnt from are left out, and counted.
+    """
+
+    base: Path
+    policy: Path
+    cost: Path
+    prompts: Path
+    labels: Path | None = None
+
+    def identity(self) -> dict[str, Any]:
+        """What the record says of them."""
+        return {
+            "base": model_identity(self.base),
+            "policy": model_identity(self.policy),
+            "cost": read_json(self.cost / MANIFEST_NAME)["model"],
+            "prompts": fingerprint_files([self.prompts]),
+            "labels": fingerprint_files([self.labels]) if self.labels else None,
+        }
+
+
 def match_safety(
     settings: MatchingSettings,
     answering: AnsweringSettings,
     name: str,
     seed: int,
-    base: Path,
-    policy: Path,
-    cost: Path,
-    prompts: Path,
+    inputs: WalkInputs,
     out: Path,
     runtime: RuntimeSettings,
     logs: Path | None = None,
-    labels: Path | None = None,
 ) -> None:
-    """Walk `policy` and write the folder `out` with the model at a*; and match.json and walk.parquet.
+    """Walk the policy and write the folder `out` with the model at a*; and match.json and walk.parquet.
 
     Args:
         name, seed: method and seed of the policy, for the record.
-        base, policy: model folders.
-        cost: folder of the cost model that judges the answers.
         logs: folder of match.json and walk.parquet; by default they lie in `out`, with the model.
-        labels: labels.parquet; prompts that are nearly ones whose labels a judge learnt from are left out, and counted.
 
     Raises:
         UserError: a model, cost model or prompts file that is missing, broken, or of another architecture.
     """
-    identity = {
-        "base": model_identity(base),
-        "policy": model_identity(policy),
-        "cost": read_json(cost / MANIFEST_NAME)["model"],
-        "prompts": fingerprint_files([prompts]),
-        "labels": fingerprint_files([labels]) if labels else None,
-        "settings": settings.dump(),
-        "answering": answering.dump(),
-    }
+    base, policy = inputs.base, inputs.policy
+    identity = {**inputs.identity(), "settings": settings.dump(), "answering": answering.dump()}
     work = Path(runtime.workdir) / f"walk-{name}-seed{seed}-{fingerprint(identity)}.json"
     done: Stops = dict(map(tuple, read_json(work))) if work.is_file() else {}
     if done:
         say(f"walk of {name}: continuing after {len(done)} stops, kept in {work}")
-    walker = Walker.load(base, cost, prompts, settings, answering, device_of(runtime.device), labels)
+    walker = Walker.load(
+        base, inputs.cost, inputs.prompts, settings, answering, device_of(runtime.device), inputs.labels
+    )
     stops = walker.walk(policy, settings.scales, done, lambda found: write_json(work, list(found.items())))
     found = matched({s: stops[s] for s in (0.0, *settings.scales)}, answering, settings.target_unsafe)
     stops = walker.walk(policy, [found.scale], stops)

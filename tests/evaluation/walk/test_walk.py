@@ -50,7 +50,8 @@ def files(tiny_model_dir, tmp_path_factory):
 
 def walk(files, out: Path, settings=SETTINGS, labels=None):
     runtime = RuntimeSettings(device="cpu", workdir=str(out.parent / "work"))
-    stage.match_safety(settings, ANSWERING, "nspo", 0, **files, out=out, runtime=runtime, labels=labels)
+    inputs = stage.WalkInputs(**files, labels=labels)
+    stage.match_safety(settings, ANSWERING, "nspo", 0, inputs, out, runtime)
     return json.loads((out / "match.json").read_text())
 
 
