@@ -97,6 +97,7 @@ VISION: dict[str, Any] = {
     "projection_dim": 32,
 }
 ROPE = {"rope_theta": 1e4, "rope_type": "default"}
+IN_THREE = {**ROPE, "mrope_section": [2, 1, 1]}  # half of a head, turned by time, height and width
 SPECIALS: dict[str, dict[str, Any]] = {
     "nemotron_h": {"layers_block_type": ["mamba", "moe", "attention", "moe"], "num_hidden_layers": 4},
     "dbrx": {
@@ -121,7 +122,7 @@ SPECIALS: dict[str, dict[str, Any]] = {
     "longcat_flash": {"head_dim": 4},
     "cohere_compass_text": {"rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE}},
 }
-TRIES = 3  # sets of sizes, see `config_of`
+TRIES = 4  # sets of sizes, see `config_of`
 
 
 def config_of(kind: str, attempt: int = 0) -> PreTrainedConfig:
@@ -129,7 +130,7 @@ def config_of(kind: str, attempt: int = 0) -> PreTrainedConfig:
 
     Args:
         attempt: from 1 on every head has keys of its own; at 1 the width of a head is left to the type, as latent
-            attention wants it; at 2 sizes are also given where the type's default is none.
+            attention wants it; at 2 sizes are also given where the default is none; at 3 positions have three axes.
     """
     cls = CONFIG_MAPPING[kind]
     default = cls()
@@ -148,6 +149,8 @@ def sizes(default: PreTrainedConfig, attempt: int) -> dict[str, Any]:
     if getattr(default, "num_hidden_layers", None) is None:
         return {}
     found = known(default, {**TEXT, "rope_parameters": ROPE} if attempt == 2 else TEXT, unset=attempt == 2)
+    if attempt == 3:
+        found |= known(default, {"rope_parameters": IN_THREE}, unset=True)
     if attempt == 1:
         found.pop("head_dim", None)
     if attempt:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import GitConfig, GitForCausalLM
 
 from nspo import constrain
 from nspo.bases.file import NullSpaceBases
@@ -11,7 +12,7 @@ from nspo.certify.certificate import verify
 from nspo.models.loading import load_model, model_identity
 from nspo.models.structure.sites import find_sites
 from tests.support.constrained import EXACT, bases_of
-from tests.support.families import TOKENIZER, VISION, tiny_family
+from tests.support.families import DENSE, TOKENIZER, VISION, tiny_family
 
 
 @pytest.mark.parametrize(
@@ -47,6 +48,14 @@ def test_the_saved_policy_keeps_to_its_null_space(family: str, tmp_path: Path) -
     assert constraint.frozen_names
     state = load_model(tmp_path / "tuned").state_dict()
     assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
+
+
+def test_a_model_that_calls_itself_its_decoder_is_trained_outside_its_tower() -> None:
+    """GIT: its tower for images comes first and is as deep."""
+    config = GitConfig(**{**DENSE, "vision_config": {**VISION, "model_type": "git_vision_model"}})
+    model = GitForCausalLM(config).eval()
+    assert model.get_decoder() is model.git
+    assert {site.name.split(".layer.")[0] for site in find_sites(model)} == {"git.encoder"}
 
 
 def test_the_towers_are_as_deep_as_the_decoders() -> None:

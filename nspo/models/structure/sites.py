@@ -154,8 +154,17 @@ def modules_in_blocks(model: PreTrainedModel) -> dict[str, nn.Module]:
     counts = {count, getattr(config, "num_layers", count)}  # LongCat counts both attentions of a block
     modules, decoder = dict(model.named_modules()), model.get_decoder()
     inside = next(name for name, module in modules.items() if module is decoder)
+    towers = tuple(  # some models call themselves their decoder
+        f"{name}."
+        for name, module in modules.items()
+        if name.startswith(f"{inside}.")
+        and isinstance(module, PreTrainedModel)
+        and not isinstance(module.config, type(config))
+    )
     for name, module in modules.items():
-        if name.startswith(inside) and isinstance(module, nn.ModuleList) and len(module) in counts:
+        if not name.startswith(inside) or name.startswith(towers):
+            continue
+        if isinstance(module, nn.ModuleList) and len(module) in counts:
             return {n: m for n, m in modules.items() if n.startswith(name + ".")}
     raise UserError(
         f"model.source: {type(model).__name__} has no list of {count} blocks", expected="a decoder-only language model"
