@@ -247,7 +247,7 @@ images can be protected too: [images.md](images.md).
 """
 TITLES = {
     "refused": "One line, before any training.",
-    "fails": "Reformer's reversible layers pass no gradient on while the embeddings below them are frozen.",
+    "fails": "Reformer's reversible layers pass no gradient on while embeddings are frozen; else not understood yet.",
     "not tried": "No small model of it could be made from its configuration's sizes alone; nothing is known of it.",
 }
 
