@@ -244,6 +244,9 @@ not move; nothing trains without a basis. Shares are those of the tiny model, wh
 weigh more than at full size. *Leakage* is ||dW Q|| / ||W Q|| of the worst layer on the saved weights: below 1e-6 it is
 rounding. *Other inputs* are what the model reads beside text. Only text is collected here, so they are unprotected;
 images can be protected too: [images.md](images.md).
+
+A real model of another family: Gemma 3 270M (config/gemma3-270m.yaml, with fewer prompts and three steps of 16 answers)
+went through collection, bases, reinforcement learning and `nspo verify`: 5.5e-8, no change outside the constraint.
 """
 TITLES = {
     "refused": "One line, before any training.",
