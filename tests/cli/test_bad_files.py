@@ -239,5 +239,5 @@ def test_damaged_json_is_refused(content: bytes, tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
         read_json(tmp_path / "manifest.json")
     only_line(error, "manifest.json is not valid JSON")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="is a folder, expected a file"):
         read_json(tmp_path)

@@ -16,7 +16,7 @@ from nspo.settings.reading import load_config
 
 TEXT_FILES = {"read_text", "write_text", "open", "fdopen", "NamedTemporaryFile"}
 PROCESSES = {"run", "Popen", "check_output", "check_call", "getoutput"}
-NOT_FILES = {"safe_open", "zipfile", "os", "self", "_base", "_tuned", "shard"}  # what else has a method `open`
+NOT_FILES = {"Image", "safe_open", "zipfile", "os", "self", "_base", "_tuned", "shard"}  # what else has a method `open`
 ODD = "Prüfung für 中文 \u2028 😀"
 
 
