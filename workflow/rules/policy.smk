@@ -88,6 +88,8 @@ rule train_policy:
         "<timings>/train_policy/{method}-seed{seed}.tsv"
     wildcard_constraints:
         method=any_of(lambda settings: settings.policy.methods),
+    # Before evaluations that are ready too: everything else of a method waits for its policy.
+    priority: 1
     conda:
         "../envs/nspo.yaml"
     threads: HEAVY_THREADS
