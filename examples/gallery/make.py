@@ -13,9 +13,6 @@ import sys
 from pathlib import Path
 
 from nspo import NullSpaceBases
-from nspo.bases.stage import compute_bases
-from nspo.settings.bases import BasesSettings
-from nspo.settings.runtime import RuntimeSettings
 
 RULES = {
     "contrast": {"rule": "contrast", "threshold": 3.0},
@@ -33,7 +30,9 @@ def make(activations: Path, out: Path) -> Path:
     for name, rule in RULES.items():
         file = whole / f"{name}.safetensors"
         if not file.exists():
-            compute_bases(BasesSettings(**rule), activations, file, RuntimeSettings(workdir=str(out / "work")))
+            flags = {**rule, "activations": activations, "out": file, "workdir": out / "work"}
+            words = [f"--{key}={value}" for key, value in flags.items()]
+            subprocess.run([sys.executable, "-m", "nspo", "bases", *words], check=True)
         NullSpaceBases.load(file).save(source / "nspo_gallery" / file.name, half=True)
     return source
 
